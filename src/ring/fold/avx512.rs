@@ -1,0 +1,85 @@
+//! The AVX-512 form of the fold: a query byte is the mask of eight rows, one masked XOR each; up to four words share the
+//! mask.
+
+use std::arch::x86_64::*;
+
+/// See [`super::shifted`].
+///
+/// # Safety
+/// The processor has AVX-512 F, DQ, BW and VL, and the lengths are as [`super::shifted`] asserts.
+#[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
+pub unsafe fn shifted(tables: &[&[u64]], n: usize, offset: &[u32], sub: &[u64], queries: &[u8], out: &mut [u64]) {
+    let words = tables.len();
+    let mut first = 0;
+    while first < words {
+        let group = &tables[first..];
+        // SAFETY: the caller's.
+        first += unsafe {
+            match group.len() {
+                4.. => several::<4>(group, n, offset, queries, sub, out, words, first),
+                3 => several::<3>(group, n, offset, queries, sub, out, words, first),
+                2 => several::<2>(group, n, offset, queries, sub, out, words, first),
+                _ => several::<1>(group, n, offset, queries, sub, out, words, first),
+            }
+        };
+    }
+}
+
+/// Words `first..first + W` of every element, from the first `W` of `tables`; gives `W`.
+///
+/// # Safety
+/// Every table holds `n` rows from every offset, and the other lengths fit `offset.len()` elements of `words` words.
+#[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
+#[expect(clippy::too_many_arguments, reason = "the operands of `shifted` and a position among its words")]
+unsafe fn several<const W: usize>(
+    tables: &[&[u64]],
+    n: usize,
+    offset: &[u32],
+    queries: &[u8],
+    sub: &[u64],
+    out: &mut [u64],
+    words: usize,
+    first: usize,
+) -> usize {
+    for (e, (&offset, query)) in offset.iter().zip(queries.chunks_exact(n / 8)).enumerate() {
+        let at = e * words + first;
+        let subs: [__m512i; W] = std::array::from_fn(|w| _mm512_set1_epi64(sub[at + w] as i64));
+        let mut acc = [_mm512_setzero_si512(); W];
+        // SAFETY: `n` rows follow the offset in each table (the caller's).
+        let start: [*const u64; W] = std::array::from_fn(|w| unsafe { tables[w].as_ptr().add(offset as usize) });
+        for (j, &bits) in query.iter().enumerate() {
+            for w in 0..W {
+                // SAFETY: 8 j + 8 <= n.
+                let rows = unsafe { _mm512_loadu_si512(start[w].add(8 * j).cast()) };
+                acc[w] = _mm512_mask_xor_epi64(acc[w], bits, acc[w], _mm512_sub_epi64(rows, subs[w]));
+            }
+        }
+        for (out, acc) in out[at..at + W].iter_mut().zip(acc) {
+            *out = xor_lanes(acc);
+        }
+    }
+    W
+}
+
+/// See [`super::rows`].
+///
+/// # Safety
+/// The processor has AVX-512 F, DQ, BW and VL, and the lengths are as [`super::rows`] asserts.
+#[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
+pub unsafe fn rows(rows: &[u64], n: usize, queries: &[u8], out: &mut [u64]) {
+    for ((rows, query), out) in rows.chunks_exact(n).zip(queries.chunks_exact(n / 8)).zip(out) {
+        let mut acc = _mm512_setzero_si512();
+        for (rows, &bits) in rows.as_chunks::<8>().0.iter().zip(query) {
+            // SAFETY: eight rows.
+            acc = _mm512_mask_xor_epi64(acc, bits, acc, unsafe { _mm512_loadu_si512(rows.as_ptr().cast()) });
+        }
+        *out = xor_lanes(acc);
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
+fn xor_lanes(v: __m512i) -> u64 {
+    let v = _mm256_xor_si256(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64::<1>(v));
+    let v = _mm_xor_si128(_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v));
+    (_mm_extract_epi64::<0>(v) ^ _mm_extract_epi64::<1>(v)) as u64
+}
