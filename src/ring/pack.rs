@@ -112,7 +112,11 @@ fn pack_bits(values: &[u64], k: u32, out: &mut [u8]) {
             acc = v >> (k - fill);
         }
     }
-    tail.copy_from_slice(&acc.to_le_bytes()[..tail.len()]);
+    // the last bits: a whole word where they reach into its eighth byte
+    match words.next() {
+        Some(word) => *word = acc.to_le_bytes(),
+        None => tail.copy_from_slice(&acc.to_le_bytes()[..tail.len()]),
+    }
 }
 
 fn unpack_bits(bytes: &[u8], k: u32, mask: u64, out: &mut [u64]) {
