@@ -1,5 +1,6 @@
 //! Bit packing for the wire: `n` elements of Z_2^k in `ceil(n k / 8)` bytes, element `i` in bits `[i k, (i + 1) k)` of the
-//! stream, the lowest bit of a byte first. Widths of whole bytes take copy loops, all others a 64-bit accumulator.
+//! stream, the lowest bit of a byte first. Widths of whole bytes take copy loops, all others
+//! shifts.
 
 use super::mask;
 
@@ -119,24 +120,25 @@ fn pack_bits(values: &[u64], k: u32, out: &mut [u8]) {
     }
 }
 
+/// Any width up to 64: the nine bytes from an element's first on hold all of it, so elements are independent.
 fn unpack_bits(bytes: &[u8], k: u32, mask: u64, out: &mut [u64]) {
-    let (words, tail) = bytes.as_chunks::<8>();
-    let mut last = [0; 8];
-    last[..tail.len()].copy_from_slice(tail);
-    let mut words = words.iter().chain(std::iter::once(&last)).map(|w| u64::from_le_bytes(*w));
-    let (mut acc, mut fill) = (0u64, 0u32);
-    for v in out {
-        if fill >= k {
-            *v = acc & mask;
-            acc >>= k;
-            fill -= k;
-        } else {
-            let word = words.next().unwrap_or(0);
-            *v = (acc | word << fill) & mask;
-            // k - fill is in 1..=63: fill < k < 64
-            acc = word >> (k - fill);
-            fill += 64 - k;
-        }
+    let element = |nine: &[u8; 9], shift: usize| {
+        let (low, high) = nine.split_at(8);
+        let low = u64::from_le_bytes(low.try_into().unwrap_or_default());
+        (low >> shift | u64::from(high[0]) << (63 - shift) << 1) & mask
+    };
+    let k = k as usize;
+    // the last elements are read from a copy with zeros behind it
+    let near_end = bytes.len().saturating_sub(16);
+    let mut last = [0; 32];
+    last[..bytes.len() - near_end].copy_from_slice(&bytes[near_end..]);
+    for (i, v) in out.iter_mut().enumerate() {
+        let (byte, shift) = (i * k / 8, i * k % 8);
+        let nine = match bytes.get(byte..).and_then(<[u8]>::first_chunk::<9>) {
+            Some(nine) => nine,
+            None => last[byte - near_end..].first_chunk::<9>().unwrap_or(&[0; 9]),
+        };
+        *v = element(nine, shift);
     }
 }
 

@@ -1,0 +1,97 @@
+//! The kernels that do nearly all local work, on every instruction set that this machine has: matrix products in
+//! multiply-adds per second, folds in lookups per second, packing and PRF streams in bytes per second.
+//! One thread: `RAYON_NUM_THREADS=1 cargo bench --bench kernels`.
+
+use aes::cipher::{KeyIvInit, StreamCipher};
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use std::hint::black_box;
+use std::time::Duration;
+use trefoil::ring::{Isa, fold, gemm, mask, pack};
+
+fn words(n: usize) -> Vec<u64> {
+    (0..n as u64).map(|i| (i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)).collect()
+}
+
+fn gemms(c: &mut Criterion) {
+    for (t, m, n) in [(1, 2048, 2048), (16, 512, 2048)] {
+        let mut group = c.benchmark_group(format!("gemm/{t}x{m}x{n}"));
+        group.throughput(Throughput::Elements((t * m * n) as u64));
+        let (x, w) = (words(t * n), words(m * n));
+        let w32: Vec<i32> = w.iter().map(|&v| (v >> 40) as i32).collect();
+        let w16: Vec<i16> = w.iter().map(|&v| (v >> 40) as i16).collect();
+        let mut out = vec![0; t * m];
+        for isa in Isa::available() {
+            group.bench_function(BenchmarkId::new("ring", isa.name()), |b| {
+                b.iter(|| gemm::multiply(isa, black_box(&x), &w, t, m, n, &mut out));
+            });
+            group.bench_function(BenchmarkId::new("i32", isa.name()), |b| {
+                b.iter(|| gemm::multiply(isa, black_box(&x), &w32, t, m, n, &mut out));
+            });
+            group.bench_function(BenchmarkId::new("i16", isa.name()), |b| {
+                b.iter(|| gemm::multiply(isa, black_box(&x), &w16, t, m, n, &mut out));
+            });
+        }
+        group.finish();
+    }
+}
+
+fn folds(c: &mut Criterion) {
+    for (elements, n, width) in [(1024, 256, 1), (1024, 512, 2), (4096, 16, 1), (4, 65536, 2)] {
+        let mut group = c.benchmark_group(format!("fold/{n}rows_{width}words"));
+        group.throughput(Throughput::Elements(elements as u64));
+        let tables = vec![words(2 * n); width];
+        let tables: Vec<&[u64]> = tables.iter().map(Vec::as_slice).collect();
+        let offset: Vec<u32> = words(elements).iter().map(|v| (v % n as u64) as u32).collect();
+        let sub = words(elements * width);
+        let queries = pack::pack(&words(elements * n / 64), 64);
+        let mut out = vec![0; elements * width];
+        for isa in Isa::available() {
+            group.bench_function(isa.name(), |b| {
+                b.iter(|| fold::shifted_on(isa, &tables, n, &offset, &sub, black_box(&queries), &mut out));
+            });
+        }
+        group.finish();
+    }
+}
+
+fn packing(c: &mut Criterion) {
+    let mut group = c.benchmark_group("pack");
+    let n = 1 << 14;
+    for k in [1, 8, 18, 40, 43, 52, 64] {
+        let values: Vec<u64> = words(n).iter().map(|v| v & mask(k)).collect();
+        let packed = pack::pack(&values, k);
+        let mut out = Vec::with_capacity(packed.len());
+        group.throughput(Throughput::ElementsAndBytes { elements: n as u64, bytes: packed.len() as u64 });
+        group.bench_function(BenchmarkId::new("pack", k), |b| {
+            b.iter(|| {
+                out.clear();
+                pack::pack_into(black_box(&values), k, &mut out);
+            });
+        });
+        group.bench_function(BenchmarkId::new("unpack", k), |b| b.iter(|| pack::unpack(black_box(&packed), n, k)));
+    }
+    group.finish();
+}
+
+fn keystream(c: &mut Criterion) {
+    let mut group = c.benchmark_group("prf");
+    let mut buf = vec![0u8; 1 << 16];
+    group.throughput(Throughput::Bytes(buf.len() as u64));
+    group.bench_function("aes128_ctr", |b| {
+        b.iter(|| {
+            let mut stream = ctr::Ctr64LE::<aes::Aes128>::new(&[7; 16].into(), &[9; 16].into());
+            stream.write_keystream(black_box(&mut buf));
+        });
+    });
+    group.finish();
+}
+
+criterion_group! {
+    name = kernels;
+    config = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(100))
+        .measurement_time(Duration::from_millis(300));
+    targets = gemms, folds, packing, keystream
+}
+criterion_main!(kernels);
