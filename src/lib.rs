@@ -2,3 +2,4 @@
 pub mod error;
 pub mod party;
 pub mod ring;
+pub mod approx;
