@@ -28,7 +28,7 @@ impl Line {
         }
         let points = GRID.min(last + 1);
         let lo = |i: u64| (i as u128 * last as u128 / (points as u128 - 1)) as f64;
-        let grid: Vec<(f64, f64)> = (0..points).map(|i| lo(i)).map(|lo| (lo, f(x0 + lo * unit))).collect();
+        let grid: Vec<(f64, f64)> = (0..points).map(lo).map(|lo| (lo, f(x0 + lo * unit))).collect();
         let mut line = exchange(&grid);
         if points <= last {
             line.max_error *= 1.001;
@@ -66,10 +66,34 @@ fn exchange(grid: &[(f64, f64)]) -> Line {
         // outer points have the sign of `level`, the middle one the other
         let like_outer = (error(worst) < 0.0) == (level < 0.0);
         picked = match picked {
-            [i, j, k] if worst < i => if like_outer { [worst, j, k] } else { [worst, i, j] },
-            [i, j, k] if worst < j => if like_outer { [worst, j, k] } else { [i, worst, k] },
-            [i, j, k] if worst < k => if like_outer { [i, j, worst] } else { [i, worst, k] },
-            [i, j, k] => if like_outer { [i, j, worst] } else { [j, k, worst] },
+            [i, j, k] if worst < i => {
+                if like_outer {
+                    [worst, j, k]
+                } else {
+                    [worst, i, j]
+                }
+            }
+            [i, j, k] if worst < j => {
+                if like_outer {
+                    [worst, j, k]
+                } else {
+                    [i, worst, k]
+                }
+            }
+            [i, j, k] if worst < k => {
+                if like_outer {
+                    [i, j, worst]
+                } else {
+                    [i, worst, k]
+                }
+            }
+            [i, j, k] => {
+                if like_outer {
+                    [i, j, worst]
+                } else {
+                    [j, k, worst]
+                }
+            }
         };
         if picked[0] == picked[1] || picked[1] == picked[2] {
             break;
@@ -98,8 +122,7 @@ mod tests {
         let worst = errors.iter().fold(0f64, |m, e| m.max(e.abs()));
         assert!((worst - line.max_error).abs() < 1e-12);
         // alternating extremes: at least three
-        let mut signs: Vec<bool> =
-            errors.iter().filter(|e| e.abs() > worst * (1.0 - 1e-6)).map(|e| *e > 0.0).collect();
+        let mut signs: Vec<bool> = errors.iter().filter(|e| e.abs() > worst * (1.0 - 1e-6)).map(|e| *e > 0.0).collect();
         signs.dedup();
         assert!(signs.len() >= 3, "{signs:?}");
     }

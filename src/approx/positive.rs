@@ -80,8 +80,11 @@ impl PositiveTable {
         let second_from = if exact { 1 } else { FIRST_GOOD_ROW };
         // the second window serves values up to a carry beyond row 31 of the first
         let second_to = (((FIRST_GOOD_ROW as u64 + 1) << (bits - window)) >> row2) as usize + 1;
-        let max_rel_error = error(&first, FIRST_GOOD_ROW, (1 << window) - 1)
-            .max(error(&second, second_from, second_to.min((1 << window2) - 1)));
+        let max_rel_error = error(&first, FIRST_GOOD_ROW, (1 << window) - 1).max(error(
+            &second,
+            second_from,
+            second_to.min((1 << window2) - 1),
+        ));
         PositiveTable {
             bits,
             window,
@@ -204,10 +207,15 @@ mod tests {
 
     #[test]
     fn stated_errors_hold_over_the_whole_range() {
-        for (bits, window) in [(40, 12), (36, 10), (30, 12), (24, 14), (20, 12), (16, 12), (13, 12), (12, 12), (62, 10)] {
+        for (bits, window) in [(40, 12), (36, 10), (30, 12), (24, 14), (20, 12), (16, 12), (13, 12), (12, 12), (62, 10)]
+        {
             let reciprocal = PositiveTable::reciprocal(bits, window, 1e6);
             let got = worst(&reciprocal, |v| 1e6 / v);
-            assert!(got <= reciprocal.max_rel_error + 1e-12, "1/v {bits} {window}: {got} of {}", reciprocal.max_rel_error);
+            assert!(
+                got <= reciprocal.max_rel_error + 1e-12,
+                "1/v {bits} {window}: {got} of {}",
+                reciprocal.max_rel_error
+            );
             assert!(reciprocal.max_rel_error < 1.1e-3, "1/v {bits} {window}: {}", reciprocal.max_rel_error);
             let (n, eps) = (2048.0 * 64.0, 1e-5);
             let rsqrt = PositiveTable::rsqrt(bits, window, n, eps, 8.0);
