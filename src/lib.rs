@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod approx;
 pub mod error;
 pub mod model;
 pub mod net;

@@ -1,6 +1,6 @@
 //! Bit packing for the wire: `n` elements of Z_2^k in `ceil(n k / 8)` bytes, element `i` in bits `[i k, (i + 1) k)` of the
-//! stream, the lowest bit of a byte first. Widths of whole bytes take copy loops, all others
-//! shifts.
+//! stream, the lowest bit of a byte first. Widths of whole bytes take copy loops; in all
+//! others eight elements at a time, which end on a byte, take overlapping words.
 
 use super::mask;
 
@@ -93,8 +93,33 @@ fn unpack_bytes<const B: usize>(bytes: &[u8], out: &mut [u64]) {
     }
 }
 
-/// Any width that is not whole bytes (so `k < 64`): a word is written whenever 64 bits are full.
+/// Where the eight elements of a group start: eight elements fill exactly `k` bytes, so every group is alike.
+fn group(k: usize) -> [(usize, u32); 8] {
+    std::array::from_fn(|i| (i * k / 8, (i * k % 8) as u32))
+}
+
+/// Any width that is not whole bytes. Up to 57 bits an element and its shift fit one word: whole groups are written as
+/// overlapping words, each carrying over what the one before left in it. The rest goes bit after bit.
 fn pack_bits(values: &[u64], k: u32, out: &mut [u8]) {
+    let (mask, size, starts) = (mask(k), k as usize, group(k as usize));
+    // a group's last word reaches at most 8 bytes beyond the group
+    let groups = if k > 57 { 0 } else { out.len().saturating_sub(8) / size };
+    let (groups_in, rest) = values.split_at(8 * groups);
+    for (g, values) in groups_in.as_chunks::<8>().0.iter().enumerate() {
+        let out = &mut out[g * size..][..size + 8];
+        let (mut word, mut last) = (0u64, 0);
+        for (v, (at, shift)) in values.iter().zip(starts) {
+            // two starts are 8 bytes apart at most, and exactly 8 never: k <= 57
+            word = word >> (8 * (at - last)) | (v & mask) << shift;
+            out[at..at + 8].copy_from_slice(&word.to_le_bytes());
+            last = at;
+        }
+    }
+    pack_rest(rest, k, &mut out[groups * size..]);
+}
+
+/// From a byte boundary to the end: a word is written whenever 64 bits are full.
+fn pack_rest(values: &[u64], k: u32, out: &mut [u8]) {
     let mask = mask(k);
     let (words, tail) = out.as_chunks_mut::<8>();
     let mut words = words.iter_mut();
@@ -120,25 +145,40 @@ fn pack_bits(values: &[u64], k: u32, out: &mut [u8]) {
     }
 }
 
-/// Any width up to 64: the nine bytes from an element's first on hold all of it, so elements are independent.
+/// The inverse of [`pack_bits`]: whole groups by overlapping loads, the rest bit after bit.
 fn unpack_bits(bytes: &[u8], k: u32, mask: u64, out: &mut [u64]) {
-    let element = |nine: &[u8; 9], shift: usize| {
-        let (low, high) = nine.split_at(8);
-        let low = u64::from_le_bytes(low.try_into().unwrap_or_default());
-        (low >> shift | u64::from(high[0]) << (63 - shift) << 1) & mask
-    };
-    let k = k as usize;
-    // the last elements are read from a copy with zeros behind it
-    let near_end = bytes.len().saturating_sub(16);
-    let mut last = [0; 32];
-    last[..bytes.len() - near_end].copy_from_slice(&bytes[near_end..]);
-    for (i, v) in out.iter_mut().enumerate() {
-        let (byte, shift) = (i * k / 8, i * k % 8);
-        let nine = match bytes.get(byte..).and_then(<[u8]>::first_chunk::<9>) {
-            Some(nine) => nine,
-            None => last[byte - near_end..].first_chunk::<9>().unwrap_or(&[0; 9]),
-        };
-        *v = element(nine, shift);
+    let (size, starts) = (k as usize, group(k as usize));
+    let groups = if k > 57 { 0 } else { bytes.len().saturating_sub(8) / size };
+    let (groups_out, rest) = out.split_at_mut(8 * groups);
+    for (g, values) in groups_out.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        let bytes = &bytes[g * size..][..size + 8];
+        for (v, (at, shift)) in values.iter_mut().zip(starts) {
+            let word = bytes[at..].first_chunk::<8>().map_or(0, |w| u64::from_le_bytes(*w));
+            *v = word >> shift & mask;
+        }
+    }
+    unpack_rest(&bytes[groups * size..], k, mask, rest);
+}
+
+/// From a byte boundary to the end: a word is read whenever the bits run out.
+fn unpack_rest(bytes: &[u8], k: u32, mask: u64, out: &mut [u64]) {
+    let (words, tail) = bytes.as_chunks::<8>();
+    let mut last = [0; 8];
+    last[..tail.len()].copy_from_slice(tail);
+    let mut words = words.iter().chain(std::iter::once(&last)).map(|w| u64::from_le_bytes(*w));
+    let (mut acc, mut fill) = (0u64, 0u32);
+    for v in out {
+        if fill >= k {
+            *v = acc & mask;
+            acc >>= k;
+            fill -= k;
+        } else {
+            let word = words.next().unwrap_or(0);
+            *v = (acc | word << fill) & mask;
+            // fill < k < 64, so the shift is in 1..=63
+            acc = word >> (k - fill);
+            fill += 64 - k;
+        }
     }
 }
 

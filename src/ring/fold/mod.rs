@@ -32,15 +32,7 @@ pub fn shifted(tables: &[&[u64]], n: usize, offset: &[u32], sub: &[u64], queries
 ///
 /// # Panics
 /// As [`shifted`].
-pub fn shifted_on(
-    isa: Isa,
-    tables: &[&[u64]],
-    n: usize,
-    offset: &[u32],
-    sub: &[u64],
-    queries: &[u8],
-    out: &mut [u64],
-) {
+pub fn shifted_on(isa: Isa, tables: &[&[u64]], n: usize, offset: &[u32], sub: &[u64], queries: &[u8], out: &mut [u64]) {
     let words = tables.len();
     assert_eq!(n % 8, 0, "a query has whole bytes");
     let outputs = offset.len().checked_mul(words).expect("outputs that fit memory");

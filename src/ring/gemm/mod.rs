@@ -221,7 +221,10 @@ mod tests {
         for n in [5, 16] {
             let x: Vec<u64> =
                 [u64::MAX, 1 << 63, 1 << 31, (1 << 31) - 1, 1 << 32, 0xffff_ffff, 0x8000_0000_8000_0000, 0]
-                    .into_iter().cycle().take(n).collect();
+                    .into_iter()
+                    .cycle()
+                    .take(n)
+                    .collect();
             for (v32, v16) in [(i32::MIN, i16::MIN), (i32::MAX, i16::MAX), (-1, -1)] {
                 let mut want = [0, 0];
                 naive(&x, &vec![v32 as u64; n], 1, 1, n, &mut want[..1]);
