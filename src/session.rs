@@ -17,6 +17,7 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use crate::error::{Error, PeerFault, Result};
+use crate::net::meter::Meter;
 use crate::net::{Lane, Links, blame};
 use crate::party::Role;
 use crate::plan::cost::Cost;
@@ -165,13 +166,14 @@ pub struct Session {
     passes: Vec<Pass>,
     jobs: JobQueue,
     declared: Cost,
+    meter: Arc<Meter>,
 }
 
 impl Session {
     /// A new session; the PRF keys are the session's own.
     #[must_use]
-    pub fn new(role: Role, links: Links, prf: Prf) -> Self {
-        Session { role, links, prf, passes: Vec::new(), jobs: JobQueue::default(), declared: Cost::default() }
+    pub fn new(role: Role, links: Links, prf: Prf, meter: Arc<Meter>) -> Self {
+        Session { role, links, prf, passes: Vec::new(), jobs: JobQueue::default(), declared: Cost::default(), meter }
     }
 
     /// Which party this is.
@@ -190,6 +192,12 @@ impl Session {
     #[must_use]
     pub fn jobs(&self) -> JobQueue {
         self.jobs.clone()
+    }
+
+    /// Length of the longest chain of online messages that has ended at this party.
+    #[must_use]
+    pub fn depth(&self) -> u32 {
+        self.meter.depth()
     }
 
     /// Starts a batch of passes with consecutive numbers from `first`, of `tokens[i]` positions each. The Owner's

@@ -150,7 +150,7 @@ impl World {
             Some(log) if role == Role::Owner => prf.with_log(Arc::clone(log)),
             _ => prf,
         };
-        Session::new(role, self.links[role.index()].clone(), prf)
+        Session::new(role, self.links[role.index()].clone(), prf, Arc::clone(&self.meters[role.index()]))
     }
 
     /// What `from` has sent to `to` so far.

@@ -1,7 +1,8 @@
 //! What Trefoil runs and how it is read from disk: the configuration, the weights and the tokenizer of a Hugging Face
-//! checkpoint, and the float twin, an ordinary f32 forward pass that says what the secure one should come out at.
-//! Nothing in here knows of shares or parties.
+//! checkpoint; the float twin, an ordinary f32 forward pass that says what the secure one should come out at; calibration,
+//! preparation, and the private model itself.
 
+pub mod calibrate;
 pub mod checkpoint;
 pub mod config;
 mod config_json;
@@ -9,6 +10,8 @@ mod files;
 pub mod float;
 mod mmap;
 mod observe;
+pub mod prepare;
+pub mod secure;
 pub mod text;
 pub mod weights;
 

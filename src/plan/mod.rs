@@ -1,3 +1,9 @@
-//! What is decided before anything runs, and what it costs.
+//! What is decided before anything runs: ring widths, tables, guards, and what it costs. All of it is public.
 
 pub mod cost;
+mod layer;
+mod ranges;
+
+pub use layer::{F, F_EXP, F_EXP_HI, F_EXP_LO, F_ROPE, FW};
+pub use layer::{AttentionPlan, HeadPlan, LayerPlan, MlpPlan, NormPlan, Plan};
+pub use ranges::{Bounds, LayerBounds, LayerRanges, MAX_TEMPERATURE, INPUT_LIMIT, Ranges, plan};

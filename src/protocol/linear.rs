@@ -47,6 +47,8 @@ pub struct OwnerMatrix {
     id: u64,
     outputs: usize,
     inputs: usize,
+    /// Only the diagonal: `y_i = w_i x_i`.
+    diagonal: bool,
     f: u32,
     part: Part,
 }
@@ -73,13 +75,13 @@ impl OwnerMatrix {
             return Err(Error::Model(format!("{name}: a weight beyond 2^{} cannot be represented", 31 - f)));
         };
         let (outputs, inputs) = w.dim();
-        Ok(OwnerMatrix { id, outputs, inputs, f, part: Part::Owner { w: plain, bias: bias.map(Into::into) } })
+        Ok(OwnerMatrix { id, outputs, inputs, diagonal: false, f, part: Part::Owner { w: plain, bias: bias.map(Into::into) } })
     }
 
     /// The Client's part.
     #[must_use]
     pub fn client(id: u64, outputs: usize, inputs: usize, f: u32, seed: PreparationSeed) -> Self {
-        OwnerMatrix { id, outputs, inputs, f, part: Part::Client { seed } }
+        OwnerMatrix { id, outputs, inputs, diagonal: false, f, part: Part::Client { seed } }
     }
 
     /// The Helper's part, `a` as made by [`OwnerMatrix::helper_words`].
@@ -91,7 +93,28 @@ impl OwnerMatrix {
             let (lhs, rhs) = (format!("{} words", a.len()), format!("{outputs} x {inputs}"));
             return Err(Error::Shape { op: "helper weights", lhs, rhs });
         }
-        Ok(OwnerMatrix { id, outputs, inputs, f, part: Part::Helper { a: a.into() } })
+        Ok(OwnerMatrix { id, outputs, inputs, diagonal: false, f, part: Part::Helper { a: a.into() } })
+    }
+
+    /// A matrix of one row, read as the diagonal of a square one.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for more than one row.
+    pub fn into_diagonal(self) -> Result<Self> {
+        if self.outputs != 1 {
+            return Err(Error::Shape { op: "diagonal", lhs: format!("{self:?}"), rhs: "one row".into() });
+        }
+        Ok(OwnerMatrix { outputs: self.inputs, diagonal: true, ..self })
+    }
+
+    /// A square matrix of which only the diagonal is there.
+    #[must_use]
+    pub(crate) fn diagonal(self) -> Self {
+        OwnerMatrix { diagonal: true, ..self }
+    }
+
+    fn words(&self) -> usize {
+        if self.diagonal { self.inputs } else { self.outputs * self.inputs }
     }
 
     /// `A = W - B` for the Helper.
@@ -102,7 +125,7 @@ impl OwnerMatrix {
         let Part::Owner { w, .. } = &self.part else {
             return Err(Error::Internal("only the owner can make the helper's weights".into()));
         };
-        let mut a = vec![0u64; self.outputs * self.inputs];
+        let mut a = vec![0u64; self.words()];
         seed.matrix_words(self.id, 0, &mut a);
         match w {
             Plain::I16(w) => a.iter_mut().zip(w.iter()).for_each(|(a, &w)| *a = (i64::from(w) as u64).wrapping_sub(*a)),
@@ -120,7 +143,7 @@ impl OwnerMatrix {
     /// Bytes that this party's part occupies.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        let n = self.outputs * self.inputs;
+        let n = self.words();
         match &self.part {
             Part::Owner { w: Plain::I16(_), .. } => 2 * n,
             Part::Owner { w: Plain::I32(_), .. } => 4 * n,
@@ -161,6 +184,19 @@ fn local_masks(r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
     let (m, n) = (w.outputs, w.inputs);
     let t = r.len() / n;
     let mut y = vec![0u64; t * m];
+    if w.diagonal {
+        let own: Vec<u64> = match &w.part {
+            Part::Client { seed } => {
+                let mut b = vec![0u64; n];
+                seed.matrix_words(w.id, 0, &mut b);
+                b
+            }
+            Part::Helper { a } => a.to_vec(),
+            Part::Owner { .. } => Vec::new(),
+        };
+        y.iter_mut().zip(r).zip(own.iter().cycle()).for_each(|((y, r), w)| *y = r.wrapping_mul(*w));
+        return y;
+    }
     match &w.part {
         Part::Owner { .. } => {}
         Part::Helper { a } => gemm::ring(r, a, t, m, n, &mut y),
@@ -213,7 +249,12 @@ fn online<'a>(
     let (outputs, inputs) = w.dim();
     let t = x.raw().len() / inputs;
     let mut y = vec![0u64; n];
+    let each = |y: &mut [u64], w: &mut dyn Iterator<Item = i64>| {
+        y.iter_mut().zip(x.raw()).zip(w).for_each(|((y, d), w)| *y = d.wrapping_mul(w as u64));
+    };
     match plain {
+        Plain::I16(v) if w.diagonal => each(&mut y, &mut v.iter().cycle().map(|&v| i64::from(v))),
+        Plain::I32(v) if w.diagonal => each(&mut y, &mut v.iter().cycle().map(|&v| i64::from(v))),
         Plain::I16(w) => gemm::weights_i16(x.raw(), w, t, outputs, inputs, &mut y),
         Plain::I32(w) => gemm::weights_i32(x.raw(), w, t, outputs, inputs, &mut y),
     }

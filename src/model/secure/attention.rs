@@ -1,0 +1,154 @@
+//! Attention with a secret KV cache: 18 messages (26 with a norm on queries and keys).
+//!
+//! q, k, v in one linear; rotation (public); lifts of q, k, v beside each other (2); scores (2); thermometer maximum (4);
+//! exponential (4); P V beside the reciprocal's lookups (2); lift of the context beside the reciprocal's polynomial (2);
+//! normalisation (2). Only positions that a token may see are ever computed.
+
+use std::sync::Arc;
+
+use super::Context;
+use super::norm::Norm;
+use crate::approx::{PositiveTable, exp_tables};
+use crate::error::Result;
+use crate::model::prepare::PreparedLayer;
+use crate::plan::{AttentionPlan, F, F_ROPE, FW, NormPlan};
+use crate::protocol::cached::{Cached, Context as PV, Scores, product_cached};
+use crate::protocol::exp::{Exp, exp};
+use crate::protocol::guard::guard;
+use crate::protocol::lift::lift;
+use crate::protocol::linear::{OwnerMatrix, owner_linear};
+use crate::protocol::positive::{self, Positive};
+use crate::protocol::product::{Scale, product};
+use crate::protocol::thermometer::{self, Thermometer, counter_bits};
+use crate::protocol::truncate::truncate;
+use crate::protocol::Pending;
+use crate::session::{Scope, Session};
+use crate::share::{Masked, Rows};
+
+/// Fraction bits of queries and keys in the scores' product.
+pub(super) const F_QK: u32 = 10;
+
+/// Ring of the scores' product: `2 F_QK` fraction bits, truncated to `F`.
+pub(super) fn product_ring(p: &AttentionPlan) -> u32 {
+    p.score_proven + 2 * F_QK - F
+}
+
+/// Exponential, reciprocal and the optional norms of queries and keys.
+pub(super) struct AttentionTables {
+    exp: Exp,
+    inverse: Positive,
+    qk_norm: Option<(Norm, Norm)>,
+}
+
+impl AttentionTables {
+    pub(super) fn new(p: &AttentionPlan, head_dim: usize, eps: f64) -> Self {
+        let step = f64::from(p.step_bits).exp2() / f64::from(F).exp2();
+        let hi_bits = p.score_k - p.exp_low - p.exp_lo_bits;
+        let exp = exp_tables(p.score_k, F, p.exp_low, p.exp_lo_bits, hi_bits, 2.0 * step);
+        let inverse = PositiveTable::reciprocal(p.total_bits, p.total_window, f64::from(p.f_prob).exp2());
+        AttentionTables {
+            exp: Exp::new(&exp, p.prob_k, p.f_prob),
+            inverse: Positive::new(inverse, p.f_inverse),
+            qk_norm: p.qk_norm.as_ref().map(|(q, k)| (Norm::new(q, head_dim, eps), Norm::new(k, head_dim, eps))),
+        }
+    }
+}
+
+/// Rotates pairs `(i, i + dim/2)` of every head by the angle of its position; a public linear map.
+fn rotate(x: &Masked, first: usize, dim: usize, frequencies: &[f64]) -> Masked {
+    let (half, scale) = (dim / 2, f64::from(F_ROPE).exp2());
+    let rows = x.rows().clone();
+    x.map(x.f() + F_ROPE, rows.clone(), |v| {
+        let mut out = vec![0u64; v.len()];
+        for t in 0..rows.tokens() {
+            let turn: Vec<(u64, u64)> = frequencies
+                .iter()
+                .map(|f| {
+                    let angle = (first + t) as f64 * f;
+                    ((angle.cos() * scale).round() as i64 as u64, (angle.sin() * scale).round() as i64 as u64)
+                })
+                .collect();
+            let row = rows.row(t);
+            for (x, y) in v[row.clone()].chunks(dim).zip(out[row].chunks_mut(dim)) {
+                for (i, &(cos, sin)) in turn.iter().enumerate() {
+                    let (a, b) = (x[i], x[i + half]);
+                    y[i] = a.wrapping_mul(cos).wrapping_sub(b.wrapping_mul(sin));
+                    y[i + half] = b.wrapping_mul(cos).wrapping_add(a.wrapping_mul(sin));
+                }
+            }
+        }
+        out
+    })
+}
+
+/// To ring `k`: a lift, or nothing to send where the value's ring is wide enough.
+fn to_ring(s: &mut Session, scope: &Scope, x: &Masked, k: u32) -> Result<Pending<'static, Masked>> {
+    if x.k() >= k { Ok(Pending::ready(x.narrow(k)?)) } else { lift(s, scope, x, k) }
+}
+
+/// Norm and gain of every query or key head.
+fn head_norm(c: &mut Context<'_>, name: &str, x: &Masked, norm: &Norm, p: &NormPlan, gain: &OwnerMatrix) -> Result<Masked> {
+    let quantity = "sum of squares of a query or key";
+    let y = norm.apply(c, name, quantity, x, p)?;
+    truncate(&owner_linear(c.s, &c.scope.at(name).at("gain"), &y, gain)?, FW)
+}
+
+#[allow(clippy::too_many_arguments)] // the cache's two halves are borrowed apart from the model
+pub(super) fn attention(
+    c: &mut Context<'_>, x: &Masked, parts: &PreparedLayer, p: &AttentionPlan, t: &AttentionTables, frequencies: &[f64],
+    first: usize, keys: &mut Cached, values: &mut Cached,
+) -> Result<Masked> {
+    let scope = c.scope.at("attn");
+    let (heads, kv_heads, dim) = (c.config.num_heads, c.config.num_kv_heads, c.config.head_dim);
+    let (nq, nk) = (c.config.q_size(), c.config.kv_size());
+    let tokens = x.rows().tokens();
+    let count_bits = c.flags.count_bits();
+
+    let qkv = truncate(&owner_linear(c.s, &scope.at("qkv"), x, &parts.qkv)?, FW)?;
+    let part = |from: usize, n: usize| {
+        qkv.map(F, Rows::even(tokens, n), |v| v.chunks(nq + 2 * nk).flat_map(|r| &r[from..from + n]).copied().collect())
+    };
+    let (mut q, mut k, v) = (part(0, nq), part(nq, nk), part(nq + nk, nk));
+    if let (Some((nqt, nkt)), Some((pq, pk)), Some((gq, gk))) = (&t.qk_norm, &p.qk_norm, &parts.qk_gain) {
+        q = head_norm(c, "q_norm", &q, nqt, pq, gq)?;
+        k = head_norm(c, "k_norm", &k, nkt, pk, gk)?;
+    }
+    let [q, k] = [q, k].map(|x| truncate(&rotate(&x, first, dim, frequencies), F_ROPE + F - F_QK));
+    let ring = product_ring(p);
+    let q = to_ring(c.s, &scope.at("lift_q"), &q?, ring)?;
+    let k = to_ring(c.s, &scope.at("lift_k"), &k?, ring)?;
+    let v = to_ring(c.s, &scope.at("lift_v"), &v, p.prob_k)?;
+    let (q, k, v) = (q.finish(c.s)?, k.finish(c.s)?, v.finish(c.s)?);
+
+    // scores = q k^T, guarded, then softmax with a reference near each row's maximum
+    let s = product_cached(c.s, &scope.at("scores"), &q, &k, keys, Arc::new(Scores { heads, kv_heads, dim }))?;
+    let s = truncate(&s.finish(c.s)?, 2 * F_QK - F)?;
+    let g = guard(c.s, &scope.at("guard"), &s, p.score_k, true, count_bits)?;
+    c.flags.guard(c.layer, "score", g);
+    let s = s.narrow(p.score_k)?;
+    let lengths: Vec<usize> = (0..tokens).map(|t| first + t + 1).collect();
+    let thermometer = Thermometer { step_bits: p.step_bits, base: p.base, n: p.steps };
+    // All passes of a batch and all parties must agree on the counters: sized for the cache's end, publicly known.
+    let counter = counter_bits(c.config.max_positions);
+    let reference = thermometer::reference(c.s, &scope.at("max"), &s, &lengths, counter, &thermometer, count_bits)?;
+    c.flags.count(c.layer, "largest score of a row", reference.faults);
+    let e = exp(c.s, &scope.at("exp"), &thermometer::subtract(&s, &reference.m, &lengths)?, &t.exp)?;
+
+    // o = (e v) / sum(e)
+    let total = e.map(e.f(), Rows::even(tokens, heads), |v| {
+        let mut out = Vec::with_capacity(tokens * heads);
+        for (t, &n) in lengths.iter().enumerate() {
+            out.extend(v[e.rows().row(t)].chunks(n).map(|row| row.iter().fold(0u64, |a, b| a.wrapping_add(*b))));
+        }
+        out
+    });
+    let o = product_cached(c.s, &scope.at("pv"), &e, &v, values, Arc::new(PV { heads, kv_heads, dim }))?;
+    let looked = positive::start(c.s, &scope.at("inverse"), &total, &t.inverse)?;
+    let o = truncate(&o.finish(c.s)?, p.f_prob)?;
+    let inverse = looked.evaluate(c.s, &scope.at("inverse"), None)?;
+    let o = lift(c.s, &scope.at("lift_o"), &o, 64)?;
+    let (o, inverse) = (o.finish(c.s)?, inverse.value.finish(c.s)?);
+    let o = product(c.s, &scope.at("normalise"), &o, &inverse, Arc::new(Scale { width: dim }))?;
+    let o = truncate(&o.finish(c.s)?, p.f_inverse)?;
+    truncate(&owner_linear(c.s, &scope.at("o"), &o, &parts.o)?, FW)
+}

@@ -1,0 +1,58 @@
+//! SwiGLU: 4 messages. The gate's table is looked up beside the lift of `up`, then `up (a + b lo)` is one polynomial.
+
+use super::Context;
+use crate::approx::{Activation, SignedTable};
+use crate::error::Result;
+use crate::model::prepare::PreparedLayer;
+use crate::plan::{F, FW, MlpPlan};
+use crate::protocol::guard::guard;
+use crate::protocol::linear::owner_linear;
+use crate::protocol::lookup::{self, Table};
+use crate::protocol::polynomial::polynomial;
+use crate::protocol::truncate::truncate;
+use crate::protocol::window::Window;
+use crate::protocol::lift::lift;
+use crate::ring::fixed;
+use crate::share::{Masked, Rows};
+
+/// The activation's table.
+pub(super) struct MlpTables {
+    columns: [Table; 2],
+    hi_bits: u32,
+}
+
+impl MlpTables {
+    pub(super) fn new(p: &MlpPlan) -> Self {
+        let hi_bits = p.gate_k - p.gate_lo_bits;
+        let t = SignedTable::activation(Activation::Silu, p.gate_k, F, 0, p.gate_lo_bits, hi_bits);
+        let column = |v: &[f64]| {
+            Table::cyclic(&v.iter().map(|&v| fixed::encode(v, p.f_table, 64)).collect::<Vec<_>>())
+        };
+        MlpTables { columns: [column(&t.a), column(&t.b)], hi_bits }
+    }
+}
+
+pub(super) fn mlp(c: &mut Context<'_>, x: &Masked, parts: &PreparedLayer, p: &MlpPlan, t: &MlpTables) -> Result<Masked> {
+    let scope = c.scope.at("mlp");
+    let m = c.config.intermediate_size;
+    let both = truncate(&owner_linear(c.s, &scope.at("gate_up"), x, &parts.gate_up)?, FW)?;
+    let tokens = both.rows().tokens();
+    let half = |j: usize| {
+        both.map(F, Rows::even(tokens, m), |v| v.chunks(m).skip(j).step_by(2).flatten().copied().collect())
+    };
+    let (gate, up) = (half(0).narrow(p.gate_proven)?, half(1));
+    let count_bits = c.flags.count_bits();
+    let g = guard(c.s, &scope.at("guard"), &gate, p.gate_k, true, count_bits)?;
+    let w = Window::of(&gate.narrow(p.gate_k)?, 0, p.gate_lo_bits, t.hi_bits)?;
+    let ab = lookup::words(c.s, &scope.at("silu"), &w.hi, &t.columns, &[p.f_table; 2], 64)?;
+    let up = lift(c.s, &scope.at("lift"), &up, 64)?;
+    c.flags.guard(c.layer, "gate", g);
+    let (ab, up) = (ab.finish(c.s)?, up.finish(c.s)?);
+    let [a, b] = ab.as_slice() else {
+        return Err(crate::Error::Internal("two columns for a line".into()));
+    };
+    // up * (a + b lo)
+    let y = polynomial(c.s, &scope.at("product"), &[a, b, &w.lo.integer(64, 0), &up], &[&[0, 3], &[1, 2, 3]])?;
+    let y = truncate(&y.finish(c.s)?, p.f_table)?;
+    truncate(&owner_linear(c.s, &scope.at("down"), &y, &parts.down)?, FW)
+}

@@ -1,0 +1,205 @@
+//! The private Llama: one program, walked by all three parties.
+//!
+//! It reads like the float twin ([`crate::model::float`]): norm, attention, norm, MLP, head. Every line is an operation of
+//! [`crate::protocol`] on masked values, with the ring widths of the public plan.
+
+mod attention;
+mod head;
+mod mlp;
+mod norm;
+
+use std::sync::mpsc::Sender;
+
+use super::ModelConfig;
+use super::float::rope_frequencies;
+use super::prepare::Prepared;
+use crate::error::Result;
+use crate::plan::{F, Plan};
+use crate::protocol::cached::Cached;
+use crate::protocol::guard::RangeFlags;
+use crate::protocol::gumbel::Gumbel;
+use crate::protocol::{embedding, input};
+use crate::session::{Scope, Session};
+use crate::share::{Masked, Rows};
+use attention::AttentionTables;
+use mlp::MlpTables;
+use norm::Norm;
+
+/// One party's model: its prepared part and the public tables of the plan.
+pub struct SecureModel {
+    config: ModelConfig,
+    plan: Plan,
+    parts: Prepared,
+    layers: Vec<LayerTables>,
+    final_norm: Norm,
+    frequencies: Vec<f64>,
+}
+
+struct LayerTables {
+    input_norm: Norm,
+    attention: AttentionTables,
+    post_norm: Norm,
+    mlp: MlpTables,
+}
+
+/// Keys and values of a request, one party's part.
+pub struct KvCache {
+    layers: Vec<(Cached, Cached)>,
+    positions: usize,
+}
+
+impl KvCache {
+    /// Positions cached so far.
+    #[must_use]
+    pub fn positions(&self) -> usize {
+        self.positions
+    }
+}
+
+/// Where the Client's online thread takes inputs from and puts outputs to. Other parties have none.
+pub struct ClientPorts {
+    /// Hidden states (ring elements) or token ids, a vector per pass.
+    pub source: input::InputSource,
+    /// The chosen token of each pass.
+    pub token: Sender<Vec<u64>>,
+    /// The range flags of each pass.
+    pub flags: Sender<Vec<u64>>,
+    /// Logits, if they are opened for a check.
+    pub logits: Option<Sender<Vec<u64>>>,
+}
+
+/// What a pass needs beyond model and cache.
+pub struct PassOptions<'a> {
+    /// The Client's ports.
+    pub ports: Option<&'a ClientPorts>,
+    /// The Owner's sampling noise.
+    pub noise: Option<&'a mut Gumbel>,
+    /// Open the logits to the Client (a named option: they are more than the tokens).
+    pub open_logits: bool,
+    /// Filled with the causal depth after each layer (Owner).
+    pub depths: Option<&'a mut Vec<u32>>,
+}
+
+/// Fraction bits and ring of opened logits.
+#[must_use]
+pub fn logit_format(plan: &Plan) -> (u32, u32) {
+    (F + crate::plan::FW, 64 - plan.head.norm.f_gain)
+}
+
+impl SecureModel {
+    /// From a party's prepared part.
+    #[must_use]
+    pub fn new(config: ModelConfig, plan: Plan, parts: Prepared) -> Self {
+        let eps = config.rms_norm_eps;
+        let n = config.hidden_size;
+        let layers = plan
+            .layers
+            .iter()
+            .map(|l| LayerTables {
+                input_norm: Norm::new(&l.input_norm, n, eps),
+                attention: AttentionTables::new(&l.attention, config.head_dim, eps),
+                post_norm: Norm::new(&l.post_norm, n, eps),
+                mlp: MlpTables::new(&l.mlp),
+            })
+            .collect();
+        let final_norm = Norm::new(&plan.head.norm, n, eps);
+        let frequencies = rope_frequencies(&config);
+        SecureModel { config, plan, parts, layers, final_norm, frequencies }
+    }
+
+    /// The model's public configuration.
+    #[must_use]
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The public plan.
+    #[must_use]
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// An empty cache with room for `capacity` positions.
+    #[must_use]
+    pub fn cache(&self, capacity: usize) -> KvCache {
+        let c = &self.config;
+        let width = c.kv_size();
+        let layers = self
+            .plan
+            .layers
+            .iter()
+            .map(|l| {
+                let a = &l.attention;
+                let keys = Cached::new(width, attention::product_ring(a), attention::F_QK, capacity);
+                (keys, Cached::new(width, a.prob_k, F, capacity))
+            })
+            .collect();
+        KvCache { layers, positions: 0 }
+    }
+
+    /// Names of the range flags in the order in which they are opened; the same at every party.
+    #[must_use]
+    pub fn new_flags(&self, s: &Session) -> RangeFlags {
+        let c = &self.config;
+        let tokens = s.passes().iter().map(|p| p.tokens.len()).max().unwrap_or(1);
+        let per_token = (c.num_heads * c.max_positions).max(c.intermediate_size).max(c.hidden_size);
+        RangeFlags::new(tokens * per_token)
+    }
+
+    /// One layer: `h` in the residual ring, in and out.
+    ///
+    /// # Errors
+    /// [`crate::Error::Peer`], [`crate::Error::Reuse`], [`crate::Error::Shape`].
+    pub fn layer(
+        &self, s: &mut Session, index: usize, h: Masked, cache: &mut KvCache, flags: &mut RangeFlags,
+    ) -> Result<Masked> {
+        let (plan, tables, parts) = (&self.plan.layers[index], &self.layers[index], &self.parts.layers[index]);
+        let layer = self.plan.first_private + index;
+        let scope = Scope::layer(layer);
+        let name = layer.to_string();
+        let mut ctx = Context { s, scope: &scope, layer: &name, flags, config: &self.config };
+        let x = tables.input_norm.apply(&mut ctx, "norm1", "sum of squares before attention", &h, &plan.input_norm)?;
+        let first = cache.positions;
+        let (keys, values) = &mut cache.layers[index];
+        let a = attention::attention(
+            &mut ctx, &x, parts, &plan.attention, &tables.attention, &self.frequencies, first, keys, values,
+        )?;
+        let h = h.add(&a.narrow(self.plan.residual_k)?)?;
+        let x = tables.post_norm.apply(&mut ctx, "norm2", "sum of squares before the MLP", &h, &plan.post_norm)?;
+        let m = mlp::mlp(&mut ctx, &x, parts, &plan.mlp, &tables.mlp)?;
+        h.add(&m.narrow(self.plan.residual_k)?)
+    }
+
+    /// One pass over the session's current batch: input to opened token.
+    ///
+    /// # Errors
+    /// [`crate::Error::Peer`], [`crate::Error::Reuse`], [`crate::Error::Shape`].
+    pub fn pass(&self, s: &mut Session, cache: &mut KvCache, mut o: PassOptions<'_>) -> Result<()> {
+        let tokens = s.tokens();
+        let source = o.ports.map(|p| &p.source);
+        let k = self.plan.residual_k;
+        let scope = Scope::new("input");
+        let mut h = match &self.parts.embedding {
+            Some(table) => embedding::embed(s, &scope, table, tokens, k, source)?,
+            None => input::input(s, &scope, &Rows::even(tokens, self.config.hidden_size), k, F, source)?,
+        };
+        let mut flags = self.new_flags(s);
+        for index in 0..self.layers.len() {
+            h = self.layer(s, index, h, cache, &mut flags)?;
+            if let Some(depths) = &mut o.depths {
+                depths.push(s.depth());
+            }
+        }
+        cache.positions += tokens;
+        head::head(self, s, &h, flags, o)
+    }
+}
+
+/// What every part of a layer needs.
+struct Context<'a> {
+    s: &'a mut Session,
+    scope: &'a Scope,
+    layer: &'a str,
+    flags: &'a mut RangeFlags,
+    config: &'a ModelConfig,
+}
