@@ -1,0 +1,310 @@
+//! The float twin: the model in ordinary f32 arithmetic, line for line what Hugging Face transformers computes. It is
+//! what the secure model is measured against, and it shows an [`Observer`] every range that calibration needs.
+//!
+//! Ids must be below the vocabulary's size ([`ModelConfig::check_ids`]); the functions here index by them.
+
+use ndarray::{Array2, Array3, ArrayView2, ArrayView3, Axis, Zip, s};
+
+use super::config::{Activation, ModelConfig, RopeScaling};
+use super::observe::{Norm, Observer};
+use super::weights::{LayerWeights, Linear, Weights};
+
+/// Keys (after the rotation) and values of the positions so far, layer by layer.
+#[derive(Clone, Debug)]
+pub struct FloatCache {
+    layers: Vec<LayerCache>,
+}
+
+/// Both arrays are `[capacity, kv_heads, head_dim]`, of which the first `len` rows are filled.
+#[derive(Clone, Debug)]
+struct LayerCache {
+    k: Array3<f32>,
+    v: Array3<f32>,
+    len: usize,
+}
+
+impl FloatCache {
+    /// An empty cache.
+    #[must_use]
+    pub fn new(config: &ModelConfig) -> Self {
+        let empty = || Array3::zeros((0, config.num_kv_heads, config.head_dim));
+        let layers = (0..config.num_layers).map(|_| LayerCache { k: empty(), v: empty(), len: 0 }).collect();
+        FloatCache { layers }
+    }
+
+    /// How many positions the first layer has seen; between steps all layers have seen as many.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.layers.first().map_or(0, |layer| layer.len)
+    }
+
+    /// Whether no position was seen yet.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Forgets all positions from `len` on.
+    pub fn truncate(&mut self, len: usize) {
+        for layer in &mut self.layers {
+            layer.len = layer.len.min(len);
+        }
+    }
+
+    /// The keys of layer `index`, after the rotation: `[positions, kv_heads, head_dim]`.
+    #[must_use]
+    pub fn keys(&self, index: usize) -> ArrayView3<'_, f32> {
+        self.layers[index].keys()
+    }
+
+    /// The values of layer `index`: `[positions, kv_heads, head_dim]`.
+    #[must_use]
+    pub fn values(&self, index: usize) -> ArrayView3<'_, f32> {
+        self.layers[index].values()
+    }
+}
+
+impl LayerCache {
+    fn keys(&self) -> ArrayView3<'_, f32> {
+        self.k.slice(s![..self.len, .., ..])
+    }
+
+    fn values(&self) -> ArrayView3<'_, f32> {
+        self.v.slice(s![..self.len, .., ..])
+    }
+
+    fn append(&mut self, k: &Array3<f32>, v: &Array3<f32>) {
+        let len = self.len + k.len_of(Axis(0));
+        for (all, new) in [(&mut self.k, k), (&mut self.v, v)] {
+            let (capacity, heads, dim) = all.dim();
+            if len > capacity {
+                // Doubling, so that a long decode copies every position only a few times.
+                let mut larger = Array3::zeros((len.max(2 * capacity), heads, dim));
+                larger.slice_mut(s![..self.len, .., ..]).assign(&all.slice(s![..self.len, .., ..]));
+                *all = larger;
+            }
+            all.slice_mut(s![self.len..len, .., ..]).assign(new);
+        }
+        self.len = len;
+    }
+}
+
+/// Logits after every one of `ids`, `[ids, vocab]`; `ids` begin the text.
+///
+/// # Panics
+/// When an id is not below the vocabulary's size.
+#[must_use]
+pub fn forward(weights: &Weights, ids: &[u32]) -> Array2<f32> {
+    advance(weights, ids, &mut FloatCache::new(&weights.config), &mut ())
+}
+
+/// Logits after every one of `ids`, `[ids, vocab]`, which continue the text in the cache and are added to it.
+///
+/// # Panics
+/// When an id is not below the vocabulary's size, or the cache is another model's.
+#[must_use]
+pub fn advance(weights: &Weights, ids: &[u32], cache: &mut FloatCache, observer: &mut dyn Observer) -> Array2<f32> {
+    logits_observed(weights, &hidden(weights, ids, cache, observer), observer)
+}
+
+/// The residual stream after the last layer, `[ids, hidden]`: [`advance`] without the head, which for a long prompt is
+/// worth computing for the last position only.
+///
+/// # Panics
+/// As [`advance`].
+#[must_use]
+pub fn hidden(weights: &Weights, ids: &[u32], cache: &mut FloatCache, observer: &mut dyn Observer) -> Array2<f32> {
+    let start = cache.len();
+    let mut h = embed(weights, ids);
+    for index in 0..weights.layers.len() {
+        h = layer(weights, index, h, start, cache, observer);
+    }
+    h
+}
+
+/// The embeddings of `ids`, `[ids, hidden]`.
+///
+/// # Panics
+/// When an id is not below the vocabulary's size.
+#[must_use]
+pub fn embed(weights: &Weights, ids: &[u32]) -> Array2<f32> {
+    let rows: Vec<usize> = ids.iter().map(|&id| id as usize).collect();
+    weights.embed.select(Axis(0), &rows)
+}
+
+/// Decoder layer `index` on the residual stream `h`, `[tokens, hidden]`, of the positions from `start` on.
+///
+/// # Panics
+/// When the cache does not hold exactly `start` positions of this layer.
+#[must_use]
+pub fn layer(weights: &Weights, index: usize, h: Array2<f32>, start: usize, cache: &mut FloatCache, observer: &mut dyn Observer) -> Array2<f32> {
+    let config = &weights.config;
+    let w = &weights.layers[index];
+
+    observer.norm_input(index, Norm::Input, h.view());
+    let x = rms_norm(&h, w.input_norm.view(), config.rms_norm_eps);
+    let h = h + self_attention(config, w, index, &x, start, &mut cache.layers[index], observer);
+
+    observer.norm_input(index, Norm::PostAttention, h.view());
+    let x = rms_norm(&h, w.post_norm.view(), config.rms_norm_eps);
+    let gate = linear(&w.gate, &x);
+    let mut up = linear(&w.up, &x);
+    observer.gate(index, gate.view(), up.view());
+    Zip::from(&mut up).and(&gate).for_each(|u, &g| *u *= activate(config.activation, g));
+    h + linear(&w.down, &up)
+}
+
+/// The final norm and the output head: `[tokens, hidden]` to `[tokens, vocab]`.
+#[must_use]
+pub fn logits(weights: &Weights, h: &Array2<f32>) -> Array2<f32> {
+    logits_observed(weights, h, &mut ())
+}
+
+/// As [`logits`], with an observer.
+#[must_use]
+pub fn logits_observed(weights: &Weights, h: &Array2<f32>, observer: &mut dyn Observer) -> Array2<f32> {
+    observer.norm_input(weights.config.num_layers, Norm::Final, h.view());
+    let x = rms_norm(h, weights.norm.view(), weights.config.rms_norm_eps);
+    let logits = matmul_transposed(&x, weights.head_matrix());
+    observer.logits(logits.view());
+    logits
+}
+
+/// Mean negative log-likelihood, in nats, of each id after the first under the logits of the one before it; 0 where
+/// there are none.
+///
+/// # Panics
+/// When there are fewer rows than ids, or an id is not below the vocabulary's size.
+#[must_use]
+pub fn nats_per_token(logits: ArrayView2<'_, f32>, ids: &[u32]) -> f64 {
+    let next = ids.iter().skip(1);
+    let total: f64 = logits.outer_iter().zip(next).map(|(row, &id)| {
+        let max = row.fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+        let sum: f64 = row.iter().map(|&l| f64::from(l - max).exp()).sum();
+        sum.ln() - f64::from(row[id as usize] - max)
+    }).sum();
+    total / (ids.len().max(2) - 1) as f64
+}
+
+/// How far each pair of a head's coordinates turns per position, in radians, `head_dim / 2` of them, with the scaling
+/// for long contexts applied. Pair `i` is the coordinates `i` and `i + head_dim / 2`.
+#[must_use]
+pub fn rope_frequencies(config: &ModelConfig) -> Vec<f64> {
+    let dim = config.head_dim as f64;
+    let base = (0..config.head_dim / 2).map(|i| config.rope.theta.powf(-2.0 * i as f64 / dim));
+    match config.rope.scaling {
+        RopeScaling::None => base.collect(),
+        RopeScaling::Linear { factor } => base.map(|f| f / factor).collect(),
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => base
+            .map(|f| {
+                // How many turns the pair makes in the original context: few of them is a low frequency.
+                let turns = original_max_position_embeddings as f64 * f / std::f64::consts::TAU;
+                let keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                keep * f + (1.0 - keep) * f / factor
+            })
+            .collect(),
+    }
+}
+
+fn self_attention(config: &ModelConfig, w: &LayerWeights, index: usize, x: &Array2<f32>, start: usize, cache: &mut LayerCache, observer: &mut dyn Observer) -> Array2<f32> {
+    assert_eq!(cache.len, start, "layer {index}: the cache does not end where the step starts");
+    let mut q = split_heads(&linear(&w.q, x), config.head_dim);
+    let mut k = split_heads(&linear(&w.k, x), config.head_dim);
+    let v = split_heads(&linear(&w.v, x), config.head_dim);
+    for (heads, gain) in [(&mut q, &w.q_norm), (&mut k, &w.k_norm)] {
+        if let Some(gain) = gain {
+            for mut row in heads.rows_mut() {
+                normalise(&mut row, gain.view(), config.rms_norm_eps);
+            }
+        }
+    }
+    let frequencies = rope_frequencies(config);
+    rotate(&mut q, start, &frequencies);
+    rotate(&mut k, start, &frequencies);
+    cache.append(&k, &v);
+
+    let tokens = x.nrows();
+    let mut context = Array2::zeros((tokens, config.q_size()));
+    let mut row_max = Array2::zeros((config.num_heads, tokens));
+    let mut row_min = Array2::zeros((config.num_heads, tokens));
+    let (keys, values) = (cache.keys(), cache.values());
+    let scale = 1.0 / (config.head_dim as f32).sqrt();
+    for head in 0..config.num_heads {
+        let group = head / (config.num_heads / config.num_kv_heads);
+        let mut scores = q.slice(s![.., head, ..]).dot(&keys.slice(s![.., group, ..]).t()) * scale;
+        for (token, mut row) in scores.outer_iter_mut().enumerate() {
+            let (mut seen, mut unseen) = row.view_mut().split_at(Axis(0), start + token + 1);
+            unseen.fill(0.0);
+            let (max, min) = seen.fold((f32::NEG_INFINITY, f32::INFINITY), |(max, min), &s| (max.max(s), min.min(s)));
+            row_max[[head, token]] = max;
+            row_min[[head, token]] = min;
+            seen.mapv_inplace(|s| (s - max).exp());
+            let sum: f64 = seen.iter().map(|&e| f64::from(e)).sum();
+            seen *= (1.0 / sum) as f32;
+        }
+        let columns = head * config.head_dim..(head + 1) * config.head_dim;
+        context.slice_mut(s![.., columns]).assign(&scores.dot(&values.slice(s![.., group, ..])));
+    }
+    observer.attention(index, q.view(), k.view(), v.view(), row_max.view(), row_min.view());
+    observer.context(index, context.view());
+    linear(&w.o, &context)
+}
+
+fn linear(layer: &Linear, x: &Array2<f32>) -> Array2<f32> {
+    let mut y = matmul_transposed(x, layer.w.view());
+    if let Some(bias) = &layer.bias {
+        y += bias;
+    }
+    y
+}
+
+/// `x w^T`. One row goes as matrix times vector, which reads the weights once, in order, without packing them.
+fn matmul_transposed(x: &Array2<f32>, w: ArrayView2<'_, f32>) -> Array2<f32> {
+    if x.nrows() == 1 { w.dot(&x.row(0)).insert_axis(Axis(0)) } else { x.dot(&w.t()) }
+}
+
+fn rms_norm(h: &Array2<f32>, gain: ndarray::ArrayView1<'_, f32>, eps: f64) -> Array2<f32> {
+    let mut x = h.clone();
+    for mut row in x.rows_mut() {
+        normalise(&mut row, gain, eps);
+    }
+    x
+}
+
+fn normalise(row: &mut ndarray::ArrayViewMut1<'_, f32>, gain: ndarray::ArrayView1<'_, f32>, eps: f64) {
+    let mean_square = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / row.len() as f64;
+    let inverse = (1.0 / (mean_square + eps).sqrt()) as f32;
+    Zip::from(row).and(gain).for_each(|x, &g| *x *= inverse * g);
+}
+
+fn activate(activation: Activation, x: f32) -> f32 {
+    match activation {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+    }
+}
+
+/// `[tokens, heads * dim]` to `[tokens, heads, dim]`.
+fn split_heads(x: &Array2<f32>, dim: usize) -> Array3<f32> {
+    let mut heads = Array3::zeros((x.nrows(), x.ncols() / dim, dim));
+    for (to, from) in heads.iter_mut().zip(x) {
+        *to = *from;
+    }
+    heads
+}
+
+/// Rotates each pair of coordinates by position times frequency. The angle is f64: at position 100000 an f32 would be
+/// off by a hundredth of a radian.
+fn rotate(x: &mut Array3<f32>, start: usize, frequencies: &[f64]) {
+    let half = frequencies.len();
+    for (token, mut heads) in x.outer_iter_mut().enumerate() {
+        for (i, f) in frequencies.iter().enumerate() {
+            let (sin, cos) = ((start + token) as f64 * f).sin_cos();
+            let (sin, cos) = (sin as f32, cos as f32);
+            for mut row in heads.outer_iter_mut() {
+                let (a, b) = (row[i], row[i + half]);
+                row[i] = a * cos - b * sin;
+                row[i + half] = b * cos + a * sin;
+            }
+        }
+    }
+}

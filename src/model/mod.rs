@@ -1,0 +1,20 @@
+//! What Trefoil runs and how it is read from disk: the configuration, the weights and the tokenizer of a Hugging Face
+//! checkpoint, and the float twin, an ordinary f32 forward pass that says what the secure one should come out at.
+//! Nothing in here knows of shares or parties.
+
+pub mod checkpoint;
+pub mod config;
+mod config_json;
+mod files;
+pub mod float;
+mod mmap;
+mod observe;
+pub mod text;
+pub mod weights;
+
+pub use checkpoint::Checkpoint;
+pub use config::{Activation, Arch, ModelConfig, Rope, RopeScaling};
+pub use float::FloatCache;
+pub use observe::{Norm, Observer};
+pub use text::{TextCodec, TextStream};
+pub use weights::{LayerWeights, Linear, Weights};

@@ -1,0 +1,205 @@
+//! The weights of a model in memory, f32, under the names that the forward pass uses.
+
+use ndarray::{Array1, Array2, ArrayView2};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use rayon::prelude::*;
+
+use super::checkpoint::Checkpoint;
+use super::config::ModelConfig;
+use crate::error::Result;
+
+/// A linear map with an optional bias: `y = x w^T + bias`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Linear {
+    /// `[out, in]`, as Hugging Face stores it.
+    pub w: Array2<f32>,
+    /// `[out]`.
+    pub bias: Option<Array1<f32>>,
+}
+
+/// The weights of one decoder layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerWeights {
+    /// Gain of the RMSNorm before the attention, `[hidden]`.
+    pub input_norm: Array1<f32>,
+    /// Queries, `[heads * head_dim, hidden]`.
+    pub q: Linear,
+    /// Keys, `[kv_heads * head_dim, hidden]`.
+    pub k: Linear,
+    /// Values, `[kv_heads * head_dim, hidden]`.
+    pub v: Linear,
+    /// The attention's output projection, `[hidden, heads * head_dim]`.
+    pub o: Linear,
+    /// Gain of the RMSNorm on every query head, `[head_dim]`; Qwen3 only.
+    pub q_norm: Option<Array1<f32>>,
+    /// Gain of the RMSNorm on every key head, `[head_dim]`; Qwen3 only.
+    pub k_norm: Option<Array1<f32>>,
+    /// Gain of the RMSNorm before the MLP, `[hidden]`.
+    pub post_norm: Array1<f32>,
+    /// The gate, `[intermediate, hidden]`.
+    pub gate: Linear,
+    /// What is gated, `[intermediate, hidden]`.
+    pub up: Linear,
+    /// Back to the residual stream, `[hidden, intermediate]`.
+    pub down: Linear,
+}
+
+/// All weights of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Weights {
+    /// What they are the weights of.
+    pub config: ModelConfig,
+    /// The embedding, `[vocab, hidden]`.
+    pub embed: Array2<f32>,
+    /// The decoder layers, first to last.
+    pub layers: Vec<LayerWeights>,
+    /// Gain of the final RMSNorm, `[hidden]`.
+    pub norm: Array1<f32>,
+    /// The output head, `[vocab, hidden]`; `None` where it is the embedding.
+    pub head: Option<Array2<f32>>,
+}
+
+/// Where the weights of one layer (or of what lies outside of the layers) come from.
+trait Source {
+    fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<Array2<f32>>;
+    fn bias(&mut self, name: &str, len: usize) -> Result<Array1<f32>>;
+    fn gain(&mut self, name: &str, len: usize) -> Result<Array1<f32>>;
+
+    fn linear(&mut self, name: &str, shape: [usize; 2], has_bias: bool) -> Result<Linear> {
+        let w = self.matrix(&format!("{name}.weight"), shape)?;
+        let bias = if has_bias { Some(self.bias(&format!("{name}.bias"), shape[0])?) } else { None };
+        Ok(Linear { w, bias })
+    }
+}
+
+impl Source for &Checkpoint {
+    fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<Array2<f32>> {
+        self.tensor2(name, shape)
+    }
+
+    fn bias(&mut self, name: &str, len: usize) -> Result<Array1<f32>> {
+        self.tensor1(name, len)
+    }
+
+    fn gain(&mut self, name: &str, len: usize) -> Result<Array1<f32>> {
+        self.tensor1(name, len)
+    }
+}
+
+/// Gaussian weights; biases and matrices of standard deviation [`Gaussian::STD`], gains that much around 1.
+struct Gaussian {
+    rng: ChaCha8Rng,
+    spare: Option<f32>,
+}
+
+impl Gaussian {
+    const STD: f32 = 0.02;
+
+    /// Every `stream` of a seed is independent of the others, so that the layers can be made side by side.
+    fn new(seed: u64, stream: u64) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(stream);
+        Gaussian { rng, spare: None }
+    }
+
+    /// Box-Muller, two values at a time.
+    fn next(&mut self) -> f32 {
+        if let Some(value) = self.spare.take() {
+            return value;
+        }
+        // 24 bits each; the half keeps the logarithm's argument above 0.
+        let mut uniform = || ((self.rng.next_u32() >> 8) as f32 + 0.5) * (1.0 / (1 << 24) as f32);
+        let radius = Self::STD * (-2.0 * uniform().ln()).sqrt();
+        let (sin, cos) = (std::f32::consts::TAU * uniform()).sin_cos();
+        self.spare = Some(radius * sin);
+        radius * cos
+    }
+}
+
+impl Source for Gaussian {
+    fn matrix(&mut self, _: &str, shape: [usize; 2]) -> Result<Array2<f32>> {
+        Ok(Array2::from_shape_simple_fn(shape, || self.next()))
+    }
+
+    fn bias(&mut self, _: &str, len: usize) -> Result<Array1<f32>> {
+        Ok(Array1::from_shape_simple_fn(len, || self.next()))
+    }
+
+    fn gain(&mut self, _: &str, len: usize) -> Result<Array1<f32>> {
+        Ok(Array1::from_shape_simple_fn(len, || 1.0 + self.next()))
+    }
+}
+
+impl LayerWeights {
+    /// Loads layer `index`, from 0.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor2`].
+    pub fn load(checkpoint: &Checkpoint, index: usize) -> Result<Self> {
+        Self::read(&mut &*checkpoint, checkpoint.config(), index)
+    }
+
+    fn read(source: &mut impl Source, config: &ModelConfig, index: usize) -> Result<Self> {
+        let name = |part: &str| format!("model.layers.{index}.{part}");
+        let (hidden, mlp, q, kv) = (config.hidden_size, config.intermediate_size, config.q_size(), config.kv_size());
+        let mut head_norm = |part: &str| -> Result<Option<Array1<f32>>> {
+            if config.qk_norm { source.gain(&name(part), config.head_dim).map(Some) } else { Ok(None) }
+        };
+        let q_norm = head_norm("self_attn.q_norm.weight")?;
+        let k_norm = head_norm("self_attn.k_norm.weight")?;
+        Ok(LayerWeights {
+            input_norm: source.gain(&name("input_layernorm.weight"), hidden)?,
+            q: source.linear(&name("self_attn.q_proj"), [q, hidden], config.qkv_bias)?,
+            k: source.linear(&name("self_attn.k_proj"), [kv, hidden], config.qkv_bias)?,
+            v: source.linear(&name("self_attn.v_proj"), [kv, hidden], config.qkv_bias)?,
+            o: source.linear(&name("self_attn.o_proj"), [hidden, q], config.o_bias)?,
+            q_norm,
+            k_norm,
+            post_norm: source.gain(&name("post_attention_layernorm.weight"), hidden)?,
+            gate: source.linear(&name("mlp.gate_proj"), [mlp, hidden], config.mlp_bias)?,
+            up: source.linear(&name("mlp.up_proj"), [mlp, hidden], config.mlp_bias)?,
+            down: source.linear(&name("mlp.down_proj"), [hidden, mlp], config.mlp_bias)?,
+        })
+    }
+}
+
+impl Weights {
+    /// Loads all weights of a checkpoint: 4 bytes of memory for each of [`ModelConfig::parameter_count`].
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor2`].
+    pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
+        let config = checkpoint.config().clone();
+        let layers = (0..config.num_layers).into_par_iter().map(|index| LayerWeights::load(checkpoint, index)).collect::<Result<_>>()?;
+        Self::read(&mut &*checkpoint, config, layers)
+    }
+
+    /// Random weights for tests and benchmarks: matrices and biases Gaussian with standard deviation 0.02, norm gains
+    /// the same around 1. Equal seeds give equal weights.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Model`] when the configuration does not pass [`ModelConfig::check`].
+    pub fn random(config: ModelConfig, seed: u64) -> Result<Self> {
+        config.check()?;
+        let layers = (0..config.num_layers)
+            .into_par_iter()
+            .map(|index| LayerWeights::read(&mut Gaussian::new(seed, index as u64 + 1), &config, index))
+            .collect::<Result<_>>()?;
+        Self::read(&mut Gaussian::new(seed, 0), config, layers)
+    }
+
+    fn read(source: &mut impl Source, config: ModelConfig, layers: Vec<LayerWeights>) -> Result<Self> {
+        let table = [config.vocab_size, config.hidden_size];
+        let embed = source.matrix("model.embed_tokens.weight", table)?;
+        let norm = source.gain("model.norm.weight", config.hidden_size)?;
+        let head = if config.tie_word_embeddings { None } else { Some(source.matrix("lm_head.weight", table)?) };
+        Ok(Weights { config, embed, layers, norm, head })
+    }
+
+    /// The output head, `[vocab, hidden]`, whether it is tied to the embedding or not.
+    #[must_use]
+    pub fn head_matrix(&self) -> ArrayView2<'_, f32> {
+        self.head.as_ref().unwrap_or(&self.embed).view()
+    }
+}

@@ -1,0 +1,124 @@
+//! Counts what a party sends: bytes and messages per directed link and lane, and the causal depth of online messages.
+//!
+//! Depth makes "messages in sequence" exact instead of estimated: every online frame carries one more than the largest
+//! depth that its sender had received, so the growth of the Owner's clock over a stretch of work is the length of the
+//! longest chain of messages in it.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::{Channel, FRAME_HEADER, Frame, Lane};
+use crate::error::PeerFault;
+use crate::party::Role;
+
+/// What one directed link carried.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct LinkTotals {
+    /// Payload and header bytes on the online lane.
+    pub online_bytes: u64,
+    /// Payload and header bytes on the ahead lane.
+    pub ahead_bytes: u64,
+    /// Messages on the online lane.
+    pub messages: u64,
+    /// Messages on the ahead lane.
+    pub ahead_messages: u64,
+}
+
+impl std::ops::Sub for LinkTotals {
+    type Output = LinkTotals;
+    fn sub(self, o: LinkTotals) -> LinkTotals {
+        LinkTotals {
+            online_bytes: self.online_bytes - o.online_bytes,
+            ahead_bytes: self.ahead_bytes - o.ahead_bytes,
+            messages: self.messages - o.messages,
+            ahead_messages: self.ahead_messages - o.ahead_messages,
+        }
+    }
+}
+
+#[derive(Default)]
+struct Counter {
+    bytes: [AtomicU64; 2],
+    messages: [AtomicU64; 2],
+}
+
+/// One party's counters, shared by the wrappers of its links.
+#[derive(Default)]
+pub struct Meter {
+    sent: [Counter; 3],
+    clock: AtomicU32,
+    waited_ns: [AtomicU64; 3],
+}
+
+impl Meter {
+    /// What this party has sent to `to`.
+    #[must_use]
+    pub fn sent(&self, to: Role) -> LinkTotals {
+        let c = &self.sent[to.index()];
+        LinkTotals {
+            online_bytes: c.bytes[0].load(Relaxed),
+            ahead_bytes: c.bytes[1].load(Relaxed),
+            messages: c.messages[0].load(Relaxed),
+            ahead_messages: c.messages[1].load(Relaxed),
+        }
+    }
+
+    /// Length of the longest chain of online messages that ended at this party so far.
+    #[must_use]
+    pub fn depth(&self) -> u32 {
+        self.clock.load(Relaxed)
+    }
+
+    /// Time spent waiting for `peer`.
+    #[must_use]
+    pub fn waited(&self, peer: Role) -> Duration {
+        Duration::from_nanos(self.waited_ns[peer.index()].load(Relaxed))
+    }
+}
+
+/// A channel that counts for its owner's [`Meter`].
+pub struct Metered<C> {
+    inner: C,
+    peer: Role,
+    meter: Arc<Meter>,
+}
+
+impl<C: Channel> Metered<C> {
+    /// Counts the traffic with `peer` over `inner`.
+    pub fn new(inner: C, peer: Role, meter: Arc<Meter>) -> Self {
+        Metered { inner, peer, meter }
+    }
+}
+
+impl<C: Channel> Channel for Metered<C> {
+    fn send(&self, lane: Lane, mut frame: Frame) -> Result<(), PeerFault> {
+        let bytes = (frame.payload.len() + FRAME_HEADER) as u64;
+        if lane == Lane::Online {
+            frame.depth = self.meter.depth() + 1;
+        }
+        self.inner.send(lane, frame)?;
+        let c = &self.meter.sent[self.peer.index()];
+        let i = usize::from(lane == Lane::Ahead);
+        c.bytes[i].fetch_add(bytes, Relaxed);
+        c.messages[i].fetch_add(1, Relaxed);
+        Ok(())
+    }
+
+    fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Frame, PeerFault> {
+        let start = Instant::now();
+        let frame = self.inner.recv(lane, tag, len, timeout);
+        self.meter.waited_ns[self.peer.index()].fetch_add(start.elapsed().as_nanos() as u64, Relaxed);
+        let frame = frame?;
+        if lane == Lane::Online {
+            self.meter.clock.fetch_max(frame.depth, Relaxed);
+        }
+        Ok(frame)
+    }
+
+    fn close(&self) {
+        self.inner.close();
+    }
+}

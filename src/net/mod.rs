@@ -1,0 +1,120 @@
+//! Channels between parties: tagged messages of exact length on two lanes.
+//!
+//! The *online* lane carries what depends on inputs; the *ahead* lane carries what depends on masks only and is bounded
+//! in bytes, so that a party that runs ahead is held back by its peer's buffer. Each lane keeps its order; a receiver
+//! names the tag that it waits for, and messages of other tags that came first are kept for later. Wrappers compose:
+//! [`meter`] counts, [`shape`] simulates a network, [`tamper`] plays the adversary in tests.
+
+pub mod memory;
+pub mod meter;
+pub mod shape;
+pub mod tamper;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, PeerFault, Result};
+use crate::party::Role;
+use crate::prf::Address;
+
+/// What a frame adds to its payload on the wire: tag (8), length (4), causal depth (4).
+pub const FRAME_HEADER: usize = 16;
+
+/// The two lanes of a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Lane {
+    /// Depends on inputs: on the critical path.
+    Online,
+    /// Depends on masks only: may be sent long before it is needed.
+    Ahead,
+}
+
+/// A message in flight.
+pub struct Frame {
+    /// Which step it belongs to, see [`Address::tag`].
+    pub tag: u64,
+    /// 1 + the largest depth of any online message that its sender had received: the length of the causal chain.
+    pub depth: u32,
+    /// Not to be delivered earlier (simulated networks).
+    pub not_before: Option<Instant>,
+    /// The bytes.
+    pub payload: Vec<u8>,
+}
+
+/// One end of a link to one peer. Errors are [`PeerFault`]s; the caller adds who and where.
+pub trait Channel: Send + Sync {
+    /// Queues a frame; blocks while the ahead lane is full.
+    ///
+    /// # Errors
+    /// [`PeerFault::Closed`] when the peer is gone.
+    fn send(&self, lane: Lane, frame: Frame) -> Result<(), PeerFault>;
+
+    /// Waits for the frame with this tag, of exactly `len` bytes.
+    ///
+    /// # Errors
+    /// [`PeerFault::Closed`], [`PeerFault::Timeout`] or [`PeerFault::Length`].
+    fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Frame, PeerFault>;
+
+    /// Ends the link in both directions; waiting calls return [`PeerFault::Closed`].
+    fn close(&self);
+}
+
+/// One party's links to its two peers. Cheap to clone.
+#[derive(Clone)]
+pub struct Links {
+    role: Role,
+    peers: [Option<Arc<dyn Channel>>; 3],
+    timeout: Duration,
+}
+
+impl Links {
+    /// With a channel to each peer.
+    #[must_use]
+    pub fn new(role: Role, peers: impl IntoIterator<Item = (Role, Arc<dyn Channel>)>, timeout: Duration) -> Self {
+        let mut table = [None, None, None];
+        for (peer, channel) in peers {
+            table[peer.index()] = Some(channel);
+        }
+        Links { role, peers: table, timeout }
+    }
+
+    /// Whose links these are.
+    #[must_use]
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
+    fn channel(&self, peer: Role) -> Result<&Arc<dyn Channel>> {
+        self.peers[peer.index()].as_ref().ok_or_else(|| Error::Internal(format!("{} has no link to {peer}", self.role)))
+    }
+
+    /// Sends `payload` under the name `step`.
+    ///
+    /// # Errors
+    /// [`Error::Peer`] naming the peer and the step.
+    pub fn send(&self, to: Role, lane: Lane, step: &Address, payload: Vec<u8>) -> Result<()> {
+        let frame = Frame { tag: step.tag(), depth: 0, not_before: None, payload };
+        self.channel(to)?.send(lane, frame).map_err(|kind| blame(to, step, kind))
+    }
+
+    /// Receives exactly `len` bytes under the name `step`.
+    ///
+    /// # Errors
+    /// [`Error::Peer`] naming the peer and the step.
+    pub fn recv(&self, from: Role, lane: Lane, step: &Address, len: usize) -> Result<Vec<u8>> {
+        let frame =
+            self.channel(from)?.recv(lane, step.tag(), len, self.timeout).map_err(|kind| blame(from, step, kind))?;
+        Ok(frame.payload)
+    }
+
+    /// Closes all links of this party.
+    pub fn close(&self) {
+        self.peers.iter().flatten().for_each(|c| c.close());
+    }
+}
+
+/// An [`Error::Peer`] for `role` at `step`.
+#[must_use]
+pub fn blame(role: Role, step: &Address, kind: PeerFault) -> Error {
+    Error::Peer { role, step: step.to_string(), kind }
+}

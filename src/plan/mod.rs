@@ -1,0 +1,3 @@
+//! What is decided before anything runs, and what it costs.
+
+pub mod cost;

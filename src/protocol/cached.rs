@@ -1,0 +1,212 @@
+//! Secret product with a cached operand: keys and values of earlier tokens.
+//!
+//! The cached operand is materialised once, ever: `y2 = d_y - PRF(O,C)` goes to the Helper with the first product that
+//! uses the new rows, and every later token multiplies with what is already there. Otherwise as [`super::product`]:
+//!
+//! | | Owner | Client | Helper |
+//! |---|---|---|---|
+//! | keeps | `d_y` | `r_y`, `y1 = PRF(O,C)` | `r_y`, `y2` |
+//! | ahead | | sends `op(x1 + rx, ry) + op(rx, y1) - r_z + rho` | |
+//! | online | sends `x2` and the new rows' `y2` | | replies `op(x2, ry) + op(rx, y2) - rho` |
+//!
+//! Cost: 2 messages; `k (|x| + |new rows|)` bits up, `k` per output back and ahead. Private: as the product; a share of a
+//! cached row is sent once, so its mask is used once.
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use super::{Pending, product};
+use crate::error::{Error, Result};
+use crate::net::Lane;
+use crate::party::Role;
+use crate::plan::cost::Cost;
+use crate::prf::Pair;
+use crate::ring::{self, pack};
+use crate::session::{Scope, Session, recv_words};
+use crate::share::{Masked, Rows, Side};
+
+type Store = Arc<RwLock<Vec<u64>>>;
+
+fn read(store: &Store) -> std::sync::RwLockReadGuard<'_, Vec<u64>> {
+    store.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One party's part of an operand that grows by a row of `width` elements per token.
+pub struct Cached {
+    width: usize,
+    k: u32,
+    f: u32,
+    tokens: usize,
+    /// `d` at the Owner, `r` at the others.
+    own: Store,
+    /// The Client's `y1` or the Helper's `y2`.
+    share: Store,
+}
+
+impl Cached {
+    /// Empty, with room for `capacity` tokens.
+    #[must_use]
+    pub fn new(width: usize, k: u32, f: u32, capacity: usize) -> Self {
+        let store = || Arc::new(RwLock::new(Vec::with_capacity(width * capacity)));
+        Cached { width, k, f, tokens: 0, own: store(), share: store() }
+    }
+
+    /// Tokens cached.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Bytes held.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        8 * (read(&self.own).len() + read(&self.share).len())
+    }
+}
+
+/// A bilinear map of new rows and the cached rows that each may see: token `i` of the batch, at position `first + i`,
+/// sees positions `0..=first + i`.
+pub trait CausalBilinear: Send + Sync {
+    /// Elements of the result for a token at `position`.
+    fn outputs(&self, position: usize) -> usize;
+
+    /// The map for one token: `x` its row, `cache` the rows of all positions up to its own; appends to `out`.
+    fn apply(&self, x: &[u64], cache: &[u64], out: &mut Vec<u64>);
+}
+
+/// Attention scores `q k^T`: per head, one per visible position. Grouped queries share a key head.
+pub struct Scores {
+    /// Query heads.
+    pub heads: usize,
+    /// Key heads.
+    pub kv_heads: usize,
+    /// Elements per head.
+    pub dim: usize,
+}
+
+impl CausalBilinear for Scores {
+    fn outputs(&self, position: usize) -> usize {
+        self.heads * (position + 1)
+    }
+
+    fn apply(&self, x: &[u64], cache: &[u64], out: &mut Vec<u64>) {
+        let (width, dim) = (self.kv_heads * self.dim, self.dim);
+        for (h, q) in x.chunks(dim).enumerate() {
+            let at = h * self.kv_heads / self.heads * dim;
+            out.extend(cache.chunks(width).map(|row| ring::gemm::dot(q, &row[at..at + dim])));
+        }
+    }
+}
+
+/// Attention context `p v`: `x` holds per head one weight per visible position.
+pub struct Context {
+    /// Query heads.
+    pub heads: usize,
+    /// Value heads.
+    pub kv_heads: usize,
+    /// Elements per head.
+    pub dim: usize,
+}
+
+impl CausalBilinear for Context {
+    fn outputs(&self, _position: usize) -> usize {
+        self.heads * self.dim
+    }
+
+    fn apply(&self, x: &[u64], cache: &[u64], out: &mut Vec<u64>) {
+        let (width, dim) = (self.kv_heads * self.dim, self.dim);
+        let visible = cache.len() / width;
+        for (h, p) in x.chunks(visible).enumerate() {
+            let at = h * self.kv_heads / self.heads * dim;
+            let from = out.len();
+            out.resize(from + dim, 0);
+            for (p, row) in p.iter().zip(cache.chunks(width)) {
+                ring::gemm::axpy(*p, &row[at..at + dim], &mut out[from..]);
+            }
+        }
+    }
+}
+
+/// What it costs: `x` elements and `new` cached elements up, `z` back.
+#[must_use]
+pub fn cost(x: usize, new: usize, z: usize, k: u32) -> Cost {
+    Cost::exchange(pack::packed_len(x + new, k) * 8, z, k)
+}
+
+fn batch(op: &dyn CausalBilinear, x: &[u64], x_rows: &Rows, from: usize, to: usize, cache: &[u64], first: usize, width: usize) -> Vec<u64> {
+    let mut out = Vec::new();
+    let base = x_rows.row(from).start;
+    for t in from..to {
+        let row = x_rows.row(t);
+        op.apply(&x[row.start - base..row.end - base], &cache[..(first + t - from + 1) * width], &mut out);
+    }
+    out
+}
+
+/// `op(x, cache)` after appending `new` (one row per token) to the cache.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::Peer`], [`Error::Reuse`].
+pub fn product_cached(
+    s: &mut Session, scope: &Scope, x: &Masked, new: &Masked, cache: &mut Cached, op: Arc<dyn CausalBilinear>,
+) -> Result<Pending<'static, Masked>> {
+    let (k, first, tokens, width) = (cache.k, cache.tokens, x.rows().tokens(), cache.width);
+    let rows_fit = (0..tokens).all(|t| new.rows().row(t).len() == width);
+    if x.k() != k || new.k() != k || new.f() != cache.f || new.rows().tokens() != tokens || !rows_fit {
+        return Err(Error::Shape { op: "product with a cache", lhs: x.facts(), rhs: new.facts() });
+    }
+    let out = Rows::ragged((0..tokens).map(|t| op.outputs(first + t)));
+    let f = x.f() + cache.f;
+    let m = ring::mask(k);
+    cache.tokens += tokens;
+    cache.own.write().unwrap_or_else(PoisonError::into_inner).extend_from_slice(new.raw());
+
+    if s.is_owner() {
+        s.declare(cost(x.raw().len(), new.raw().len(), out.len(), k));
+        let mut shares = s.words(Pair::OwnerClient, scope, "cached.x1", x.rows(), k)?;
+        shares.extend(s.words(Pair::OwnerClient, scope, "cached.y1", new.rows(), k)?);
+        shares.iter_mut().zip(x.raw().iter().chain(new.raw())).for_each(|(p, d)| *p = d.wrapping_sub(*p) & m);
+        s.send_online(Role::Helper, scope, "cached.shares", pack::pack(&shares, k))?;
+        let z = batch(&*op, x.raw(), x.rows(), 0, tokens, &read(&cache.own), first, width);
+        return Ok(product::receive(scope, "cached.client", "cached.helper", z, k, f, out));
+    }
+
+    let rz = s.words(Pair::ClientHelper, scope, "cached.rz", &out, k)?;
+    let rho = s.words(Pair::ClientHelper, scope, "cached.rho", &out, k)?;
+    if s.role() == Role::Client {
+        let mut x1 = s.words(Pair::OwnerClient, scope, "cached.x1", x.rows(), k)?;
+        let y1 = s.words(Pair::OwnerClient, scope, "cached.y1", new.rows(), k)?;
+        cache.share.write().unwrap_or_else(PoisonError::into_inner).extend(y1);
+        x1.iter_mut().zip(x.raw()).for_each(|(a, r)| *a = a.wrapping_add(*r));
+        let mut z = batch(&*op, &x1, x.rows(), 0, tokens, &read(&cache.own), first, width);
+        let second = batch(&*op, x.raw(), x.rows(), 0, tokens, &read(&cache.share), first, width);
+        for (i, z) in z.iter_mut().enumerate() {
+            *z = z.wrapping_add(second[i]).wrapping_sub(rz[i]).wrapping_add(rho[i]) & m;
+        }
+        s.send_ahead(scope, "cached.client", &out, 1, k, &z)?;
+    } else {
+        let (x, rho) = (Arc::new(x.clone()), Arc::new(rho));
+        for (i, pass) in s.passes().iter().enumerate() {
+            let (tokens, xr, zr) = (pass.tokens.clone(), x.rows().range(&pass.tokens), out.range(&pass.tokens));
+            let (x, rho, op) = (Arc::clone(&x), Arc::clone(&rho), Arc::clone(&op));
+            let (own, share) = (Arc::clone(&cache.own), Arc::clone(&cache.share));
+            let (from, to) = (scope.address(pass.number, "cached.shares"), scope.address(pass.number, "cached.helper"));
+            s.leave(
+                i,
+                Box::new(move |links| {
+                    let new = tokens.len() * width;
+                    let mut xy = recv_words(links, Role::Owner, Lane::Online, &from, xr.len() + new, k)?;
+                    share.write().unwrap_or_else(PoisonError::into_inner).extend(xy.drain(xr.len()..));
+                    let at = first + tokens.start;
+                    let (a, b) = (tokens.start, tokens.end);
+                    let mut z = batch(&*op, &xy, x.rows(), a, b, &read(&own), at, width);
+                    let second = batch(&*op, &x.raw()[xr], x.rows(), a, b, &read(&share), at, width);
+                    for ((z, y), rho) in z.iter_mut().zip(second).zip(&rho[zr]) {
+                        *z = z.wrapping_add(y).wrapping_sub(*rho) & m;
+                    }
+                    links.send(Role::Owner, Lane::Online, &to, pack::pack(&z, k))
+                }),
+            );
+        }
+    }
+    Ok(Pending::ready(Masked::new(rz, Side::Mask, k, f, out)))
+}

@@ -1,0 +1,188 @@
+//! Row of the Owner's private table, for a token that only the Client knows: two-server PIR by Owner and Helper.
+//!
+//! | | Owner | Client | Helper |
+//! |---|---|---|---|
+//! | preparation | table `E`, seed | seed: `B = PRF(O,C; seed)` | `A = E - B` |
+//! | has | `A = E - B`, `s`, `pad` = PRF(O,H), `pick = PRF(O,C)` | `r = PRF(C,H)`, `pick` | `s`, `pad` |
+//! | online | | sends `pick xor e_t` to the Helper | |
+//! | | sends XOR of rows `A[i] - s` in `pick`, xor `pad` | | sends XOR of rows in the query, xor `pad` |
+//! | | | sends `A[t] - s + B[t] - r` to the Owner | |
+//! | result | `+ s`: `E[t] - r` | `r` | `r` |
+//!
+//! Cost: 3 messages in sequence; one bit per row Client -> Helper, `2 k` bits per element to the Client, `k` to the Owner.
+//! Private: the Helper sees `e_t` under `pick`, which it lacks; the Client sees each reply under `pad` and their XOR under
+//! the fresh `s`, so never a row of `A` (with which it would know `E[t]`); the Owner sees `E[t] - s - r` under `r`.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rayon::prelude::*;
+
+use super::input::InputSource;
+use crate::error::{Error, Result};
+use crate::net::Lane;
+use crate::party::Role;
+use crate::plan::cost::Cost;
+use crate::prf::{Pair, PreparationSeed};
+use crate::ring::{self, pack};
+use crate::session::{Scope, Session, recv_words};
+use crate::share::{Masked, Rows, Side};
+
+/// One party's part of a prepared table.
+#[derive(Clone)]
+pub struct TableShare {
+    /// Rows and row length.
+    pub dim: (usize, usize),
+    /// Fraction bits.
+    pub f: u32,
+    pub(crate) part: TablePart,
+}
+
+#[derive(Clone)]
+pub(crate) enum TablePart {
+    /// Owner and Helper: `A`.
+    Rows(Arc<[u64]>),
+    /// The Client regenerates rows of `B`.
+    Seed { id: u64, seed: PreparationSeed },
+}
+
+impl std::fmt::Debug for TableShare {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "table of {} x {} with {} fraction bits", self.dim.0, self.dim.1, self.f)
+    }
+}
+
+/// What it costs for `n` tokens with a table of `rows` x `width`.
+#[must_use]
+pub fn cost(n: usize, rows: usize, width: usize, k: u32) -> Cost {
+    let mut c = Cost::default()
+        .send(Role::Client, Role::Helper, n * rows.next_multiple_of(8), 1)
+        .send(Role::Owner, Role::Client, n * width, k)
+        .send(Role::Helper, Role::Client, n * width, k)
+        .send(Role::Client, Role::Owner, n * width, k);
+    c.depth = 3;
+    c
+}
+
+/// XOR of the rows `A[i] - s` picked by `query`, for one token.
+fn fold_rows(a: &[u64], width: usize, query: &[u8], s: &[u64], m: u64) -> Vec<u64> {
+    a.par_chunks(width * 512)
+        .enumerate()
+        .map(|(block, rows)| {
+            let mut acc = vec![0u64; width];
+            for (i, row) in rows.chunks(width).enumerate() {
+                let i = block * 512 + i;
+                if query[i / 8] >> (i % 8) & 1 == 1 {
+                    acc.iter_mut().zip(row.iter().zip(s)).for_each(|(o, (a, s))| *o ^= a.wrapping_sub(*s) & m);
+                }
+            }
+            acc
+        })
+        .reduce(
+            || vec![0u64; width],
+            |mut x, y| {
+                x.iter_mut().zip(&y).for_each(|(x, y)| *x ^= y);
+                x
+            },
+        )
+}
+
+/// The rows of one token per element of `source`'s vectors, as `rows` of `width` elements each.
+///
+/// # Errors
+/// [`Error::Peer`], [`Error::Reuse`]; [`Error::Model`] at the Client for a token beyond the table.
+pub fn embed(
+    s: &mut Session, scope: &Scope, table: &TableShare, tokens: usize, k: u32, source: Option<&InputSource>,
+) -> Result<Masked> {
+    let (vocabulary, width) = table.dim;
+    let rows = Rows::even(tokens, width);
+    let bytes = vocabulary.div_ceil(8);
+    let m = ring::mask(k);
+    match (s.role(), &table.part) {
+        (Role::Owner, TablePart::Rows(a)) => {
+            s.declare(cost(tokens, vocabulary, width, k));
+            let sm = s.words(Pair::OwnerHelper, scope, "embed.s", &rows, k)?;
+            let pad = s.words(Pair::OwnerHelper, scope, "embed.pad", &rows, k)?;
+            let pick = s.bytes_each(Pair::OwnerClient, scope, "embed.pick", &Rows::even(tokens, 1), bytes)?;
+            let mut reply = Vec::with_capacity(rows.len());
+            for (q, sm) in pick.chunks(bytes).zip(sm.chunks(width)) {
+                reply.extend(fold_rows(a, width, q, sm, m));
+            }
+            reply.iter_mut().zip(&pad).for_each(|(a, p)| *a ^= p);
+            s.send_online(Role::Client, scope, "embed.owner", pack::pack(&reply, k))?;
+            let got = s.recv_words(Role::Client, Lane::Online, scope, "embed.d", rows.len(), k)?;
+            let d = got.iter().zip(&sm).map(|(d, s)| d.wrapping_add(*s)).collect();
+            Ok(Masked::new(d, Side::Value, k, table.f, rows))
+        }
+        (Role::Helper, TablePart::Rows(a)) => {
+            let r = s.words(Pair::ClientHelper, scope, "embed.r", &rows, k)?;
+            let sm = Arc::new(s.words(Pair::OwnerHelper, scope, "embed.s", &rows, k)?);
+            let pad = Arc::new(s.words(Pair::OwnerHelper, scope, "embed.pad", &rows, k)?);
+            for (i, pass) in s.passes().iter().enumerate() {
+                let (range, n) = (rows.range(&pass.tokens), pass.tokens.len());
+                let (sm, pad, a) = (Arc::clone(&sm), Arc::clone(&pad), Arc::clone(a));
+                let (from, to) = (scope.address(pass.number, "embed.query"), scope.address(pass.number, "embed.helper"));
+                s.leave(
+                    i,
+                    Box::new(move |links| {
+                        let query = links.recv(Role::Client, Lane::Online, &from, n * bytes)?;
+                        let mut reply = Vec::with_capacity(range.len());
+                        for (q, sm) in query.chunks(bytes).zip(sm[range.clone()].chunks(width)) {
+                            reply.extend(fold_rows(&a, width, q, sm, m));
+                        }
+                        reply.iter_mut().zip(&pad[range]).for_each(|(a, p)| *a ^= p);
+                        links.send(Role::Client, Lane::Online, &to, pack::pack(&reply, k))
+                    }),
+                );
+            }
+            Ok(Masked::new(r, Side::Mask, k, table.f, rows))
+        }
+        (Role::Client, TablePart::Seed { id, seed }) => {
+            let source = source.ok_or_else(|| Error::Internal("the client has no input".into()))?;
+            let r = s.words(Pair::ClientHelper, scope, "embed.r", &rows, k)?;
+            let pick = s.bytes_each(Pair::OwnerClient, scope, "embed.pick", &Rows::even(tokens, 1), bytes)?;
+            for (i, pass) in s.passes().iter().enumerate() {
+                let mine = r[rows.range(&pass.tokens)].to_vec();
+                let mut query = pick[pass.tokens.start * bytes..pass.tokens.end * bytes].to_vec();
+                let names = ["embed.query", "embed.owner", "embed.helper", "embed.d"];
+                let [ask, owner, helper, give] = names.map(|label| scope.address(pass.number, label));
+                let (source, seed, id) = (Arc::clone(source), seed.clone(), *id);
+                s.leave(
+                    i,
+                    Box::new(move |links| {
+                        let ids = source.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                        let ids = ids.map_err(|_| Error::Internal("the client's input ended".into()))?;
+                        let n = mine.len() / width;
+                        if ids.len() != n || ids.iter().any(|&t| t >= vocabulary as u64) {
+                            let (lhs, rhs) = (format!("{} tokens", ids.len()), format!("{n} below {vocabulary}"));
+                            return Err(Error::Shape { op: "embedding", lhs, rhs });
+                        }
+                        for (q, &t) in query.chunks_mut(bytes).zip(&ids) {
+                            q[t as usize / 8] ^= 1 << (t % 8);
+                        }
+                        links.send(Role::Helper, Lane::Online, &ask, query)?;
+                        let a = recv_words(links, Role::Owner, Lane::Online, &owner, mine.len(), k)?;
+                        let b = recv_words(links, Role::Helper, Lane::Online, &helper, mine.len(), k)?;
+                        let mut own = vec![0u64; width];
+                        let mut d = Vec::with_capacity(mine.len());
+                        for (j, &t) in ids.iter().enumerate() {
+                            seed.matrix_words(id, t * width as u64, &mut own);
+                            for (c, own) in own.iter().enumerate() {
+                                let i = j * width + c;
+                                d.push((a[i] ^ b[i]).wrapping_add(*own).wrapping_sub(mine[i]) & m);
+                            }
+                        }
+                        links.send(Role::Owner, Lane::Online, &give, pack::pack(&d, k))
+                    }),
+                );
+            }
+            Ok(Masked::new(r, Side::Mask, k, table.f, rows))
+        }
+        _ => Err(Error::Internal("this party has no part of the embedding table".into())),
+    }
+}
+
+/// Tokens or hidden states from the Client's online loop, as a source for [`super::input`] and [`embed`].
+#[must_use]
+pub fn source(receiver: std::sync::mpsc::Receiver<Vec<u64>>) -> InputSource {
+    Arc::new(Mutex::new(receiver))
+}

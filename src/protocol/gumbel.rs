@@ -1,0 +1,65 @@
+//! Gumbel sampling: exact softmax sampling at no cost.
+//!
+//! `argmax_i (x_i + T g_i)` with independent Gumbel `g_i` is a sample of `softmax(x / T)`. The Owner adds the noise to its
+//! side of the masked logits: nobody sees the logits, and the Owner, who knows the noise, sees no logit. Noise is clipped
+//! to `[-ln 20, 20]` (probability `e^-20` each way), a range that the plan of the head reserves. Local.
+
+use rand_chacha::ChaCha20Rng;
+use rand_core::{Rng, SeedableRng};
+
+use crate::ring::fixed;
+use crate::share::{Masked, Side};
+
+/// The largest noise at temperature 1.
+pub const CLIP: f64 = 20.0;
+
+/// The Owner's sampling noise; its seed is no key of any PRF stream.
+pub struct Gumbel {
+    rng: ChaCha20Rng,
+    temperature: f64,
+}
+
+impl Gumbel {
+    /// Noise for one request. `temperature` 0 means none.
+    #[must_use]
+    pub fn new(seed: u64, temperature: f64) -> Self {
+        Gumbel { rng: ChaCha20Rng::seed_from_u64(seed), temperature }
+    }
+
+    /// Adds noise to the Owner's side; a no-op for masks.
+    #[must_use]
+    pub fn add(&mut self, x: Masked) -> Masked {
+        if x.side() == Side::Mask || self.temperature == 0.0 {
+            return x;
+        }
+        let (k, f, rows) = (x.k(), x.f(), x.rows().clone());
+        x.map(f, rows, |v| v.iter().map(|w| w.wrapping_add(fixed::encode(self.temperature * self.draw(), f, k))).collect())
+    }
+
+    fn draw(&mut self) -> f64 {
+        // 53 uniform bits in (0, 1).
+        let u = ((self.rng.next_u64() >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
+        (-(-u.ln()).ln()).clamp(-CLIP.ln(), CLIP)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frequencies_are_those_of_softmax() {
+        let x = [0.0f64, 1.0, 2.0];
+        let mut g = Gumbel::new(1, 1.0);
+        let mut counts = [0usize; 3];
+        let n = 100_000;
+        for _ in 0..n {
+            let y: Vec<f64> = x.iter().map(|v| v + g.draw()).collect();
+            counts[(0..3).max_by(|&a, &b| y[a].total_cmp(&y[b])).unwrap()] += 1;
+        }
+        let sum: f64 = x.iter().map(|v| v.exp()).sum();
+        for (c, v) in counts.iter().zip(x) {
+            assert!((*c as f64 / n as f64 - v.exp() / sum).abs() < 0.005);
+        }
+    }
+}

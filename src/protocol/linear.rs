@@ -1,0 +1,231 @@
+//! Owner linear: `y = W x` with `W` known to the Owner only. No online message.
+//!
+//! | | Owner | Client | Helper |
+//! |---|---|---|---|
+//! | preparation | `W`, seed | seed: `B = PRF(O,C; seed)` | `A = W - B` |
+//! | ahead | | sends `B r - r_y + rho` | sends `A r - rho` |
+//! | online | `W d` + both `= y - r_y` | | |
+//!
+//! `r_y`, `rho` = PRF(Client, Helper), fresh. Cost: `2k` bits ahead per output, nothing online. Private: the Client's
+//! message is masked by `rho`, the Helper's too, and their sum by `r_y`; the Helper's `A` is uniform because it lacks the
+//! seed, the Client knows only the seed. A preparation has its own seed: two preparations of different weights under one
+//! seed would show the Helper `W' - W`. Source: mask-ahead linear layers as in DELPHI (2020) and ASTRA (2019), with the
+//! weight matrix shared between the two mask holders. Exact (no error) in the ring.
+
+use std::sync::Arc;
+
+use ndarray::ArrayView2;
+use rayon::prelude::*;
+
+use super::Pending;
+use crate::error::{Error, Result};
+use crate::net::Lane;
+use crate::party::Role;
+use crate::plan::cost::Cost;
+use crate::prf::{Pair, PreparationSeed};
+use crate::ring::{self, fixed, gemm};
+use crate::session::{Scope, Session};
+use crate::share::{Masked, Rows, Side};
+
+/// The Owner's integers, as narrow as they fit. Which of the two is the Owner's own business.
+#[derive(Clone)]
+enum Plain {
+    I16(Arc<[i16]>),
+    I32(Arc<[i32]>),
+}
+
+#[derive(Clone)]
+enum Part {
+    Owner { w: Plain, bias: Option<Arc<[f32]>> },
+    Client { seed: PreparationSeed },
+    Helper { a: Arc<[u64]> },
+}
+
+/// One party's part of a prepared matrix, `outputs x inputs`, with `f` fraction bits.
+#[derive(Clone)]
+pub struct OwnerMatrix {
+    id: u64,
+    outputs: usize,
+    inputs: usize,
+    f: u32,
+    part: Part,
+}
+
+impl std::fmt::Debug for OwnerMatrix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "matrix {} of {} x {} with {} fraction bits", self.id, self.outputs, self.inputs, self.f)
+    }
+}
+
+impl OwnerMatrix {
+    /// The Owner's part: `w` (outputs x inputs) rounded to `f` fraction bits.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if a weight does not fit 32 bits.
+    pub fn quantise(id: u64, name: &str, w: ArrayView2<'_, f32>, bias: Option<&[f32]>, f: u32) -> Result<Self> {
+        let scale = f64::from(f).exp2();
+        let ints: Vec<i64> = w.iter().map(|&v| (f64::from(v) * scale).round() as i64).collect();
+        let plain = if ints.iter().all(|&v| i16::try_from(v).is_ok()) {
+            Plain::I16(ints.iter().map(|&v| v as i16).collect())
+        } else if ints.iter().all(|&v| i32::try_from(v).is_ok()) {
+            Plain::I32(ints.iter().map(|&v| v as i32).collect())
+        } else {
+            return Err(Error::Model(format!("{name}: a weight beyond 2^{} cannot be represented", 31 - f)));
+        };
+        let (outputs, inputs) = w.dim();
+        Ok(OwnerMatrix { id, outputs, inputs, f, part: Part::Owner { w: plain, bias: bias.map(Into::into) } })
+    }
+
+    /// The Client's part.
+    #[must_use]
+    pub fn client(id: u64, outputs: usize, inputs: usize, f: u32, seed: PreparationSeed) -> Self {
+        OwnerMatrix { id, outputs, inputs, f, part: Part::Client { seed } }
+    }
+
+    /// The Helper's part, `a` as made by [`OwnerMatrix::helper_words`].
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for the wrong number of words.
+    pub fn helper(id: u64, outputs: usize, inputs: usize, f: u32, a: Vec<u64>) -> Result<Self> {
+        if a.len() != outputs * inputs {
+            let (lhs, rhs) = (format!("{} words", a.len()), format!("{outputs} x {inputs}"));
+            return Err(Error::Shape { op: "helper weights", lhs, rhs });
+        }
+        Ok(OwnerMatrix { id, outputs, inputs, f, part: Part::Helper { a: a.into() } })
+    }
+
+    /// `A = W - B` for the Helper.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] at another party than the Owner.
+    pub fn helper_words(&self, seed: &PreparationSeed) -> Result<Vec<u64>> {
+        let Part::Owner { w, .. } = &self.part else {
+            return Err(Error::Internal("only the owner can make the helper's weights".into()));
+        };
+        let mut a = vec![0u64; self.outputs * self.inputs];
+        seed.matrix_words(self.id, 0, &mut a);
+        match w {
+            Plain::I16(w) => a.iter_mut().zip(w.iter()).for_each(|(a, &w)| *a = (i64::from(w) as u64).wrapping_sub(*a)),
+            Plain::I32(w) => a.iter_mut().zip(w.iter()).for_each(|(a, &w)| *a = (i64::from(w) as u64).wrapping_sub(*a)),
+        }
+        Ok(a)
+    }
+
+    /// Output and input dimension.
+    #[must_use]
+    pub fn dim(&self) -> (usize, usize) {
+        (self.outputs, self.inputs)
+    }
+
+    /// Bytes that this party's part occupies.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let n = self.outputs * self.inputs;
+        match &self.part {
+            Part::Owner { w: Plain::I16(_), .. } => 2 * n,
+            Part::Owner { w: Plain::I32(_), .. } => 4 * n,
+            Part::Client { .. } => 32,
+            Part::Helper { .. } => 8 * n,
+        }
+    }
+}
+
+/// What it costs for `n` outputs.
+#[must_use]
+pub fn cost(n: usize, k: u32) -> Cost {
+    Cost::default().run_ahead(Role::Client, n, k).run_ahead(Role::Helper, n, k)
+}
+
+/// `y = W x (+ bias)` for every row of `w.inputs` elements; ring of `x`, fraction bits of both added.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::Peer`], [`Error::Reuse`].
+pub fn owner_linear(s: &mut Session, scope: &Scope, x: &Masked, w: &OwnerMatrix) -> Result<Masked> {
+    start(s, scope, x, w)?.finish(s)
+}
+
+fn start<'a>(s: &mut Session, scope: &Scope, x: &Masked, w: &'a OwnerMatrix) -> Result<Pending<'a, Masked>> {
+    let tokens = x.rows().tokens();
+    if (0..tokens).any(|t| x.rows().row(t).len() % w.inputs != 0) {
+        return Err(Error::Shape { op: "owner linear", lhs: x.facts(), rhs: format!("{w:?}") });
+    }
+    let rows = Rows::ragged((0..tokens).map(|t| x.rows().row(t).len() / w.inputs * w.outputs));
+    match &w.part {
+        Part::Owner { w: plain, bias } => online(s, scope, x, rows, w, plain, bias.as_deref()),
+        Part::Client { .. } | Part::Helper { .. } => masks(s, scope, x, rows, w).map(Pending::ready),
+    }
+}
+
+/// `B r` or `A r`.
+fn local_masks(r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
+    let (m, n) = (w.outputs, w.inputs);
+    let t = r.len() / n;
+    let mut y = vec![0u64; t * m];
+    match &w.part {
+        Part::Owner { .. } => {}
+        Part::Helper { a } => gemm::ring(r, a, t, m, n, &mut y),
+        Part::Client { seed } => {
+            // B is regenerated tile by tile and never stored: the Client keeps 32 bytes per model.
+            let tile = (1usize << 16).div_ceil(n).clamp(1, m);
+            let tiles: Vec<(usize, Vec<u64>)> = (0..m.div_ceil(tile))
+                .into_par_iter()
+                .map_init(Vec::new, |b: &mut Vec<u64>, i| {
+                    let (from, rows) = (i * tile, tile.min(m - i * tile));
+                    b.resize(rows * n, 0);
+                    seed.matrix_words(w.id, (from * n) as u64, b);
+                    let mut part = vec![0u64; t * rows];
+                    gemm::ring(r, b, t, rows, n, &mut part);
+                    (from, part)
+                })
+                .collect();
+            for (from, part) in tiles {
+                let rows = part.len() / t.max(1);
+                for (i, row) in part.chunks(rows.max(1)).enumerate() {
+                    y[i * m + from..i * m + from + rows].copy_from_slice(row);
+                }
+            }
+        }
+    }
+    y
+}
+
+fn masks(s: &mut Session, scope: &Scope, x: &Masked, rows: Rows, w: &OwnerMatrix) -> Result<Masked> {
+    let k = x.k();
+    let mut y = local_masks(x.raw(), w);
+    let ry = s.words(Pair::ClientHelper, scope, "linear.ry", &rows, k)?;
+    let rho = s.words(Pair::ClientHelper, scope, "linear.rho", &rows, k)?;
+    let m = ring::mask(k);
+    if s.role() == Role::Client {
+        y.iter_mut().zip(ry.iter().zip(&rho)).for_each(|(y, (a, b))| *y = y.wrapping_sub(*a).wrapping_add(*b) & m);
+        s.send_ahead(scope, "linear.client", &rows, 1, k, &y)?;
+    } else {
+        y.iter_mut().zip(&rho).for_each(|(y, b)| *y = y.wrapping_sub(*b) & m);
+        s.send_ahead(scope, "linear.helper", &rows, 1, k, &y)?;
+    }
+    Ok(Masked::new(ry, Side::Mask, k, x.f() + w.f, rows))
+}
+
+fn online<'a>(
+    s: &mut Session, scope: &Scope, x: &Masked, rows: Rows, w: &'a OwnerMatrix, plain: &'a Plain, bias: Option<&'a [f32]>,
+) -> Result<Pending<'a, Masked>> {
+    let (k, f, n) = (x.k(), x.f() + w.f, rows.len());
+    s.declare(cost(n, k));
+    let (outputs, inputs) = w.dim();
+    let t = x.raw().len() / inputs;
+    let mut y = vec![0u64; n];
+    match plain {
+        Plain::I16(w) => gemm::weights_i16(x.raw(), w, t, outputs, inputs, &mut y),
+        Plain::I32(w) => gemm::weights_i32(x.raw(), w, t, outputs, inputs, &mut y),
+    }
+    if let Some(bias) = bias {
+        let bias: Vec<u64> = bias.iter().map(|&b| fixed::encode(f64::from(b), f, k)).collect();
+        y.chunks_mut(outputs).for_each(|row| row.iter_mut().zip(&bias).for_each(|(y, b)| *y = y.wrapping_add(*b)));
+    }
+    let scope = scope.clone();
+    Ok(Pending::new(move |s| {
+        let c = s.recv_words(Role::Client, Lane::Ahead, &scope, "linear.client", n, k)?;
+        let h = s.recv_words(Role::Helper, Lane::Ahead, &scope, "linear.helper", n, k)?;
+        y.iter_mut().zip(c.iter().zip(&h)).for_each(|(y, (c, h))| *y = y.wrapping_add(*c).wrapping_add(*h));
+        Ok(Masked::new(y, Side::Value, k, f, rows))
+    }))
+}

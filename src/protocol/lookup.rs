@@ -1,0 +1,265 @@
+//! Table lookup by two-server PIR; the workhorse of everything that is not linear.
+//!
+//! | | Owner | Client | Helper |
+//! |---|---|---|---|
+//! | has | index digit `d`; `pick = PRF(O,C)` | `r`, `r_out`, `pad`, `pick` | `r`, `r_out`, `pad` |
+//! | ahead | | XOR of the rows in `pick`, xor `pad` | |
+//! | online | sends `pick xor e_d` | | XOR of the rows in the query, xor `pad` |
+//! | result | XOR of both `= T[d + r] - r_out` | `r_out` | `r_out` |
+//!
+//! `row[i] = T[i + r] - r_out`; `r_out`, `pad` = PRF(Client, Helper), fresh per lookup. Cost: 2 messages; one bit per row
+//! up, `w` words of `k` bits back and as many ahead. Private: the query is masked by `pick`, which the Helper lacks; each
+//! reply alone is masked by `pad` (without it one reply would show rows to the Owner), both together by `r_out`. Exact.
+//! Source: Chor et al. (1995) two-server PIR with correlated randomness in place of the second query; Pika (2022).
+//!
+//! A table whose entries are 0 or a constant per column ([`indicator`]) needs only one bit per column and row: the XOR of
+//! picked rows is `parity * (-r_out) xor X * ((-r_out) xor (step - r_out))`, `X` the XOR of the picked bits. Up to 63
+//! columns then cost one word of work per row.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::Pending;
+use super::window::Digits;
+use crate::error::{Error, Result};
+use crate::net::Lane;
+use crate::party::Role;
+use crate::plan::cost::Cost;
+use crate::prf::Pair;
+use crate::ring::{self, fold, pack};
+use crate::session::{Scope, Session};
+use crate::share::{Masked, Rows, Side};
+
+/// Computes the XOR of picked rows, minus nothing: `(elements, query bytes) -> words`, element-major.
+pub(crate) type Answer = Arc<dyn Fn(Range<usize>, &[u8]) -> Vec<u64> + Send + Sync>;
+
+/// What a lookup of `n` elements in `rows` rows costs, `words` words of `k` bits each.
+#[must_use]
+pub fn cost(n: usize, rows: usize, words: usize, k: u32) -> Cost {
+    Cost::exchange(n * rows, n * words, k)
+}
+
+/// A table of `2n` entries over an UNREDUCED digit `d + r` in `[0, 2n - 2]`; for a digit modulo `n` it repeats itself.
+#[derive(Clone, Debug)]
+pub struct Table {
+    entries: Arc<[u64]>,
+}
+
+impl Table {
+    /// Over a digit that is read modulo `entries.len()`.
+    #[must_use]
+    pub fn cyclic(entries: &[u64]) -> Table {
+        Table { entries: entries.iter().chain(entries).copied().collect() }
+    }
+
+    /// Over an unreduced digit: twice as many entries as the query has bits.
+    #[must_use]
+    pub fn unreduced(entries: &[u64]) -> Table {
+        Table { entries: entries.into() }
+    }
+
+    /// Query bits.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.entries.len() / 2
+    }
+}
+
+/// The general lookup: `n_rows` rows per element (a multiple of 8), `words` words of `k` bits per element, rows made by
+/// `answer` at the holders; `index` is the Owner's row. Returns raw words: `T - r_out` at the Owner, `r_out` elsewhere.
+pub(crate) struct Query<'a> {
+    pub rows: &'a Rows,
+    pub n_rows: usize,
+    pub words: usize,
+    pub k: u32,
+}
+
+/// The holders' `r_out`.
+pub(crate) fn out_masks(s: &mut Session, scope: &Scope, q: &Query<'_>) -> Result<Arc<Vec<u64>>> {
+    Ok(Arc::new(s.words_each(Pair::ClientHelper, scope, "lookup.rout", q.rows, q.words, q.k)?))
+}
+
+pub(crate) fn masks(s: &mut Session, scope: &Scope, q: &Query<'_>, answer: Answer) -> Result<()> {
+    let pad = s.words_each(Pair::ClientHelper, scope, "lookup.pad", q.rows, q.words, q.k)?;
+    let (words, k, bytes) = (q.words, q.k, q.n_rows / 8);
+    if s.role() == Role::Client {
+        let pick = s.bytes_each(Pair::OwnerClient, scope, "lookup.pick", q.rows, bytes)?;
+        let mut reply = answer(0..q.rows.len(), &pick);
+        reply.iter_mut().zip(&pad).for_each(|(a, p)| *a ^= p);
+        return s.send_ahead(scope, "lookup.client", q.rows, words, k, &reply);
+    }
+    let pad = Arc::new(pad);
+    for (i, pass) in s.passes().iter().enumerate() {
+        let range = q.rows.range(&pass.tokens);
+        let (pad, answer) = (Arc::clone(&pad), Arc::clone(&answer));
+        let (from, to) = (scope.address(pass.number, "lookup.query"), scope.address(pass.number, "lookup.helper"));
+        s.leave(
+            i,
+            Box::new(move |links| {
+                let query = links.recv(Role::Owner, Lane::Online, &from, range.len() * bytes)?;
+                let mut reply = answer(range.clone(), &query);
+                reply.iter_mut().zip(&pad[range.start * words..]).for_each(|(a, p)| *a ^= p);
+                links.send(Role::Owner, Lane::Online, &to, pack::pack(&reply, k))
+            }),
+        );
+    }
+    Ok(())
+}
+
+/// Sends the query for `index` and returns what receives the words.
+pub(crate) fn online(s: &mut Session, scope: &Scope, q: &Query<'_>, index: &[u32]) -> Result<Pending<'static, Vec<u64>>> {
+    s.declare(cost(q.rows.len(), q.n_rows, q.words, q.k));
+    let bytes = q.n_rows / 8;
+    let mut query = s.bytes_each(Pair::OwnerClient, scope, "lookup.pick", q.rows, bytes)?;
+    for (bits, &d) in query.chunks_mut(bytes).zip(index) {
+        bits[d as usize / 8] ^= 1 << (d % 8);
+    }
+    s.send_online(Role::Helper, scope, "lookup.query", query)?;
+    let (scope, n, k) = (scope.clone(), q.rows.len() * q.words, q.k);
+    Ok(Pending::new(move |s| {
+        let mut out = s.recv_words(Role::Client, Lane::Ahead, &scope, "lookup.client", n, k)?;
+        let h = s.recv_words(Role::Helper, Lane::Online, &scope, "lookup.helper", n, k)?;
+        out.iter_mut().zip(&h).for_each(|(a, b)| *a ^= b);
+        Ok(out)
+    }))
+}
+
+fn check(digits: &Digits, rows: usize) -> Result<()> {
+    if rows < 8 || rows != 1 << digits.bits {
+        let (lhs, rhs) = (format!("a digit of {} bits", digits.bits), format!("a table of {rows} rows"));
+        return Err(Error::Shape { op: "lookup", lhs, rhs });
+    }
+    Ok(())
+}
+
+/// `tables[j][digit]` for every element: one [`Masked`] per table, ring `k`, fraction bits `f[j]`.
+///
+/// # Errors
+/// [`Error::Shape`] for a digit that does not index the tables; [`Error::Peer`], [`Error::Reuse`].
+pub fn words(
+    s: &mut Session, scope: &Scope, digits: &Digits, tables: &[Table], f: &[u32], k: u32,
+) -> Result<Pending<'static, Vec<Masked>>> {
+    let n = tables.first().map_or(0, Table::rows);
+    check(digits, n)?;
+    if let Some(t) = tables.iter().find(|t| t.rows() != n) {
+        let (lhs, rhs) = (format!("{n} rows"), format!("{} rows", t.rows()));
+        return Err(Error::Shape { op: "lookup", lhs, rhs });
+    }
+    let q = Query { rows: &digits.rows, n_rows: n, words: tables.len(), k };
+    let raw = if s.is_owner() {
+        online(s, scope, &q, &digits.v)?
+    } else {
+        let rout = out_masks(s, scope, &q)?;
+        let (r, sub, tables) = (digits.v.clone(), Arc::clone(&rout), tables.to_vec());
+        let (w, m) = (tables.len(), ring::mask(k));
+        let answer = move |e: Range<usize>, query: &[u8]| {
+            let columns: Vec<&[u64]> = tables.iter().map(|t| &*t.entries).collect();
+            let mut out = vec![0u64; e.len() * w];
+            fold::shifted(&columns, n, &r[e.clone()], &sub[e.start * w..e.end * w], query, &mut out);
+            out.iter_mut().for_each(|v| *v &= m);
+            out
+        };
+        masks(s, scope, &q, Arc::new(answer))?;
+        Pending::ready(rout.to_vec())
+    };
+    Ok(columns(raw, digits.side, digits.rows.clone(), k, f.to_vec()))
+}
+
+/// Splits element-major words into one masked value per column.
+fn columns(
+    raw: Pending<'static, Vec<u64>>, side: Side, rows: Rows, k: u32, f: Vec<u32>,
+) -> Pending<'static, Vec<Masked>> {
+    raw.then(move |raw| {
+        let w = f.len();
+        Ok(f.iter()
+            .enumerate()
+            .map(|(j, &f)| {
+                let column = raw.iter().skip(j).step_by(w).copied().collect();
+                Masked::new(column, side, k, f, rows.clone())
+            })
+            .collect())
+    })
+}
+
+/// A table of zeros and constants: column `j` of row `i` is `steps[j]` where bit `j` of `bits[i]` is set, else 0.
+#[derive(Clone, Debug)]
+pub struct Indicator {
+    bits: Arc<[u64]>,
+    steps: Arc<[u64]>,
+}
+
+/// Set in every row, so that the fold also yields the parity of the query.
+const PARITY: u64 = 1 << 63;
+
+impl Indicator {
+    /// Over a digit that is read modulo `n`; `test(row, column)` says where the constant stands.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for more than 63 columns.
+    pub fn cyclic(n: usize, steps: &[u64], test: impl Fn(usize, usize) -> bool) -> Result<Indicator> {
+        Self::unreduced(2 * n, steps, |i, j| test(i % n, j))
+    }
+
+    /// Over an unreduced digit, `entries` = twice the query's bits.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for more than 63 columns.
+    pub fn unreduced(entries: usize, steps: &[u64], test: impl Fn(usize, usize) -> bool) -> Result<Indicator> {
+        if steps.len() > 63 {
+            let (lhs, rhs) = (format!("{} columns", steps.len()), "at most 63".into());
+            return Err(Error::Shape { op: "indicator table", lhs, rhs });
+        }
+        let bits = (0..entries)
+            .map(|i| (0..steps.len()).fold(PARITY, |w, j| w | u64::from(test(i, j)) << j))
+            .collect();
+        Ok(Indicator { bits, steps: steps.into() })
+    }
+}
+
+/// From the XOR of picked bit rows to the XOR of picked value rows, see the head of this file.
+pub(crate) fn expand_bits(x: u64, parity: bool, steps: &[u64], rout: &[u64], m: u64, out: &mut Vec<u64>) {
+    for (j, (&step, &r)) in steps.iter().zip(rout).enumerate() {
+        let zero = 0u64.wrapping_sub(r);
+        let one = step.wrapping_sub(r);
+        let mut v = if parity { zero } else { 0 };
+        if x >> j & 1 == 1 {
+            v ^= zero ^ one;
+        }
+        out.push(v & m);
+    }
+}
+
+/// All columns of an [`Indicator`] for every element: element-major, `columns` per element, ring `k`.
+///
+/// # Errors
+/// [`Error::Shape`] for a digit that does not index the table; [`Error::Peer`], [`Error::Reuse`].
+pub fn indicator(
+    s: &mut Session, scope: &Scope, digits: &Digits, table: &Indicator, f: u32, k: u32,
+) -> Result<Pending<'static, Masked>> {
+    let n = table.bits.len() / 2;
+    check(digits, n)?;
+    let w = table.steps.len();
+    let q = Query { rows: &digits.rows, n_rows: n, words: w, k };
+    let raw = if s.is_owner() {
+        online(s, scope, &q, &digits.v)?
+    } else {
+        let rout = out_masks(s, scope, &q)?;
+        let (r, sub, table) = (digits.v.clone(), Arc::clone(&rout), table.clone());
+        let m = ring::mask(k);
+        let answer = move |e: Range<usize>, query: &[u8]| {
+            let zero = vec![0u64; e.len()];
+            let mut x = vec![0u64; e.len()];
+            fold::shifted(&[&table.bits], n, &r[e.clone()], &zero, query, &mut x);
+            let mut out = Vec::with_capacity(e.len() * w);
+            for (x, rout) in x.iter().zip(sub[e.start * w..].chunks(w)) {
+                expand_bits(*x, x & PARITY != 0, &table.steps, rout, m, &mut out);
+            }
+            out
+        };
+        masks(s, scope, &q, Arc::new(answer))?;
+        Pending::ready(rout.to_vec())
+    };
+    let (side, rows) = (digits.side, &digits.rows);
+    let wide = Rows::ragged((0..rows.tokens()).map(|t| rows.row(t).len() * w));
+    Ok(raw.then(move |raw| Ok(Masked::new(raw, side, k, f, wide))))
+}

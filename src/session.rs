@@ -1,0 +1,354 @@
+//! One party's view of a session: role, links, streams, the passes being walked, and what operations declared to cost.
+//!
+//! All three parties run the same model program against their own [`Session`]. What differs is the *half* of each
+//! operation that they execute:
+//!
+//! | party | walks | holds | waits for |
+//! |---|---|---|---|
+//! | Owner | one pass at a time, online | `d` | ahead messages of both, online replies of the Helper |
+//! | Client | a batch of passes, masks only | `r` | nobody (back-pressure of the Owner's buffer only) |
+//! | Helper | a batch of passes, masks only; a second thread answers the Owner | `r` | the Owner, in that second thread |
+//!
+//! The walk of Client and Helper leaves [`Job`]s behind: what is to be done once a pass is really online. The Helper's
+//! jobs answer the Owner; the Client's jobs give an input or open an output.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+use crate::error::{Error, PeerFault, Result};
+use crate::net::{Lane, Links, blame};
+use crate::party::Role;
+use crate::plan::cost::Cost;
+use crate::prf::{Address, Pair, Prf, Stream};
+use crate::ring::pack;
+use crate::share::Rows;
+
+/// One secure pass: consecutive positions computed together under one pass number.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pass {
+    /// Session-wide, never used again.
+    pub number: u64,
+    /// Its tokens within the batch being walked.
+    pub tokens: Range<usize>,
+}
+
+/// Where in the program an operation stands: binds its randomness and its messages.
+#[derive(Clone, Debug)]
+pub struct Scope {
+    layer: u32,
+    path: String,
+}
+
+impl Scope {
+    /// A scope outside the layers.
+    #[must_use]
+    pub fn new(path: &str) -> Self {
+        Scope { layer: Address::NO_LAYER, path: path.to_string() }
+    }
+
+    /// A scope in a layer.
+    #[must_use]
+    pub fn layer(layer: usize) -> Self {
+        Scope { layer: layer as u32, path: String::new() }
+    }
+
+    /// A child scope.
+    #[must_use]
+    pub fn at(&self, name: &str) -> Scope {
+        let path = if self.path.is_empty() { name.to_string() } else { format!("{}.{name}", self.path) };
+        Scope { layer: self.layer, path }
+    }
+
+    /// The address of `label` in pass `pass`.
+    #[must_use]
+    pub fn address(&self, pass: u64, label: &'static str) -> Address {
+        Address { pass, layer: self.layer, path: self.path.clone(), label }
+    }
+}
+
+/// What to do online for a pass that was walked ahead.
+pub type Job = Box<dyn FnOnce(&Links) -> Result<()> + Send>;
+
+#[derive(Default)]
+struct Queued {
+    passes: BTreeMap<u64, (VecDeque<Job>, bool)>,
+    ended: bool,
+}
+
+/// Jobs by pass, in program order. Filled by the walker, emptied by the online thread.
+#[derive(Clone, Default)]
+pub struct JobQueue(Arc<(Mutex<Queued>, Condvar)>);
+
+impl JobQueue {
+    fn with<T>(&self, f: impl FnOnce(&mut Queued) -> T) -> T {
+        let out = f(&mut self.0.0.lock().unwrap_or_else(PoisonError::into_inner));
+        self.0.1.notify_all();
+        out
+    }
+
+    fn push(&self, pass: u64, job: Job) {
+        self.with(|q| q.passes.entry(pass).or_default().0.push_back(job));
+    }
+
+    /// No more jobs will come for this pass.
+    pub fn complete(&self, pass: u64) {
+        self.with(|q| q.passes.entry(pass).or_default().1 = true);
+    }
+
+    /// No more jobs will come at all, and nobody will run those that are left.
+    pub fn end(&self) {
+        self.with(|q| {
+            q.ended = true;
+        });
+    }
+
+    /// Runs all jobs of `pass` in order, waiting for those not yet there.
+    ///
+    /// # Errors
+    /// The first job's error; [`PeerFault::Closed`]-like [`Error::Internal`] if the walker ended early.
+    pub fn run_pass(&self, pass: u64, links: &Links) -> Result<()> {
+        loop {
+            let job = {
+                let mut q = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+                loop {
+                    if let Some((jobs, complete)) = q.passes.get_mut(&pass) {
+                        if let Some(job) = jobs.pop_front() {
+                            break Some(job);
+                        }
+                        if *complete {
+                            q.passes.remove(&pass);
+                            break None;
+                        }
+                    }
+                    if q.ended {
+                        return Err(Error::Internal("the run-ahead thread ended early".into()));
+                    }
+                    q = self.0.1.wait(q).unwrap_or_else(PoisonError::into_inner);
+                }
+            };
+            match job {
+                None => {
+                    self.0.1.notify_all();
+                    return Ok(());
+                }
+                Some(job) => job(links)?,
+            }
+        }
+    }
+
+    /// Blocks while more than `limit` walked passes wait to be run. Returns `false` once the queue has ended.
+    #[must_use]
+    pub fn wait_below(&self, limit: usize) -> bool {
+        let mut q = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        while !q.ended && q.passes.len() > limit {
+            q = self.0.1.wait(q).unwrap_or_else(PoisonError::into_inner);
+        }
+        !q.ended
+    }
+
+    /// Drops the jobs of passes that will never run; returns how many passes those were.
+    pub fn discard(&self) -> usize {
+        self.with(|q| {
+            let n = q.passes.len();
+            q.passes.clear();
+            n
+        })
+    }
+}
+
+/// One party's side of a session.
+pub struct Session {
+    role: Role,
+    links: Links,
+    prf: Prf,
+    passes: Vec<Pass>,
+    jobs: JobQueue,
+    declared: Cost,
+}
+
+impl Session {
+    /// A new session; the PRF keys are the session's own.
+    #[must_use]
+    pub fn new(role: Role, links: Links, prf: Prf) -> Self {
+        Session { role, links, prf, passes: Vec::new(), jobs: JobQueue::default(), declared: Cost::default() }
+    }
+
+    /// Which party this is.
+    #[must_use]
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
+    /// This party's links.
+    #[must_use]
+    pub fn links(&self) -> &Links {
+        &self.links
+    }
+
+    /// The jobs that this party's walk leaves behind.
+    #[must_use]
+    pub fn jobs(&self) -> JobQueue {
+        self.jobs.clone()
+    }
+
+    /// Starts a batch of passes with consecutive numbers from `first`, of `tokens[i]` positions each. The Owner's
+    /// batches have exactly one pass.
+    pub fn begin(&mut self, first: u64, tokens: &[usize]) {
+        let mut start = 0;
+        self.passes = tokens
+            .iter()
+            .enumerate()
+            .map(|(i, &n)| {
+                start += n;
+                Pass { number: first + i as u64, tokens: start - n..start }
+            })
+            .collect();
+    }
+
+    /// Ends the batch: its addresses can never be taken again.
+    pub fn end_batch(&mut self) {
+        if self.role != Role::Owner {
+            for pass in &self.passes {
+                self.jobs.complete(pass.number);
+            }
+        }
+        if let Some(last) = self.passes.last() {
+            self.prf.close_below(last.number + 1);
+        }
+        self.passes.clear();
+    }
+
+    /// The passes being walked.
+    #[must_use]
+    pub fn passes(&self) -> &[Pass] {
+        &self.passes
+    }
+
+    /// Positions in the batch.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.passes.last().map_or(0, |p| p.tokens.end)
+    }
+
+    /// Whether this party holds `d`.
+    #[must_use]
+    pub fn is_owner(&self) -> bool {
+        self.role == Role::Owner
+    }
+
+    /// Takes one stream for a pass.
+    ///
+    /// # Errors
+    /// [`Error::Reuse`].
+    pub fn stream(&mut self, pair: Pair, scope: &Scope, pass: u64, label: &'static str) -> Result<Stream> {
+        self.prf.take(pair, &scope.address(pass, label))
+    }
+
+    /// Uniform words for every element of `rows`, a stream per pass.
+    ///
+    /// # Errors
+    /// [`Error::Reuse`].
+    pub fn words(&mut self, pair: Pair, scope: &Scope, label: &'static str, rows: &Rows, k: u32) -> Result<Vec<u64>> {
+        self.words_each(pair, scope, label, rows, 1, k)
+    }
+
+    /// Like [`Session::words`], `each` words per element.
+    ///
+    /// # Errors
+    /// [`Error::Reuse`].
+    pub fn words_each(
+        &mut self, pair: Pair, scope: &Scope, label: &'static str, rows: &Rows, each: usize, k: u32,
+    ) -> Result<Vec<u64>> {
+        let mut out = Vec::with_capacity(rows.len() * each);
+        for i in 0..self.passes.len() {
+            let (number, n) = (self.passes[i].number, rows.range(&self.passes[i].tokens).len());
+            self.stream(pair, scope, number, label)?.words_into(n * each, k, &mut out);
+        }
+        Ok(out)
+    }
+
+    /// Uniform bytes, `each` per element of `rows`.
+    ///
+    /// # Errors
+    /// [`Error::Reuse`].
+    pub fn bytes_each(
+        &mut self, pair: Pair, scope: &Scope, label: &'static str, rows: &Rows, each: usize,
+    ) -> Result<Vec<u8>> {
+        let mut out = Vec::with_capacity(rows.len() * each);
+        for i in 0..self.passes.len() {
+            let (number, n) = (self.passes[i].number, rows.range(&self.passes[i].tokens).len());
+            out.extend_from_slice(&self.stream(pair, scope, number, label)?.bytes(n * each));
+        }
+        Ok(out)
+    }
+
+    /// Client or Helper: sends `each` words of `k` bits per element to the Owner, a message per pass, ahead of time.
+    ///
+    /// # Errors
+    /// [`Error::Peer`].
+    pub fn send_ahead(
+        &self, scope: &Scope, label: &'static str, rows: &Rows, each: usize, k: u32, values: &[u64],
+    ) -> Result<()> {
+        for pass in &self.passes {
+            let r = rows.range(&pass.tokens);
+            let payload = pack::pack(&values[r.start * each..r.end * each], k);
+            self.links.send(Role::Owner, Lane::Ahead, &scope.address(pass.number, label), payload)?;
+        }
+        Ok(())
+    }
+
+    /// The one pass of the Owner.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] if the batch has not exactly one pass.
+    pub fn the_pass(&self) -> Result<u64> {
+        match self.passes.as_slice() {
+            [pass] => Ok(pass.number),
+            _ => Err(Error::Internal("the online half walks exactly one pass".into())),
+        }
+    }
+
+    /// The Owner's send to the Helper.
+    ///
+    /// # Errors
+    /// [`Error::Peer`].
+    pub fn send_online(&self, to: Role, scope: &Scope, label: &'static str, payload: Vec<u8>) -> Result<()> {
+        self.links.send(to, Lane::Online, &scope.address(self.the_pass()?, label), payload)
+    }
+
+    /// The Owner's receive of `n` packed words of `k` bits.
+    ///
+    /// # Errors
+    /// [`Error::Peer`].
+    pub fn recv_words(
+        &self, from: Role, lane: Lane, scope: &Scope, label: &'static str, n: usize, k: u32,
+    ) -> Result<Vec<u64>> {
+        recv_words(&self.links, from, lane, &scope.address(self.the_pass()?, label), n, k)
+    }
+
+    /// Leaves a job for pass `index` of the batch.
+    pub fn leave(&self, index: usize, job: Job) {
+        self.jobs.push(self.passes[index].number, job);
+    }
+
+    /// An operation states what it costs; summed up for comparison with the meter.
+    pub fn declare(&mut self, cost: Cost) {
+        self.declared = self.declared.beside(cost);
+    }
+
+    /// What the operations so far declared (the Owner's walk declares for all three parties).
+    #[must_use]
+    pub fn declared(&self) -> Cost {
+        self.declared
+    }
+}
+
+/// Receives `n` packed words of `k` bits on any thread.
+///
+/// # Errors
+/// [`Error::Peer`] with the peer, the step and what was wrong.
+pub fn recv_words(links: &Links, from: Role, lane: Lane, step: &Address, n: usize, k: u32) -> Result<Vec<u64>> {
+    let bytes = links.recv(from, lane, step, pack::packed_len(n, k))?;
+    pack::unpack(&bytes, n, k).ok_or_else(|| blame(from, step, PeerFault::Malformed("padding bits set")))
+}

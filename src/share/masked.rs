@@ -1,0 +1,233 @@
+//! The masked view of a replicated sharing, lazily materialised, and its local linear operations.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::ring;
+
+/// Which half of `x = d + r` a party holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The Owner's `d`.
+    Value,
+    /// The `r` of Client and Helper.
+    Mask,
+}
+
+/// How elements are laid out over tokens: token-major, `width` per token or as many as each token needs (attention).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rows {
+    offsets: Arc<[usize]>,
+}
+
+impl Rows {
+    /// `width` elements for each of `tokens` tokens.
+    #[must_use]
+    pub fn even(tokens: usize, width: usize) -> Self {
+        Rows { offsets: (0..=tokens).map(|i| i * width).collect() }
+    }
+
+    /// `widths[i]` elements for token `i`.
+    #[must_use]
+    pub fn ragged(widths: impl IntoIterator<Item = usize>) -> Self {
+        let mut offsets = vec![0];
+        let mut end = 0;
+        for w in widths {
+            end += w;
+            offsets.push(end);
+        }
+        Rows { offsets: offsets.into() }
+    }
+
+    /// Number of tokens.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    /// Number of elements.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.offsets[self.tokens()]
+    }
+
+    /// Whether there is no element.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Elements of a range of tokens.
+    #[must_use]
+    pub fn range(&self, tokens: &Range<usize>) -> Range<usize> {
+        self.offsets[tokens.start]..self.offsets[tokens.end]
+    }
+
+    /// Elements of one token.
+    #[must_use]
+    pub fn row(&self, token: usize) -> Range<usize> {
+        self.offsets[token]..self.offsets[token + 1]
+    }
+}
+
+/// One party's half of masked fixed-point values: ring width `k`, `f` fraction bits, laid out over tokens.
+///
+/// Printing shows the public facts only; there is no serialisation.
+#[derive(Clone)]
+pub struct Masked {
+    v: Vec<u64>,
+    side: Side,
+    k: u32,
+    f: u32,
+    rows: Rows,
+}
+
+impl fmt::Debug for Masked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.facts())
+    }
+}
+
+impl Masked {
+    pub(crate) fn new(mut v: Vec<u64>, side: Side, k: u32, f: u32, rows: Rows) -> Self {
+        assert_eq!(v.len(), rows.len(), "a masked value has as many elements as its rows");
+        assert!((1..=64).contains(&k), "ring widths are 1 to 64");
+        if k < 64 {
+            let m = ring::mask(k);
+            v.iter_mut().for_each(|w| *w &= m);
+        }
+        Masked { v, side, k, f, rows }
+    }
+
+    pub(crate) fn raw(&self) -> &[u64] {
+        &self.v
+    }
+
+    pub(crate) fn into_raw(self) -> Vec<u64> {
+        self.v
+    }
+
+    pub(crate) fn side(&self) -> Side {
+        self.side
+    }
+
+    /// Ring width in bits.
+    #[must_use]
+    pub fn k(&self) -> u32 {
+        self.k
+    }
+
+    /// Fraction bits.
+    #[must_use]
+    pub fn f(&self) -> u32 {
+        self.f
+    }
+
+    /// Layout.
+    #[must_use]
+    pub fn rows(&self) -> &Rows {
+        &self.rows
+    }
+
+    /// Shape, ring and fraction bits, for errors.
+    #[must_use]
+    pub fn facts(&self) -> String {
+        format!("{} elements over {} tokens in Z_2^{} with {} fraction bits", self.v.len(), self.rows.tokens(), self.k, self.f)
+    }
+
+    fn mismatch(&self, op: &'static str, other: &Masked) -> Error {
+        Error::Shape { op, lhs: self.facts(), rhs: other.facts() }
+    }
+
+    /// A public constant: the Owner holds it, the mask is zero.
+    #[must_use]
+    pub(crate) fn constant(v: Vec<u64>, side: Side, k: u32, f: u32, rows: Rows) -> Self {
+        let v = if side == Side::Value { v } else { vec![0; v.len()] };
+        Masked::new(v, side, k, f, rows)
+    }
+
+    /// Forgets the top of the ring: only for values known to fit. Widening is a lift, never this.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `k` is wider than the ring.
+    pub fn narrow(&self, k: u32) -> Result<Masked> {
+        if k > self.k || k == 0 {
+            return Err(Error::Shape { op: "narrow", lhs: self.facts(), rhs: format!("Z_2^{k}") });
+        }
+        Ok(Masked::new(self.v.clone(), self.side, k, self.f, self.rows.clone()))
+    }
+
+    /// Sum; the narrower ring wins.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for different layouts or fraction bits.
+    pub fn add(&self, o: &Masked) -> Result<Masked> {
+        if self.rows != o.rows || self.f != o.f || self.side != o.side {
+            return Err(self.mismatch("add", o));
+        }
+        let v = self.v.iter().zip(&o.v).map(|(a, b)| a.wrapping_add(*b)).collect();
+        Ok(Masked::new(v, self.side, self.k.min(o.k), self.f, self.rows.clone()))
+    }
+
+    /// Difference; the narrower ring wins.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for different layouts or fraction bits.
+    pub fn sub(&self, o: &Masked) -> Result<Masked> {
+        if self.rows != o.rows || self.f != o.f || self.side != o.side {
+            return Err(self.mismatch("sub", o));
+        }
+        let v = self.v.iter().zip(&o.v).map(|(a, b)| a.wrapping_sub(*b)).collect();
+        Ok(Masked::new(v, self.side, self.k.min(o.k), self.f, self.rows.clone()))
+    }
+
+    /// Adds a public ring constant to every element.
+    #[must_use]
+    pub fn offset(mut self, c: u64) -> Masked {
+        if self.side == Side::Value {
+            let m = ring::mask(self.k);
+            self.v.iter_mut().for_each(|w| *w = w.wrapping_add(c) & m);
+        }
+        self
+    }
+
+    /// A public linear map: each side applies it to what it holds. `fn` gets all elements and returns those of `rows`.
+    #[must_use]
+    pub fn map(&self, f: u32, rows: Rows, map: impl FnOnce(&[u64]) -> Vec<u64>) -> Masked {
+        Masked::new(map(&self.v), self.side, self.k, f, rows)
+    }
+
+    /// Sums groups of `n` neighbours.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if a token's elements are not a multiple of `n`.
+    pub fn sum_groups(&self, n: usize) -> Result<Masked> {
+        let bad = || Error::Shape { op: "sum", lhs: self.facts(), rhs: format!("groups of {n}") };
+        let tokens = self.rows.tokens();
+        if n == 0 || (0..tokens).any(|t| self.rows.row(t).len() % n != 0) {
+            return Err(bad());
+        }
+        let v = self.v.chunks(n).map(|c| c.iter().fold(0u64, |a, b| a.wrapping_add(*b))).collect();
+        let rows = Rows::ragged((0..tokens).map(|t| self.rows.row(t).len() / n));
+        Ok(Masked::new(v, self.side, self.k, self.f, rows))
+    }
+
+    /// The same elements under another layout of the same tokens.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the number of elements differs.
+    pub fn with_rows(self, rows: Rows) -> Result<Masked> {
+        if rows.len() != self.v.len() {
+            return Err(Error::Shape { op: "with_rows", lhs: self.facts(), rhs: format!("{} elements", rows.len()) });
+        }
+        Ok(Masked { rows, ..self })
+    }
+
+    /// Reads the elements as having `f` fraction bits (multiplication by a power of two, for free).
+    #[must_use]
+    pub fn with_f(self, f: u32) -> Masked {
+        Masked { f, ..self }
+    }
+}

@@ -1,0 +1,21 @@
+//! Sharings: what a party holds of a secret, and the operations on it that need no message.
+//!
+//! [`Masked`] is the engine's form: the Owner holds `d`, Client and Helper hold `r`, and `x = d + r mod 2^k`.
+//! [`replicated`] holds the classical form with three components, of which each party lacks one.
+//!
+//! A share can be neither sent nor printed by accident:
+//!
+//! ```compile_fail
+//! fn sendable<T: serde::Serialize>(_: &T) {}
+//! fn send(x: &trefoil::share::Masked) { sendable(x) }
+//! ```
+//! ```compile_fail
+//! fn print(x: &trefoil::share::Masked) { println!("{x}") }
+//! ```
+//! ```compile_fail
+//! fn peek(x: &trefoil::share::Masked) -> u64 { x.v[0] }
+//! ```
+
+mod masked;
+
+pub use masked::{Masked, Rows, Side};

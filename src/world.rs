@@ -1,0 +1,320 @@
+//! Three parties in one process, each in its own threads, sharing nothing but channels.
+//!
+//! This is the seeded fixture of the tests and the ground on which in-process generation stands. A [`World`] owns the
+//! links between the parties; [`World::run`] lets every party execute the same program against its own [`Session`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rand_chacha::ChaCha20Rng;
+use rand_core::{Rng, SeedableRng};
+
+use crate::error::{Error, PeerFault, Result};
+use crate::net::memory::{self, MemoryChannel};
+use crate::net::meter::{LinkTotals, Meter, Metered};
+use crate::net::shape::{Profile, Shaped};
+use crate::net::tamper::{Rewrite, Tampered, View};
+use crate::net::{Channel, Links};
+use crate::party::Role;
+use crate::prf::{AddressLog, Pair, PairKey, Prf};
+use crate::ring;
+use crate::session::Session;
+use crate::share::Masked;
+
+/// The pairwise keys of a session, all in one place: only in a process that plays all three parties.
+#[derive(Clone)]
+pub struct Keys([(Pair, PairKey); 3]);
+
+impl Keys {
+    /// From the operating system.
+    ///
+    /// # Errors
+    /// If it has no entropy to give.
+    pub fn fresh() -> Result<Keys> {
+        let k = PairKey::fresh;
+        Ok(Keys([(Pair::OwnerClient, k()?), (Pair::ClientHelper, k()?), (Pair::OwnerHelper, k()?)]))
+    }
+
+    /// Reproducible, for tests.
+    #[must_use]
+    pub fn seeded(seed: u64) -> Keys {
+        let mut rng = ChaCha20Rng::seed_from_u64(seed);
+        let mut key = || {
+            let mut b = [0u8; 16];
+            rng.fill_bytes(&mut b);
+            PairKey::new(b)
+        };
+        Keys([(Pair::OwnerClient, key()), (Pair::ClientHelper, key()), (Pair::OwnerHelper, key())])
+    }
+
+    /// The same keys but for one pair (what a receiver cannot know is re-drawn by the tests of views).
+    #[must_use]
+    pub fn with(mut self, pair: Pair, key: PairKey) -> Keys {
+        for k in &mut self.0 {
+            if k.0 == pair {
+                k.1 = key.clone();
+            }
+        }
+        self
+    }
+
+    fn of(&self, role: Role) -> impl Iterator<Item = (Pair, PairKey)> + '_ {
+        self.0.iter().filter(move |(pair, _)| pair.has(role)).cloned()
+    }
+}
+
+/// How the parties of a [`World`] are connected and watched.
+#[derive(Clone)]
+pub struct Setup {
+    /// Simulated network.
+    pub profile: Profile,
+    /// Bytes that the Owner buffers of each peer's run-ahead.
+    pub ahead_capacity: usize,
+    /// How long a receive waits.
+    pub timeout: Duration,
+    /// Records what each party receives.
+    pub views: [Option<View>; 3],
+    /// Changes what each party sends.
+    pub rewrites: [Option<Rewrite>; 3],
+    /// Records every PRF address of the session.
+    pub addresses: Option<AddressLog>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Setup {
+            profile: Profile::NONE,
+            ahead_capacity: 64 << 20,
+            timeout: Duration::from_secs(120),
+            views: [None, None, None],
+            rewrites: [None, None, None],
+            addresses: None,
+        }
+    }
+}
+
+/// Three connected parties.
+pub struct World {
+    links: [Links; 3],
+    meters: [Arc<Meter>; 3],
+    keys: Keys,
+    addresses: Option<AddressLog>,
+}
+
+/// What the three parties' programs returned.
+#[derive(Debug)]
+pub struct Outcome<T> {
+    /// One result per pass.
+    pub owner: Vec<T>,
+    /// One result for the batch.
+    pub client: T,
+    /// One result for the batch.
+    pub helper: T,
+}
+
+impl World {
+    /// Connected as `setup` says.
+    #[must_use]
+    pub fn new(keys: Keys, setup: &Setup) -> World {
+        let meters: [Arc<Meter>; 3] = Default::default();
+        let mut ends: Vec<(Role, Role, MemoryChannel)> = Vec::new();
+        for (a, b) in [(Role::Owner, Role::Client), (Role::Client, Role::Helper), (Role::Helper, Role::Owner)] {
+            let (x, y) = memory::link(setup.ahead_capacity);
+            ends.push((a, b, x));
+            ends.push((b, a, y));
+        }
+        let mut channels: [Vec<(Role, Arc<dyn Channel>)>; 3] = Default::default();
+        for (me, peer, end) in ends {
+            let i = me.index();
+            let shaped = Shaped::new(end, setup.profile);
+            let tampered = Tampered::new(shaped, setup.views[i].clone(), setup.rewrites[i].clone());
+            channels[i].push((peer, Arc::new(Metered::new(tampered, peer, Arc::clone(&meters[i])))));
+        }
+        let links = Role::ALL.map(|r| Links::new(r, std::mem::take(&mut channels[r.index()]), setup.timeout));
+        World { links, meters, keys, addresses: setup.addresses.clone() }
+    }
+
+    /// For tests: keys from a seed that is printed, no simulated network.
+    #[must_use]
+    pub fn seeded(seed: u64) -> World {
+        eprintln!("world seed {seed}");
+        World::new(Keys::seeded(seed), &Setup::default())
+    }
+
+    /// A party's session over this world's links.
+    #[must_use]
+    pub fn session(&self, role: Role) -> Session {
+        let prf = Prf::new(self.keys.of(role));
+        let prf = match &self.addresses {
+            Some(log) if role == Role::Client => prf.with_log(Arc::clone(log)),
+            Some(log) if role == Role::Owner => prf.with_log(Arc::clone(log)),
+            _ => prf,
+        };
+        Session::new(role, self.links[role.index()].clone(), prf)
+    }
+
+    /// What `from` has sent to `to` so far.
+    #[must_use]
+    pub fn sent(&self, from: Role, to: Role) -> LinkTotals {
+        self.meters[from.index()].sent(to)
+    }
+
+    /// A party's meter.
+    #[must_use]
+    pub fn meter(&self, role: Role) -> &Arc<Meter> {
+        &self.meters[role.index()]
+    }
+
+    /// Ends all links.
+    pub fn close(&self) {
+        self.links.iter().for_each(Links::close);
+    }
+
+    /// Runs `program` at every party over passes of the given numbers of tokens: pass by pass at the Owner, as one batch at
+    /// the others.
+    ///
+    /// # Errors
+    /// The first party's error that is not the consequence of another's.
+    pub fn run<T: Send>(
+        &self, first_pass: u64, tokens: &[usize], program: impl Fn(&mut Session) -> Result<T> + Sync,
+    ) -> Result<Outcome<T>> {
+        let end = |result: Result<T>, role: Role| {
+            if result.is_err() {
+                self.links[role.index()].close();
+            }
+            result
+        };
+        let holder = |role: Role| -> Result<T> {
+            let mut session = self.session(role);
+            let (jobs, links) = (session.jobs(), session.links().clone());
+            std::thread::scope(|scope| {
+                let walker = scope.spawn(|| {
+                    session.begin(first_pass, tokens);
+                    let out = program(&mut session);
+                    session.end_batch();
+                    if out.is_err() {
+                        session.jobs().end();
+                    }
+                    out
+                });
+                let online = (0..tokens.len()).try_for_each(|i| jobs.run_pass(first_pass + i as u64, &links));
+                if online.is_err() {
+                    links.close();
+                }
+                let walked = join(walker)?;
+                online?;
+                Ok(walked)
+            })
+        };
+        let owner = || -> Result<Vec<T>> {
+            let mut session = self.session(Role::Owner);
+            tokens
+                .iter()
+                .enumerate()
+                .map(|(i, &n)| {
+                    session.begin(first_pass + i as u64, &[n]);
+                    let out = program(&mut session);
+                    session.end_batch();
+                    out
+                })
+                .collect()
+        };
+        std::thread::scope(|scope| {
+            let client = scope.spawn(|| end(holder(Role::Client), Role::Client));
+            let helper = scope.spawn(|| end(holder(Role::Helper), Role::Helper));
+            let owner = owner();
+            if owner.is_err() {
+                self.links[Role::Owner.index()].close();
+            }
+            root_cause(owner, join(client), join(helper))
+        })
+    }
+}
+
+fn root_cause<T>(owner: Result<Vec<T>>, client: Result<T>, helper: Result<T>) -> Result<Outcome<T>> {
+    match (owner, client, helper) {
+        (Ok(owner), Ok(client), Ok(helper)) => Ok(Outcome { owner, client, helper }),
+        (o, c, h) => {
+            let errors = [o.err(), c.err(), h.err()];
+            Err(first_cause(errors.into_iter().flatten()))
+        }
+    }
+}
+
+/// The error that the others follow from: a closed link is a consequence.
+#[must_use]
+pub fn first_cause(errors: impl IntoIterator<Item = Error>) -> Error {
+    let consequence = |e: &Error| match e {
+        Error::Peer { kind: PeerFault::Closed, .. } => 2,
+        Error::Internal(_) => 1,
+        _ => 0,
+    };
+    errors
+        .into_iter()
+        .min_by_key(consequence)
+        .unwrap_or_else(|| Error::Internal("a party failed without an error".into()))
+}
+
+/// Joins a scoped thread; a panic becomes an error.
+///
+/// # Errors
+/// The thread's own, or [`Error::Internal`] if it panicked.
+pub fn join<T>(handle: std::thread::ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
+    handle.join().unwrap_or_else(|_| Err(Error::Internal("a party's thread panicked".into())))
+}
+
+/// Puts the Owner's passes and one holder's batch together: the ring elements, for tests and for `--check` of a process
+/// that plays all parties.
+///
+/// # Errors
+/// [`Error::Shape`] if the two do not belong together.
+pub fn reveal(owner: &[Masked], holder: &Masked) -> Result<Vec<u64>> {
+    let d: Vec<u64> = owner.iter().flat_map(|m| m.raw().iter().copied()).collect();
+    if d.len() != holder.raw().len() {
+        let (lhs, rhs) = (format!("{} elements", d.len()), holder.facts());
+        return Err(Error::Shape { op: "reveal", lhs, rhs });
+    }
+    let m = ring::mask(holder.k());
+    Ok(d.iter().zip(holder.raw()).map(|(d, r)| d.wrapping_add(*r) & m).collect())
+}
+
+/// [`reveal`] as signed fixed-point numbers.
+///
+/// # Errors
+/// [`Error::Shape`] if the two do not belong together.
+pub fn reveal_f64(owner: &[Masked], holder: &Masked) -> Result<Vec<f64>> {
+    Ok(reveal(owner, holder)?.into_iter().map(|v| ring::fixed::decode(v, holder.f(), holder.k())).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+    use crate::protocol::{embedding::source, input, lift, truncate};
+    use crate::session::Scope;
+    use crate::share::Rows;
+
+    #[test]
+    fn input_truncate_lift() {
+        let world = World::seeded(1);
+        let (send, receive) = channel();
+        let source = source(receive);
+        let x: Vec<u64> = (0..40).map(|i| ring::fixed::encode(f64::from(i) - 20.0, 12, 28)).collect();
+        x.chunks(10).for_each(|c| send.send(c.to_vec()).unwrap());
+        let out = world
+            .run(7, &[1, 1, 1, 1], |s| {
+                let rows = Rows::even(s.tokens(), 10);
+                let source = (s.role() == Role::Client).then_some(&source);
+                let x = input::input(s, &Scope::new("x"), &rows, 28, 12, source)?;
+                let x = truncate::truncate(&x, 4)?;
+                lift::lift(s, &Scope::new("lift"), &x, 50)?.finish(s)
+            })
+            .unwrap();
+        let got = reveal_f64(&out.owner, &out.client).unwrap();
+        assert_eq!(out.client.k(), 50);
+        for (i, g) in got.iter().enumerate() {
+            assert!((g - (i as f64 - 20.0)).abs() < 1.0 / 256.0, "{i}: {g}");
+        }
+    }
+}
