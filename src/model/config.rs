@@ -285,15 +285,15 @@ impl ModelConfig {
     /// Checks that every id is in the vocabulary.
     ///
     /// # Errors
-    /// [`Error::Model`] naming the first id that is not, and its place.
+    /// [`Error::Model`]; it does not say which id, since ids are part of the prompt.
     pub fn check_ids(&self, ids: &[u32]) -> Result<()> {
-        match ids.iter().position(|&id| id as usize >= self.vocab_size) {
-            None => Ok(()),
-            Some(at) => Err(Error::Model(format!(
-                "token {at} of the text has id {}, but the model has only {} tokens (vocab_size in config.json); the tokenizer is not this model's",
-                ids[at], self.vocab_size
-            ))),
+        if ids.iter().all(|&id| (id as usize) < self.vocab_size) {
+            return Ok(());
         }
+        Err(Error::Model(format!(
+            "the text has a token outside of the model's vocabulary of {} (vocab_size in config.json); tokenizer and model do not go together, fetch both from the same place",
+            self.vocab_size
+        )))
     }
 
     /// Width of all query heads together.
@@ -386,4 +386,57 @@ fn read_rope(json: &Json) -> Result<Rope> {
         other => return Err(rope.wrong("rope_type", &format!("rope scaling `{other}` is not supported; supported: default, linear, llama3"))),
     };
     Ok(Rope { theta, scaling })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// hidden, intermediate, layers, heads, kv heads, vocabulary, positions, then the other fields as JSON.
+    fn parse(arch: &str, [h, f, l, n, kv, v, p]: [usize; 7], more: &str) -> ModelConfig {
+        let text = format!(
+            r#"{{"architectures": ["{arch}"], "hidden_size": {h}, "intermediate_size": {f}, "num_hidden_layers": {l}, "num_attention_heads": {n},
+                "num_key_value_heads": {kv}, "vocab_size": {v}, "max_position_embeddings": {p}, "rms_norm_eps": 1e-5 {more}}}"#
+        );
+        ModelConfig::parse(text.as_bytes(), None, "config.json").unwrap()
+    }
+
+    #[test]
+    fn published_models_have_their_published_sizes() {
+        let tiny = parse("LlamaForCausalLM", [2048, 5632, 22, 32, 4, 32000, 2048], "");
+        assert_eq!((tiny.parameter_count(), tiny.head_dim), (1_100_048_384, 64));
+        let smol = parse("LlamaForCausalLM", [576, 1536, 30, 9, 3, 49152, 2048], r#", "tie_word_embeddings": true"#);
+        assert_eq!(smol.parameter_count(), 134_515_008);
+        let coder = parse("LlamaForCausalLM", [2048, 5504, 24, 16, 16, 32256, 16384], r#", "rope_theta": 100000, "rope_scaling": {"factor": 4.0, "type": "linear"}"#);
+        assert_eq!(coder.parameter_count(), 1_346_471_936);
+        let mistral = parse("MistralForCausalLM", [4096, 14336, 32, 32, 8, 32000, 32768], r#", "sliding_window": 4096"#);
+        assert_eq!((mistral.parameter_count(), mistral.max_positions), (7_241_732_096, 4096));
+        let qwen2 = parse("Qwen2ForCausalLM", [896, 4864, 24, 14, 2, 151_936, 32768], r#", "tie_word_embeddings": true, "sliding_window": 32768, "use_sliding_window": false"#);
+        assert_eq!((qwen2.parameter_count(), qwen2.max_positions), (494_032_768, 32768));
+        let qwen3 = parse("Qwen3ForCausalLM", [1024, 3072, 28, 16, 8, 151_936, 40960], r#", "head_dim": 128, "tie_word_embeddings": true"#);
+        assert_eq!((qwen3.parameter_count(), qwen3.q_size()), (596_049_920, 2048));
+    }
+
+    #[test]
+    fn a_window_bounds_the_positions_only_where_it_is_used() {
+        let sizes = [64, 64, 1, 4, 4, 100, 32768];
+        assert_eq!(parse("MistralForCausalLM", sizes, r#", "sliding_window": null"#).max_positions, 32768);
+        assert_eq!(parse("MistralForCausalLM", sizes, "").max_positions, 4096);
+        assert_eq!(parse("LlamaForCausalLM", sizes, r#", "sliding_window": 16"#).max_positions, 32768);
+        assert_eq!(parse("Qwen2ForCausalLM", sizes, r#", "sliding_window": 16, "use_sliding_window": true"#).max_positions, 16);
+    }
+
+    #[test]
+    fn key_heads_left_out_are_as_many_as_query_heads_for_llama_only() {
+        let text = |arch: &str, more: &str| {
+            format!(
+                r#"{{"architectures": ["{arch}"], "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+                    "vocab_size": 100, "max_position_embeddings": 64, "rms_norm_eps": 1e-5 {more}}}"#
+            )
+        };
+        let parse = |arch, more| ModelConfig::parse(text(arch, more).as_bytes(), None, "config.json");
+        assert_eq!(parse("LlamaForCausalLM", "").unwrap().num_kv_heads, 4);
+        assert_eq!(parse("MistralForCausalLM", r#", "num_key_value_heads": null"#).unwrap().num_kv_heads, 4);
+        assert!(parse("MistralForCausalLM", "").unwrap_err().to_string().contains("`num_key_value_heads` is missing"));
+    }
 }

@@ -3,24 +3,31 @@
 //!
 //! Ids must be below the vocabulary's size ([`ModelConfig::check_ids`]); the functions here index by them.
 
-use ndarray::{Array2, Array3, ArrayView2, ArrayView3, Axis, Zip, s};
+use ndarray::{Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut1, Axis, Zip, s};
 
 use super::config::{Activation, ModelConfig, RopeScaling};
 use super::observe::{Norm, Observer};
 use super::weights::{LayerWeights, Linear, Weights};
 
 /// Keys (after the rotation) and values of the positions so far, layer by layer.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct FloatCache {
     layers: Vec<LayerCache>,
 }
 
 /// Both arrays are `[capacity, kv_heads, head_dim]`, of which the first `len` rows are filled.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 struct LayerCache {
     k: Array3<f32>,
     v: Array3<f32>,
     len: usize,
+}
+
+impl std::fmt::Debug for FloatCache {
+    /// Without what it holds, which tells the prompt.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FloatCache").field("layers", &self.layers.len()).field("len", &self.len()).finish()
+    }
 }
 
 impl FloatCache {
@@ -263,7 +270,7 @@ fn matmul_transposed(x: &Array2<f32>, w: ArrayView2<'_, f32>) -> Array2<f32> {
     if x.nrows() == 1 { w.dot(&x.row(0)).insert_axis(Axis(0)) } else { x.dot(&w.t()) }
 }
 
-fn rms_norm(h: &Array2<f32>, gain: ndarray::ArrayView1<'_, f32>, eps: f64) -> Array2<f32> {
+fn rms_norm(h: &Array2<f32>, gain: ArrayView1<'_, f32>, eps: f64) -> Array2<f32> {
     let mut x = h.clone();
     for mut row in x.rows_mut() {
         normalise(&mut row, gain, eps);
@@ -271,7 +278,7 @@ fn rms_norm(h: &Array2<f32>, gain: ndarray::ArrayView1<'_, f32>, eps: f64) -> Ar
     x
 }
 
-fn normalise(row: &mut ndarray::ArrayViewMut1<'_, f32>, gain: ndarray::ArrayView1<'_, f32>, eps: f64) {
+fn normalise(row: &mut ArrayViewMut1<'_, f32>, gain: ArrayView1<'_, f32>, eps: f64) {
     let mean_square = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / row.len() as f64;
     let inverse = (1.0 / (mean_square + eps).sqrt()) as f32;
     Zip::from(row).and(gain).for_each(|x, &g| *x *= inverse * g);
@@ -306,5 +313,66 @@ fn rotate(x: &mut Array3<f32>, start: usize, frequencies: &[f64]) {
                 row[i + half] = b * cos + a * sin;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frequencies(rope: &str) -> Vec<f64> {
+        let text = format!(
+            r#"{{"architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+                "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, {rope}}}"#
+        );
+        rope_frequencies(&ModelConfig::parse(text.as_bytes(), None, "test").unwrap())
+    }
+
+    #[track_caller]
+    fn are(got: &[f64], want: &[(usize, f64)]) {
+        assert_eq!(got.len(), 64);
+        for &(i, want) in want {
+            // transformers computes them in float32.
+            assert!((got[i] / want - 1.0).abs() < 2e-6, "{i}: {} instead of {want}", got[i]);
+        }
+    }
+
+    #[test]
+    fn frequencies_of_llama_3_1() {
+        // From transformers: high frequencies kept, 29 to 34 blended, low ones divided by 8.
+        let want = [
+            (0, 1.0),
+            (1, 0.8146172165870667),
+            (28, 0.0032114461064338684),
+            (29, 0.0021665706299245358),
+            (30, 0.0013718936825171113),
+            (32, 0.0005248460220173001),
+            (34, 0.0001785077911335975),
+            (35, 9.556212171446532e-05),
+            (63, 3.068925877869333e-07),
+        ];
+        let scaling = r#""factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192"#;
+        are(&frequencies(&format!(r#""rope_theta": 500000.0, "rope_scaling": {{"rope_type": "llama3", {scaling}}}"#)), &want);
+        are(&frequencies(&format!(r#""rope_parameters": {{"rope_theta": 500000.0, "rope_type": "llama3", {scaling}}}"#)), &want);
+    }
+
+    #[test]
+    fn frequencies_of_deepseek_coder() {
+        let want = [(0, 0.25), (1, 0.20884063839912415), (63, 2.992712552440935e-06)];
+        are(&frequencies(r#""rope_theta": 100000, "rope_scaling": {"type": "linear", "factor": 4.0}"#), &want);
+    }
+
+    #[test]
+    fn frequencies_without_scaling() {
+        let want = [(0, 1.0), (32, 0.01), (63, 1e4f64.powf(-63.0 / 64.0))];
+        are(&frequencies(r#""rope_scaling": null"#), &want);
+        are(&frequencies(r#""rope_parameters": {"rope_theta": 10000, "rope_type": "default"}"#), &want);
+    }
+
+    #[test]
+    fn loss_of_even_odds_is_the_logarithm() {
+        let logits = Array2::from_elem((3, 8), 4.0);
+        assert!((nats_per_token(logits.view(), &[1, 5, 2]) - 8f64.ln()).abs() < 1e-12);
+        assert_eq!(nats_per_token(logits.view(), &[1]), 0.0);
     }
 }

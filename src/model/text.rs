@@ -47,7 +47,7 @@ impl TextCodec {
         let what = path.display().to_string();
         let remedy = "convert the tokenizer with transformers (AutoTokenizer.from_pretrained(dir, use_fast=True).save_pretrained(dir))";
         let bytes = files::read_required(&path, TOKENIZER_LIMIT, remedy)?;
-        let mut tokenizer = Tokenizer::from_bytes(&bytes)
+        let mut tokenizer = guarded(&what, || Tokenizer::from_bytes(&bytes))?
             .map_err(|e| Error::Model(format!("{what}: is not a tokenizer of the `tokenizers` library ({e}); fetch it again from where the model comes from")))?;
         // As transformers does: these two are leftovers of training, a prompt is neither cut nor filled up.
         tokenizer.with_padding(None);
@@ -88,8 +88,9 @@ impl TextCodec {
     }
 
     fn raw_encode(&self, text: &str) -> Result<Vec<u32>> {
-        // Neither the text nor a part of it may get into the error; the tokenizer's own errors name only its parts.
-        let encoding = self.tokenizer.encode_fast(text, true).map_err(|e| Error::Model(format!("{}: cannot encode the text ({e})", self.what)))?;
+        // Without the cause: it could quote the text, and no error may carry a prompt.
+        let encoding = guarded(&self.what, || self.tokenizer.encode_fast(text, true))?;
+        let encoding = encoding.map_err(|_| Error::Model(format!("{}: cannot encode this text; the tokenizer lacks a token for the unknown, or is broken", self.what)))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -99,7 +100,7 @@ impl TextCodec {
     /// # Errors
     /// [`Error::Model`] when the tokenizer fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.tokenizer.decode(ids, true).map_err(|e| Error::Model(format!("{}: cannot decode ({e})", self.what)))
+        guarded(&self.what, || self.tokenizer.decode(ids, true))?.map_err(|_| Error::Model(format!("{}: cannot decode these tokens; the tokenizer is broken", self.what)))
     }
 
     /// Begins decoding an answer token by token, which continues the text `before` (the prompt's ids; empty if there is
@@ -135,8 +136,14 @@ impl TextCodec {
     }
 }
 
+/// Runs the `tokenizers` library, which trusts its file: with a few kinds of inconsistent one it panics.
+fn guarded<T>(what: &str, run: impl FnOnce() -> T) -> Result<T> {
+    let broken = |_| Error::Model(format!("{what}: is inconsistent, the `tokenizers` library fails on it; fetch it again from where the model comes from"));
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).map_err(broken)
+}
+
 /// Decodes one token after another into pieces of text that never break a character; together they are the answer.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct TextStream {
     /// The ids of the last piece, then those whose text was not shown yet. A piece ends between two characters, so the
     /// ids from any piece on decode by themselves; the last one is kept so that the next is not the start of a text.
@@ -147,6 +154,13 @@ pub struct TextStream {
     shown: String,
     /// For how many tokens an incomplete character has been held back.
     held: usize,
+}
+
+impl std::fmt::Debug for TextStream {
+    /// Without the text, which is private.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TextStream").field("held", &self.held).finish_non_exhaustive()
+    }
 }
 
 impl TextStream {

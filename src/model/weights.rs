@@ -1,5 +1,7 @@
 //! The weights of a model in memory, f32, under the names that the forward pass uses.
 
+use std::fmt;
+
 use ndarray::{Array1, Array2, ArrayView2};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -10,7 +12,7 @@ use super::config::ModelConfig;
 use crate::error::Result;
 
 /// A linear map with an optional bias: `y = x w^T + bias`.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct Linear {
     /// `[out, in]`, as Hugging Face stores it.
     pub w: Array2<f32>,
@@ -19,7 +21,7 @@ pub struct Linear {
 }
 
 /// The weights of one decoder layer.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct LayerWeights {
     /// Gain of the RMSNorm before the attention, `[hidden]`.
     pub input_norm: Array1<f32>,
@@ -46,7 +48,7 @@ pub struct LayerWeights {
 }
 
 /// All weights of a model.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct Weights {
     /// What they are the weights of.
     pub config: ModelConfig,
@@ -58,6 +60,26 @@ pub struct Weights {
     pub norm: Array1<f32>,
     /// The output head, `[vocab, hidden]`; `None` where it is the embedding.
     pub head: Option<Array2<f32>>,
+}
+
+// Weights are private: `{:?}` shows shapes only, so that none gets into a log by accident.
+
+impl fmt::Debug for Linear {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Linear").field("shape", &self.w.shape()).field("has_bias", &self.bias.is_some()).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for LayerWeights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LayerWeights").field("q", &self.q).field("k", &self.k).field("gate", &self.gate).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Weights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Weights").field("config", &self.config).finish_non_exhaustive()
+    }
 }
 
 /// Where the weights of one layer (or of what lies outside of the layers) come from.
@@ -201,5 +223,72 @@ impl Weights {
     #[must_use]
     pub fn head_matrix(&self) -> ArrayView2<'_, f32> {
         self.head.as_ref().unwrap_or(&self.embed).view()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config::{Activation, Arch, Rope, RopeScaling};
+    use super::*;
+
+    fn config() -> ModelConfig {
+        ModelConfig {
+            arch: Arch::Qwen3,
+            hidden_size: 48,
+            intermediate_size: 80,
+            num_layers: 3,
+            num_heads: 4,
+            num_kv_heads: 2,
+            head_dim: 16,
+            vocab_size: 500,
+            max_positions: 64,
+            rms_norm_eps: 1e-5,
+            rope: Rope { theta: 1e4, scaling: RopeScaling::None },
+            tie_word_embeddings: false,
+            qkv_bias: true,
+            o_bias: false,
+            mlp_bias: false,
+            qk_norm: true,
+            activation: Activation::Silu,
+            bos_id: None,
+            eos_ids: vec![],
+        }
+    }
+
+    #[test]
+    fn random_weights_are_gaussian_and_follow_the_seed() {
+        let a = Weights::random(config(), 7).unwrap();
+        assert_eq!(a, Weights::random(config(), 7).unwrap());
+        assert_ne!(a.embed, Weights::random(config(), 8).unwrap().embed);
+        assert_ne!(a.layers[0].q.w, a.layers[1].q.w);
+        let (mean, std) = (a.embed.mean().unwrap(), a.embed.std(0.0));
+        assert!(mean.abs() < 1e-3 && (std - 0.02).abs() < 1e-3, "{mean} {std}");
+        assert!((a.norm.mean().unwrap() - 1.0).abs() < 0.02);
+        assert_eq!(a.layers[2].k.w.dim(), (32, 48));
+        assert_eq!(a.layers[2].k.bias.as_ref().unwrap().len(), 32);
+        assert!(a.layers[2].o.bias.is_none() && a.layers[2].q_norm.is_some());
+    }
+
+    #[test]
+    fn a_tied_head_is_the_embedding() {
+        let weights = Weights::random(ModelConfig { tie_word_embeddings: true, ..config() }, 1).unwrap();
+        assert!(weights.head.is_none());
+        assert_eq!(weights.head_matrix(), weights.embed);
+    }
+
+    #[test]
+    fn impossible_configurations_make_no_weights() {
+        let error = Weights::random(ModelConfig { num_kv_heads: 3, ..config() }, 1).unwrap_err();
+        assert!(error.to_string().contains("num_key_value_heads = 3"), "{error}");
+    }
+
+    #[test]
+    fn no_weight_shows_in_debug_output() {
+        let weights = Weights::random(config(), 7).unwrap();
+        let layer = format!("{:?}", weights.layers[0]);
+        assert!(layer.contains("[64, 48]") && !layer.contains("0."), "{layer}");
+        let all = format!("{weights:?}");
+        assert!(all.contains("Qwen3") && !all.contains(&weights.embed[[0, 0]].to_string()), "{all}");
+        assert!(all.len() < 700, "{all}");
     }
 }
