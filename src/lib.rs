@@ -4,6 +4,7 @@
 
 pub mod approx;
 pub mod error;
+pub mod generate;
 pub mod model;
 pub mod net;
 pub mod party;

@@ -1,1 +1,33 @@
-fn main(){}
+//! The `trefoil` command. Dispatches; the work is in the library.
+
+use clap::{Parser, Subcommand};
+
+#[path = "cli/generate.rs"]
+mod generate;
+
+/// Private LLM inference between three parties: the prompt stays with the client, the weights with the provider.
+#[derive(Parser)]
+#[command(version, about, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Generate text with owner, client and helper in this process.
+    Generate(generate::Args),
+}
+
+fn main() -> std::process::ExitCode {
+    let result = match Cli::parse().command {
+        Command::Generate(args) => generate::run(&args),
+    };
+    match result {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}

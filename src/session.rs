@@ -138,6 +138,14 @@ impl JobQueue {
         }
     }
 
+    /// Lets a walker that waits for the queue to shrink go on (to notice that it should stop); `ended` if for good.
+    pub fn release(&self, ended: bool) {
+        self.with(|q| {
+            q.passes.clear();
+            q.ended |= ended;
+        });
+    }
+
     /// Blocks while more than `limit` walked passes wait to be run. Returns `false` once the queue has ended.
     #[must_use]
     pub fn wait_below(&self, limit: usize) -> bool {

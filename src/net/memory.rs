@@ -158,6 +158,27 @@ impl Channel for MemoryChannel {
         Ok(frame)
     }
 
+    fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Frame, u64), PeerFault> {
+        let i = lane_index(lane);
+        let mut early = self.early[i].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut found = early.frames.remove(&tag).and_then(|mut q| q.pop_front());
+        let mut dropped = (early.bytes - found.as_ref().map_or(0, |f| f.payload.len())) as u64;
+        *early = Early::default();
+        while found.is_none() {
+            let frame = self.inc[i].recv(timeout)?;
+            if frame.tag == tag {
+                found = Some(frame);
+            } else {
+                dropped += frame.payload.len() as u64;
+            }
+        }
+        match found {
+            Some(frame) if frame.payload.len() == len => Ok((frame, dropped)),
+            Some(frame) => Err(PeerFault::Length { want: len, got: frame.payload.len() }),
+            None => Err(PeerFault::Closed),
+        }
+    }
+
     fn close(&self) {
         self.out.iter().chain(&self.inc).for_each(|p| p.close());
     }

@@ -55,6 +55,13 @@ pub trait Channel: Send + Sync {
     /// [`PeerFault::Closed`], [`PeerFault::Timeout`] or [`PeerFault::Length`].
     fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Frame, PeerFault>;
 
+    /// Drops frames until the one with this tag comes, which must have exactly `len` bytes; says how many bytes were
+    /// dropped.
+    ///
+    /// # Errors
+    /// As [`Channel::recv`].
+    fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Frame, u64), PeerFault>;
+
     /// Ends the link in both directions; waiting calls return [`PeerFault::Closed`].
     fn close(&self);
 }
@@ -105,6 +112,16 @@ impl Links {
         let frame =
             self.channel(from)?.recv(lane, step.tag(), len, self.timeout).map_err(|kind| blame(from, step, kind))?;
         Ok(frame.payload)
+    }
+
+    /// Drops what `from` has sent on `lane` before the message named `step`; returns that one and the bytes dropped.
+    ///
+    /// # Errors
+    /// [`Error::Peer`] naming the peer and the step.
+    pub fn drain(&self, from: Role, lane: Lane, step: &Address, len: usize) -> Result<(Vec<u8>, u64)> {
+        let got = self.channel(from)?.drain(lane, step.tag(), len, self.timeout);
+        let (frame, dropped) = got.map_err(|kind| blame(from, step, kind))?;
+        Ok((frame.payload, dropped))
     }
 
     /// Closes all links of this party.

@@ -124,6 +124,10 @@ impl<C: Channel> Channel for Shaped<C> {
         Ok(frame)
     }
 
+    fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Frame, u64), PeerFault> {
+        self.inner.drain(lane, tag, len, timeout)
+    }
+
     fn close(&self) {
         self.inner.close();
     }

@@ -11,7 +11,6 @@
 //! streams that the Helper lacks, the messages to the Owner by `rho`, their sum by `r_z`. Exact. Source: Araki et al.
 //! (CCS 2016) §3 seen from the Owner's side; the Client's part needs no input, as in ASTRA (2019) and BLAZE (2020).
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use super::Pending;
@@ -197,9 +196,4 @@ pub(crate) fn receive(
         own.iter_mut().zip(c.iter().zip(&h)).for_each(|(z, (c, h))| *z = z.wrapping_add(*c).wrapping_add(*h));
         Ok(Masked::new(own, Side::Value, k, f, out))
     })
-}
-
-/// Element ranges of a batch's passes in `rows`.
-pub(crate) fn pass_ranges(s: &Session, rows: &Rows) -> Vec<Range<usize>> {
-    s.passes().iter().map(|p| rows.range(&p.tokens)).collect()
 }

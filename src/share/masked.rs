@@ -105,10 +105,6 @@ impl Masked {
         &self.v
     }
 
-    pub(crate) fn into_raw(self) -> Vec<u64> {
-        self.v
-    }
-
     pub(crate) fn side(&self) -> Side {
         self.side
     }

@@ -1,5 +1,7 @@
 //! The head: final norm, logits of each pass's last position, noise, argmax, token and range flags to the Client.
 
+use std::sync::PoisonError;
+
 use super::{Context, PassOptions, SecureModel};
 use crate::error::Result;
 use crate::plan::{F, FW};
@@ -32,5 +34,8 @@ pub(super) fn head(m: &SecureModel, s: &mut Session, h: &Masked, mut flags: Rang
     let flag_scope = Scope::new("range");
     let token = argmax(s, &scope.at("argmax"), &logits, p.radix, &mut |s| flags.advance(s, &flag_scope))?;
     open::open(s, &scope.at("token"), &token, o.ports.map(|p| &p.token))?;
+    if let Some(ports) = o.ports {
+        *ports.names.lock().unwrap_or_else(PoisonError::into_inner) = flags.names();
+    }
     flags.open(s, &flag_scope, o.ports.map(|p| &p.flags))
 }

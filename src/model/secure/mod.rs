@@ -8,6 +8,7 @@ mod head;
 mod mlp;
 mod norm;
 
+use std::sync::Mutex;
 use std::sync::mpsc::Sender;
 
 use super::ModelConfig;
@@ -66,6 +67,8 @@ pub struct ClientPorts {
     pub flags: Sender<Vec<u64>>,
     /// Logits, if they are opened for a check.
     pub logits: Option<Sender<Vec<u64>>>,
+    /// What each range flag stands for; set when a pass has been walked.
+    pub names: Mutex<Vec<(String, &'static str)>>,
 }
 
 /// What a pass needs beyond model and cache.

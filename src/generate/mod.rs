@@ -1,0 +1,140 @@
+//! Generation: what each party does for a request, and the three of them in one process.
+//!
+//! A request is a prefill pass over the prompt and one decode pass per further token. The Client announces it, gives an
+//! input per pass and says before each decode pass whether to go on; Client and Helper walk the passes ahead in batches
+//! that double up to a limit; what was walked beyond the end is discarded and counted.
+
+mod check;
+mod client;
+mod local;
+mod server;
+
+pub use check::{Check, check};
+pub use client::{Client, Generation, Stop};
+pub use local::{Local, LocalOptions, LinkReport, split_layers};
+pub use server::{OwnerReport, helper, owner};
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::error::{Error, PeerFault, Result};
+use crate::model::secure::{ClientPorts, PassOptions, SecureModel};
+use crate::net::{Lane, blame};
+use crate::party::Role;
+use crate::session::{Scope, Session};
+
+/// Largest batch of run-ahead passes.
+pub const MAX_BATCH: usize = 8;
+
+/// What the Client announces to Owner and Helper; all of it public to them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Request {
+    /// Pass number of the prefill; larger than any used in the session before.
+    pub first_pass: u64,
+    /// Tokens of the prompt; 0 ends the session.
+    pub prompt: u32,
+    /// Most tokens to generate.
+    pub max_new: u32,
+    /// The logits are opened to the Client too.
+    pub open_logits: bool,
+    /// Sampling temperature; 0 is greedy.
+    pub temperature: f64,
+    /// Seed of the Owner's sampling noise; no key depends on it.
+    pub seed: u64,
+}
+
+const REQUEST_BYTES: usize = 33;
+
+impl Request {
+    fn encode(&self) -> Vec<u8> {
+        let mut b = self.first_pass.to_le_bytes().to_vec();
+        b.extend(self.prompt.to_le_bytes());
+        b.extend(self.max_new.to_le_bytes());
+        b.push(u8::from(self.open_logits));
+        b.extend(self.temperature.to_le_bytes());
+        b.extend(self.seed.to_le_bytes());
+        b
+    }
+
+    /// Parses and checks what the Client sent.
+    fn decode(bytes: &[u8], model: &SecureModel, next_pass: u64, step: &crate::prf::Address) -> Result<Request> {
+        let bad = |what| blame(Role::Client, step, PeerFault::Malformed(what));
+        let word = |at: usize| -> Result<[u8; 8]> {
+            bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).ok_or_else(|| bad("a short request"))
+        };
+        let half = u64::from_le_bytes(word(8)?);
+        let r = Request {
+            first_pass: u64::from_le_bytes(word(0)?),
+            prompt: half as u32,
+            max_new: (half >> 32) as u32,
+            open_logits: bytes[16] == 1,
+            temperature: f64::from_le_bytes(word(17)?),
+            seed: u64::from_le_bytes(word(25)?),
+        };
+        if r.prompt == 0 {
+            return Ok(r);
+        }
+        let positions = u64::from(r.prompt) + u64::from(r.max_new);
+        if bytes[16] > 1 || r.max_new == 0 || positions > model.plan().max_positions as u64 + 1 {
+            return Err(bad("a request beyond the model's context"));
+        }
+        if r.first_pass < next_pass || r.first_pass > u64::MAX / 2 {
+            return Err(bad("a pass number used before"));
+        }
+        if !(0.0..=crate::plan::MAX_TEMPERATURE).contains(&r.temperature) {
+            return Err(bad("a temperature out of range"));
+        }
+        Ok(r)
+    }
+}
+
+fn request_scope() -> Scope {
+    Scope::new("request")
+}
+
+/// The walk of Client and Helper through a request's passes, ahead of the Owner. Returns the number of passes walked.
+fn walk(s: &mut Session, model: &SecureModel, r: &Request, ports: Option<&ClientPorts>, stop: &AtomicBool) -> Result<u64> {
+    let mut cache = model.cache((r.prompt + r.max_new) as usize);
+    let jobs = s.jobs();
+    let mut walked = 0u64;
+    let mut batch = vec![r.prompt as usize];
+    while !batch.is_empty() && !stop.load(Ordering::Relaxed) && jobs.wait_below(2 * MAX_BATCH) {
+        s.begin(r.first_pass + walked, &batch);
+        let options = PassOptions { ports, noise: None, open_logits: r.open_logits, depths: None };
+        model.pass(s, &mut cache, options)?;
+        s.end_batch();
+        let grown = if walked == 0 { 1 } else { (2 * batch.len()).min(MAX_BATCH) };
+        walked += batch.len() as u64;
+        batch = vec![1; grown.min((u64::from(r.max_new) - walked) as usize)];
+    }
+    Ok(walked)
+}
+
+/// After its walk a party tells the Owner where the run-ahead data of this request ends.
+fn end_walk(s: &Session, request: u64, walked: u64) -> Result<()> {
+    let step = request_scope().address(request, "request.walked");
+    s.links().send(Role::Owner, Lane::Ahead, &step, walked.to_le_bytes().to_vec())
+}
+
+/// A walk that failed because the session ended is not the cause of anything.
+fn worst(walk: Result<u64>, online: Result<()>) -> Result<u64> {
+    match (walk, online) {
+        (Ok(n), Ok(())) => Ok(n),
+        (Err(e), Ok(())) | (Ok(_), Err(e)) => Err(e),
+        (Err(a), Err(b)) => Err(crate::world::first_cause([b, a])),
+    }
+}
+
+/// A control byte before each decode pass: 1 goes on, 0 stops.
+fn control(s: &crate::net::Links, pass: u64) -> Result<bool> {
+    let step = request_scope().address(pass, "request.control");
+    match s.recv(Role::Client, Lane::Online, &step, 1)?[0] {
+        0 => Ok(false),
+        1 => Ok(true),
+        _ => Err(blame(Role::Client, &step, PeerFault::Malformed("a control byte that is not 0 or 1"))),
+    }
+}
+
+/// A thread that ended without a result.
+fn lost(what: &str) -> Error {
+    Error::Internal(format!("{what} ended without a result"))
+}

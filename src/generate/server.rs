@@ -1,0 +1,122 @@
+//! What Owner and Helper do for a session: serve requests until the Client ends it.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::{REQUEST_BYTES, Request, control, end_walk, request_scope, walk, worst};
+use crate::error::Result;
+use crate::model::secure::{PassOptions, SecureModel};
+use crate::net::Lane;
+use crate::party::Role;
+use crate::protocol::gumbel::Gumbel;
+use crate::session::Session;
+use crate::world::join;
+
+/// What the Owner saw of a session.
+#[derive(Clone, Debug, Default)]
+pub struct OwnerReport {
+    /// Sequential online messages of each private layer in the last decode pass (or the prefill, if there was none).
+    pub layer_messages: Vec<u32>,
+    /// Passes that were walked ahead and not used.
+    pub discarded_passes: u64,
+    /// Run-ahead bytes that were dropped with them.
+    pub discarded_bytes: u64,
+}
+
+/// The Owner's side of a session.
+///
+/// # Errors
+/// [`crate::Error::Peer`] with the peer that failed.
+pub fn owner(s: &mut Session, model: &SecureModel) -> Result<OwnerReport> {
+    let mut report = OwnerReport::default();
+    let mut next_pass = 0;
+    for index in 0.. {
+        let step = request_scope().address(index, "request.open");
+        let bytes = s.links().recv(Role::Client, Lane::Online, &step, REQUEST_BYTES)?;
+        let r = Request::decode(&bytes, model, next_pass, &step)?;
+        if r.prompt == 0 {
+            break;
+        }
+        let mut cache = model.cache((r.prompt + r.max_new) as usize);
+        let mut noise = Gumbel::new(r.seed, r.temperature);
+        let mut used = 0;
+        while used < u64::from(r.max_new) {
+            let pass = r.first_pass + used;
+            if used > 0 && !control(s.links(), pass)? {
+                break;
+            }
+            s.begin(pass, &[if used == 0 { r.prompt as usize } else { 1 }]);
+            let mut depths = vec![s.depth()];
+            let options = PassOptions {
+                ports: None,
+                noise: Some(&mut noise),
+                open_logits: r.open_logits,
+                depths: Some(&mut depths),
+            };
+            model.pass(s, &mut cache, options)?;
+            s.end_batch();
+            // The first difference also holds the Client's input.
+            report.layer_messages = depths.windows(2).skip(1).map(|d| d[1] - d[0]).collect();
+            used += 1;
+        }
+        next_pass = r.first_pass;
+        for from in [Role::Client, Role::Helper] {
+            let step = request_scope().address(index, "request.walked");
+            let (walked, dropped) = s.links().drain(from, Lane::Ahead, &step, 8)?;
+            let walked = walked.try_into().map(u64::from_le_bytes).unwrap_or(0);
+            next_pass = next_pass.max(r.first_pass.saturating_add(walked));
+            report.discarded_bytes += dropped;
+            if from == Role::Client {
+                report.discarded_passes += walked.saturating_sub(used);
+            }
+        }
+    }
+    Ok(report)
+}
+
+/// The Helper's side of a session.
+///
+/// # Errors
+/// [`crate::Error::Peer`] with the peer that failed.
+pub fn helper(s: &mut Session, model: &SecureModel) -> Result<()> {
+    let mut next_pass = 0;
+    let (jobs, links) = (s.jobs(), s.links().clone());
+    for index in 0.. {
+        let step = request_scope().address(index, "request.open");
+        let bytes = links.recv(Role::Client, Lane::Online, &step, REQUEST_BYTES)?;
+        let r = Request::decode(&bytes, model, next_pass, &step)?;
+        if r.prompt == 0 {
+            break;
+        }
+        let stop = AtomicBool::new(false);
+        let walked = std::thread::scope(|scope| {
+            let walker = scope.spawn(|| {
+                let out = walk(s, model, &r, None, &stop);
+                let out = out.and_then(|n| end_walk(s, index, n).map(|()| n));
+                if out.is_err() {
+                    s.jobs().end();
+                }
+                out
+            });
+            let online = || -> Result<()> {
+                for used in 0..u64::from(r.max_new) {
+                    let pass = r.first_pass + used;
+                    if used > 0 && !control(&links, pass)? {
+                        break;
+                    }
+                    jobs.run_pass(pass, &links)?;
+                }
+                Ok(())
+            };
+            let online = online();
+            stop.store(true, Ordering::Relaxed);
+            jobs.release(online.is_err());
+            if online.is_err() {
+                links.close();
+            }
+            worst(join(walker), online)
+        })?;
+        jobs.discard();
+        next_pass = r.first_pass + walked;
+    }
+    Ok(())
+}
