@@ -18,7 +18,7 @@ use crate::net::{Channel, Links};
 use crate::party::Role;
 use crate::prf::{AddressLog, Pair, PairKey, Prf};
 use crate::ring;
-use crate::session::Session;
+use crate::session::{JobQueue, Session};
 use crate::share::Masked;
 
 /// The pairwise keys of a session, all in one place: only in a process that plays all three parties.
@@ -99,6 +99,14 @@ pub struct World {
     meters: [Arc<Meter>; 3],
     keys: Keys,
     addresses: Option<AddressLog>,
+}
+
+struct EndOnDrop(JobQueue);
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        self.0.end();
+    }
 }
 
 /// What the three parties' programs returned.
@@ -189,20 +197,23 @@ impl World {
             let (jobs, links) = (session.jobs(), session.links().clone());
             std::thread::scope(|scope| {
                 let walker = scope.spawn(|| {
+                    // Also when the walk panics: the online thread must not wait for jobs that will never come.
+                    let _ended = EndOnDrop(session.jobs());
                     session.begin(first_pass, tokens);
                     let out = program(&mut session);
                     session.end_batch();
-                    if out.is_err() {
-                        session.jobs().end();
-                    }
                     out
                 });
                 let online = (0..tokens.len()).try_for_each(|i| jobs.run_pass(first_pass + i as u64, &links));
                 if online.is_err() {
                     links.close();
                 }
-                let walked = join(walker)?;
-                online?;
+                let walked = match (join(walker), online) {
+                    (walked, Ok(())) => walked?,
+                    (Ok(_), Err(e)) => return Err(e),
+                    // A peer's fault seen online closes the links, on which the walk then fails too.
+                    (Err(walk), Err(online)) => return Err(first_cause([online, walk])),
+                };
                 Ok(walked)
             })
         };

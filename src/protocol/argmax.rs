@@ -3,8 +3,8 @@
 //! them all, and one product selects the winner's value and index.
 //!
 //! Cost per level of radix `a`: 8 messages: a [`compare`] of `g a (a-1) / 2` differences, a lookup of `2^(a-1)` rows per
-//! candidate, a product. Private: compositions of private operations; nothing is opened here. Exact on the ring it is
-//! given.
+//! candidate, a product. Private: compositions of private operations; nothing is opened here. Exact for values that a
+//! [`lift`] takes: `[-2^(k-2), 2^(k-2))`.
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -45,6 +45,26 @@ pub(crate) enum TablePart {
     Seed { id: u64, seed: PreparationSeed },
 }
 
+impl TableShare {
+    /// The Owner's or the Helper's part: `A = E - B`, row by row.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for the wrong number of words.
+    pub fn rows(dim: (usize, usize), f: u32, a: Vec<u64>) -> Result<Self> {
+        if a.len() != dim.0 * dim.1 {
+            let (lhs, rhs) = (format!("{} words", a.len()), format!("{} x {}", dim.0, dim.1));
+            return Err(Error::Shape { op: "embedding table", lhs, rhs });
+        }
+        Ok(TableShare { dim, f, part: TablePart::Rows(a.into()) })
+    }
+
+    /// The Client's part: the seed of `B`, the stream of matrix `id`.
+    #[must_use]
+    pub fn seed(dim: (usize, usize), f: u32, id: u64, seed: PreparationSeed) -> Self {
+        TableShare { dim, f, part: TablePart::Seed { id, seed } }
+    }
+}
+
 impl std::fmt::Debug for TableShare {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "table of {} x {} with {} fraction bits", self.dim.0, self.dim.1, self.f)

@@ -7,8 +7,15 @@
 //! For `v in [0, 2^b)` in a ring of `k` bits, the bits from `b - 4` up are cut into chunks of at most 8. The lowest
 //! chunk's unreduced sum tells its value and its carry; the chunks above must equal `-r - carry`. Both hypotheses are
 //! looked up side by side (`M0` counts mismatches if there is no carry, `M1` if there is one), and `v` fits if `M0 M1 = 0`.
-//! A carry from the bits below `b - 4` adds at most one, for which one of 16 intervals is given up: values that do not fit
-//! are never accepted, values in the lower 15/16 of the range always are. Cost: one lookup of at most 256 rows per chunk
+//! The bits below `b - 4` may carry: the sum names the interval (of 16) of `v` or the one below it. So
+//!
+//! | | never accepted | always accepted |
+//! |---|---|---|
+//! | signed | outside `[-2^(b-1), 2^(b-1))` | `[-2^(b-1) + 2^(b-4), 2^(b-1) - 2^(b-4))` |
+//! | unsigned, for values that cannot be in `[-2^(b-4), 0)` | outside `[-2^(b-4), 2^b)` | `[0, 2^b - 2^(b-4))` |
+//!
+//! Unsigned values (sums of squares) may be tiny, and zero cannot be told from minus one without the low bits.
+//! Cost: one lookup of at most 256 rows per chunk
 //! and one product per value, none of it waited for. Private: lookups and products as in their files; the Client sees one
 //! bit per layer and quantity, and it is 0 unless the generation ends there.
 
@@ -19,13 +26,15 @@ use super::lookup::{self, Indicator, Query};
 use super::product::{Elementwise, product};
 use super::window::Digits;
 use super::{Pending, concat, open, side};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ring;
 use crate::session::{Scope, Session};
 use crate::share::{Masked, Rows};
 
-/// Low intervals accepted: with a carry from below the value still lies in the 16 of the range.
-const ACCEPTED: usize = 15;
+/// Codes accepted of a signed value, shifted to begin at 0: with a carry from below it still lies in the 16 of the range.
+const SIGNED: usize = 15;
+/// Codes accepted of an unsigned value, shifted by an interval so that a carry under a tiny value is code 0.
+const UNSIGNED: usize = 16;
 
 /// Mismatch counts of one guard.
 pub enum Counts {
@@ -87,8 +96,8 @@ pub fn cost(n: usize, k: u32, b: u32, count_bits: u32) -> crate::plan::cost::Cos
     c
 }
 
-/// Starts a guard that `x` fits `b` bits: `[-2^(b-1), 2^(b-1))` if `signed`, else `[0, 2^b)`. Nothing to do if the ring
-/// has no more than `b` bits.
+/// Starts a guard that `x` fits `b` bits: `[-2^(b-1), 2^(b-1))` if `signed`, else `[0, 2^b)` for a value that cannot be
+/// just below zero. Nothing to do if the ring has no more than `b` bits.
 ///
 /// # Errors
 /// [`crate::Error::Peer`], [`crate::Error::Reuse`], [`crate::Error::Shape`].
@@ -99,18 +108,22 @@ pub fn guard(
     if k <= b {
         return Ok(None);
     }
+    if b < 4 {
+        return Err(Error::Shape { op: "guard", lhs: x.facts(), rhs: format!("{b} bits, of at least 4") });
+    }
     let low = b - 4;
-    let x = if signed { x.clone().offset(1 << (b - 1)) } else { x.clone() };
+    let (shift, accepted) = if signed { (1 << (b - 1), SIGNED) } else { (1 << low, UNSIGNED) };
+    let x = x.clone().offset(shift);
     let parts = chunks(k - low);
     let first = Digits::cut(&x, low, parts[0])?;
     let n = 1usize << parts[0];
     if parts.len() == 1 {
-        let table = Indicator::cyclic(n, &[1], |i, _| i >= ACCEPTED)?;
+        let table = Indicator::cyclic(n, &[1], |i, _| i >= accepted)?;
         let counts = lookup::indicator(s, &scope.at("chunk0"), &first, &table, 0, count_bits)?;
         return Ok(Some(counts.then(|m| Ok(Counts::Direct(m)))));
     }
     let table = Indicator::unreduced(2 * n, &[1, 1], |i, hypothesis| {
-        !(if hypothesis == 0 { i < ACCEPTED } else { (n..n + ACCEPTED).contains(&i) })
+        !(if hypothesis == 0 { i < accepted } else { (n..n + accepted).contains(&i) })
     })?;
     let mut pending = vec![lookup::indicator(s, &scope.at("chunk0"), &first, &table, 0, count_bits)?];
     let top = low + parts[0];

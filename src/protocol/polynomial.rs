@@ -70,7 +70,8 @@ fn times(values: &[&[u64]], m: &[usize], i: usize) -> u64 {
     m.iter().fold(1u64, |a, &j| a.wrapping_mul(values[j][i]))
 }
 
-/// The sum of monomials over `operands` (indices), element by element, in the narrowest ring.
+/// The sum of monomials over `operands` (indices), element by element, in the narrowest ring. No message if every
+/// monomial is a single operand.
 ///
 /// # Errors
 /// [`Error::Shape`] unless layouts agree and every monomial has the same total of fraction bits; [`Error::Peer`].
@@ -95,6 +96,11 @@ pub fn polynomial(
     let v: Vec<&[u64]> = operands.iter().map(|o| o.raw()).collect();
     let (rows, n, g, mask) = (first.rows().clone(), first.raw().len(), e.groups.len(), ring::mask(k));
     let own = |i: usize| monomials.iter().fold(0u64, |a, m| a.wrapping_add(times(&v, m, i)));
+
+    // A sum of operands has no cross terms: each side adds what it holds.
+    if g == 0 {
+        return Ok(Pending::ready(Masked::new((0..n).map(own).collect(), first.side(), k, f, rows)));
+    }
 
     if s.is_owner() {
         s.declare(cost(n, g, k));
