@@ -49,11 +49,11 @@ impl Attention {
         let tokens: usize = step.passes.iter().sum();
         let at = step.from..step.from + tokens;
         let even = |v: &[u64], n: usize| {
-            Given::even(&v[at.start * n..at.end * n], step.passes, K, 3).from_pass(step.first)
+            Given::even(&v[at.start * n..at.end * n], step.passes, K, 3).starting_at(step.first)
         };
         let (q, k, v) = (even(&self.q, HEADS * DIM), even(&self.k, WIDTH), even(&self.v, WIDTH));
         let widths: Vec<usize> = at.clone().map(|i| HEADS * (i + 1)).collect();
-        let p = Given::ragged(&self.p[at.clone()].concat(), step.passes, &widths, K, 3).from_pass(step.first);
+        let p = Given::ragged(&self.p[at.clone()].concat(), step.passes, &widths, K, 3).starting_at(step.first);
         run_in(world, step.first, step.passes, |s| {
             let (q, k, p, v) = (q.share(s, "q")?, k.share(s, "k")?, p.share(s, "p")?, v.share(s, "v")?);
             let (mut keys, mut values) = (keys[s.role().index()].lock().unwrap(), values[s.role().index()].lock().unwrap());

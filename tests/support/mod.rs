@@ -81,7 +81,7 @@ impl Given {
     }
 
     /// For a run whose first pass has another number.
-    pub fn from_pass(self, first: u64) -> Given {
+    pub fn starting_at(self, first: u64) -> Given {
         Given { first, ..self }
     }
 
