@@ -74,6 +74,18 @@ impl Cost {
         c
     }
 
+    /// Takes back what was counted before; depth stays.
+    pub fn subtract(&mut self, o: &Cost) {
+        for i in 0..3 {
+            for j in 0..3 {
+                for (a, b) in [(&mut self.online, &o.online), (&mut self.ahead, &o.ahead)] {
+                    a[i][j].bytes -= b[i][j].bytes;
+                    a[i][j].messages -= b[i][j].messages;
+                }
+            }
+        }
+    }
+
     /// Both, the second after the first.
     #[must_use]
     pub fn then(self, o: Cost) -> Cost {

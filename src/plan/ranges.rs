@@ -127,7 +127,7 @@ impl Who<'_> {
         let bits = sum_bits(sum);
         let dynamic = (bits as f64 - (low * unit).log2() + 11.05).max(0.0) / 2.0;
         // Two windows of w bits cover 2^(2w - 11).
-        let window = (dynamic.ceil() as u32).clamp(10, 16).next_multiple_of(2);
+        let window = (dynamic.ceil() as u32).clamp(12, 16);
         let rms_max = (f64::from(bits).exp2() / unit / n as f64).sqrt();
         let f_gain = (log2_ceil(rms_max) + 14).clamp(16, 26);
         // Linear outputs have F + FW fraction bits in ring 64 - f_gain.
@@ -242,7 +242,7 @@ fn attention(
     who.fits("a weighted sum of values (bits)", f64::from(prob_k), f64::from(64 - F_EXP + f_prob) + 0.5)?;
     let total_bits = log2_ceil(mass) + f_prob + 1;
     // A row's sum is at least 1, which must be a good row of the second window.
-    let total_window = ((total_bits - f_prob + 12).div_ceil(2)).clamp(10, 16).next_multiple_of(2);
+    let total_window = ((total_bits - f_prob + 12).div_ceil(2)).clamp(10, 16);
     let f_inverse = (52 - residual_k).min(26);
     Ok(AttentionPlan {
         qk_norm,

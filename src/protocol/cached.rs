@@ -50,6 +50,21 @@ impl Cached {
         Cached { width, k, f, tokens: 0, own: store(), share: store() }
     }
 
+    /// Fills the cache with values that all parties know, as if `tokens` tokens had been cached: for measuring what a
+    /// decode step costs at a given context without computing that context. Nothing secret may follow from them.
+    pub fn preload(&mut self, role: Role, tokens: usize, value: impl Fn(usize) -> i64) {
+        let words: Vec<u64> = (0..tokens * self.width).map(|i| value(i) as u64 & ring::mask(self.k)).collect();
+        let zero = vec![0; words.len()];
+        let (own, share) = match role {
+            Role::Owner => (words, Vec::new()),
+            Role::Client => (zero.clone(), zero),
+            Role::Helper => (zero, words),
+        };
+        self.own.write().unwrap_or_else(PoisonError::into_inner).extend(own);
+        self.share.write().unwrap_or_else(PoisonError::into_inner).extend(share);
+        self.tokens += tokens;
+    }
+
     /// Tokens cached.
     #[must_use]
     pub fn tokens(&self) -> usize {

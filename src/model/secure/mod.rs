@@ -50,6 +50,24 @@ pub struct KvCache {
 }
 
 impl KvCache {
+    /// As if `positions` positions were cached, with small values known to all: see [`Cached::preload`].
+    pub fn preload(&mut self, role: crate::Role, positions: usize) {
+        for (keys, values) in &mut self.layers {
+            // Pseudorandom in about [-0.25, 0.25) with F_QK and F fraction bits.
+            let small = |i: usize, bits: u32| {
+                ((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - bits)) as i64 - (1i64 << (bits - 1))
+            };
+            keys.preload(role, positions, |i| small(i, attention::F_QK - 1));
+            values.preload(role, positions, |i| small(i + 1, F - 1));
+        }
+        self.positions += positions;
+    }
+
+    /// After a pass over `tokens` positions.
+    pub fn advance(&mut self, tokens: usize) {
+        self.positions += tokens;
+    }
+
     /// Positions cached so far.
     #[must_use]
     pub fn positions(&self) -> usize {
@@ -193,7 +211,7 @@ impl SecureModel {
                 depths.push(s.depth());
             }
         }
-        cache.positions += tokens;
+        cache.advance(tokens);
         head::head(self, s, &h, flags, o)
     }
 }
