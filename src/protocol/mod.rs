@@ -18,6 +18,8 @@ pub mod lookup;
 pub mod open;
 pub mod polynomial;
 pub mod product;
+pub mod replicated;
+pub mod shared_linear;
 pub mod square;
 pub mod thermometer;
 pub mod truncate;
