@@ -1,8 +1,8 @@
-//! Shared-weight linear: `y = W x` with `W` itself secret from all three servers (the delegation deployment: the client and
-//! the owner of the model are outside, the servers hold shares of both).
+//! Shared-weight linear: `y = W x` with `W` itself secret from all three servers (the delegation deployment: the client
+//! and the owner of the model are outside, the servers hold shares of both).
 //!
-//! `W` is a masked value, `W = d_W + r_W`, and a cached operand: it is materialised once, in the largest ring that it will
-//! meet, and every product after that sends shares of `x` only.
+//! `W` is a masked value, `W = d_W + r_W`, and a cached operand: it is materialised once, in the largest ring that it
+//! will meet, and every product after that sends shares of `x` only.
 //!
 //! | | Owner | Client | Helper |
 //! |---|---|---|---|
@@ -12,12 +12,12 @@
 //! | online | sends `x2 = d_x - x1` | | replies `x2 r_W + r_x W2 - rho` |
 //! | result | `d_x d_W` + both `= y - r_y` | `r_y` | `r_y` |
 //!
-//! `x1` = PRF(Owner, Client); `r_y`, `rho` = PRF(Client, Helper), fresh. Cost: 2 messages in sequence; `k` bits per input up,
-//! `k` per output back and `k` per output ahead; once per matrix, `k_W` bits per weight from the giver to the Owner and from
-//! the Owner to the Helper. Private: `d_W` is masked by `r_W`, which the Owner lacks, `W2` by `W1`, which the Helper lacks, and
-//! each is sent once; `x2` and the messages to the Owner as in [`super::product`]. Two colluding servers rebuild `W`. Exact
-//! in the ring. Source: Araki et al. (CCS 2016), §2.2, from the Owner's side, the Client's part ahead as in ASTRA (2019) and
-//! BLAZE (2020).
+//! `x1` = PRF(Owner, Client); `r_y`, `rho` = PRF(Client, Helper), fresh. Cost: 2 messages in sequence; `k` bits per
+//! input up, `k` per output back and `k` per output ahead; once per matrix, `k_W` bits per weight from the giver to the
+//! Owner and from the Owner to the Helper. Private: `d_W` is masked by `r_W`, which the Owner lacks, `W2` by `W1`,
+//! which the Helper lacks, and each is sent once; `x2` and the messages to the Owner as in [`super::product`]. Two
+//! colluding servers rebuild `W`. Exact in the ring. Source: Araki et al. (CCS 2016), §2.2, from the Owner's side, the
+//! Client's part ahead as in ASTRA (2019) and BLAZE (2020).
 
 use std::sync::{Arc, OnceLock};
 
@@ -61,8 +61,9 @@ impl std::fmt::Debug for SharedMatrix {
 
 impl SharedMatrix {
     /// Shares `w` (outputs x inputs, ring elements), which party `from` gives and the others pass as `None`, and
-    /// materialises it. In a batch of one pass; the matrix then serves any batch of later passes. The owner of a model who is
-    /// outside does what `from` does here. A matrix of the Owner's own is not masked from it ([`super::linear`] is cheaper).
+    /// materialises it. In a batch of one pass; the matrix then serves any batch of later passes. The owner of a model
+    /// who is outside does what `from` does here. A matrix of the Owner's own is not masked from it ([`super::linear`]
+    /// is cheaper).
     ///
     /// # Errors
     /// [`Error::Shape`] for a missing or different matrix; [`Error::Peer`], [`Error::Reuse`].
@@ -101,8 +102,8 @@ impl SharedMatrix {
         Self::materialise(s, scope, &Masked::new(own, side, k, f, Rows::even(1, n)), outputs, inputs)
     }
 
-    /// Makes a cached operand of a matrix that is already masked, row by row: one message, Owner to Helper, once. In a batch of
-    /// one pass.
+    /// Makes a cached operand of a matrix that is already masked, row by row: one message, Owner to Helper, once. In a
+    /// batch of one pass.
     ///
     /// # Errors
     /// [`Error::Shape`] if `w` has not `outputs x inputs` elements; [`Error::Peer`], [`Error::Reuse`].

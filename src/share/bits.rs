@@ -1,7 +1,7 @@
 //! Replicated sharing with exclusive or: `x = x0 ^ x1 ^ x2`, up to 64 bits of an element packed in a word.
 //!
-//! Who lacks which component is as in [`super::replicated`]. The bits of a word are the lanes of every operation: the bits
-//! of one number in an adder, or 64 flags side by side. On the wire an element takes exactly its `width` bits.
+//! Who lacks which component is as in [`super::replicated`]. The bits of a word are the lanes of every operation: the
+//! bits of one number in an adder, or 64 flags side by side. On the wire an element takes exactly its `width` bits.
 //!
 //! ```compile_fail
 //! fn sendable<T: serde::Serialize>(_: &T) {}
@@ -145,7 +145,7 @@ impl Bits {
 
     /// All bits inverted.
     #[must_use]
-    pub fn not(mut self) -> Bits {
+    pub fn inverted(mut self) -> Bits {
         let m = ring::mask(self.width);
         self.component(Pair::OwnerClient).into_iter().flatten().for_each(|w| *w ^= m);
         self
@@ -277,13 +277,13 @@ mod tests {
             y in prop::collection::vec(any::<u64>(), 9), masks in prop::collection::vec(any::<(u64, u64)>(), 9),
         ) {
             let m = ring::mask(width);
-            let plain = |f: &dyn Fn(u64, u64) -> u64| -> Vec<u64> { x.iter().zip(&y).map(|(a, b)| f(*a, *b)).collect() };
+            let plain = |f: &dyn Fn(u64, u64) -> u64| x.iter().zip(&y).map(|(a, b)| f(*a, *b)).collect::<Vec<u64>>();
             let (sx, sy) = (share(&x, &masks, width), share(&y, &masks[..], width));
             let xored: Vec<_> = sx.iter().zip(&sy).map(|(a, b)| a.xor(b).unwrap()).collect();
             prop_assert_eq!(reveal(&xored.try_into().unwrap()), plain(&|a, b| (a ^ b) & m));
             let public = ArrayD::from_shape_vec(IxDyn(&[9]), y.clone()).unwrap();
             prop_assert_eq!(each(&sx, |p| p.xor_public(&public).unwrap()), plain(&|a, b| (a ^ b) & m));
-            prop_assert_eq!(each(&sx, |p| p.clone().not()), plain(&|a, _| !a & m));
+            prop_assert_eq!(each(&sx, |p| p.clone().inverted()), plain(&|a, _| !a & m));
             if n < width {
                 prop_assert_eq!(each(&sx, |p| p.shr(n).unwrap()), plain(&|a, _| (a & m) >> n));
                 prop_assert_eq!(each(&sx, |p| p.low(n + 1).unwrap()), plain(&|a, _| a & ring::mask(n + 1)));

@@ -1,11 +1,12 @@
 //! Operations on shared bits: input, AND, opening, and the way back to the ring.
 //!
-//! As in [`super`], with exclusive or for the sum and AND for the product; an element of `width` bits takes `width` bits on
-//! the wire. [`inject`] and [`select`] multiply a shared bit into the ring.
+//! As in [`super`], with exclusive or for the sum and AND for the product; an element of `width` bits takes `width`
+//! bits on the wire. [`inject`] and [`select`] multiply a shared bit into the ring.
 //!
-//! Both see a bit as `b = t ^ c`, where the Owner knows `t` (its two components) and both holders know `c` (the component
-//! that the Owner lacks), so `b = t + c - 2 t c` is linear in what the Owner gives times what the holders know. The Owner
-//! gives shares of its monomials, the holders multiply them by theirs: two messages, whatever the degree.
+//! Both see a bit as `b = t ^ c`, where the Owner knows `t` (its two components) and both holders know `c` (the
+//! component that the Owner lacks), so `b = t + c - 2 t c` is linear in what the Owner gives times what the holders
+//! know. The Owner gives shares of its monomials, the holders multiply them by theirs: two messages, whatever the
+//! degree.
 
 use ndarray::ArrayD;
 
@@ -23,11 +24,19 @@ use crate::session::{Scope, Session};
 use crate::share::replicated::{check_width, with_next, with_prev};
 use crate::share::{Bits, Replicated};
 
-const RANDOM_BITS: Labels =
-    Labels { owner_client: "random_bits.oc", client_helper: "random_bits.ch", owner_helper: "random_bits.oh" };
+const RANDOM_BITS: Labels = Labels {
+    owner_client: "random_bits.oc",
+    client_helper: "random_bits.ch",
+    owner_helper: "random_bits.oh",
+    message: "",
+};
 
-const INPUT_BITS: Labels =
-    Labels { owner_client: "input_bits.oc", client_helper: "input_bits.ch", owner_helper: "input_bits.oh" };
+const INPUT_BITS: Labels = Labels {
+    owner_client: "input_bits.oc",
+    client_helper: "input_bits.ch",
+    owner_helper: "input_bits.oh",
+    message: "input_bits.x",
+};
 
 /// What [`input_bits`] costs for `n` words.
 #[must_use]
@@ -47,7 +56,7 @@ pub fn input_bits(
     let n = elements("input", shape)?;
     let mine = take_input(s, from, x, shape)?;
     declare(s, input_bits_cost(from, n, width));
-    let (next, prev) = give_words(s, scope, &INPUT_BITS, "input_bits.x", from, mine, n, Group::Xor(width))?;
+    let (next, prev) = give_words(s, scope, &INPUT_BITS, from, mine, n, Group::Xor(width))?;
     Ok(Bits::new(s.role(), next, prev, width, shape.to_vec()))
 }
 
@@ -71,9 +80,9 @@ pub fn and_cost(n: usize, width: u32) -> Cost {
 
 /// `x & y`, bit by bit.
 ///
-/// Each party computes the cross products of its components, adds its part of a zero sharing and sends the result to the
-/// next party: one round, `width` bits per element and party. Private and exact as [`super::reshare`]. Source: Araki et
-/// al. (CCS 2016), §2.1.
+/// Each party computes the cross products of its components, adds its part of a zero sharing and sends the result to
+/// the next party: one round, `width` bits per element and party. Private and exact as [`super::reshare`]. Source:
+/// Araki et al. (CCS 2016), §2.1.
 ///
 /// # Errors
 /// [`crate::Error::Shape`], [`crate::Error::Peer`], [`crate::Error::Reuse`].
@@ -130,12 +139,13 @@ pub fn inject_cost(n: usize, k: u32) -> Cost {
 /// | gives | `t2 = t - t1` to the Helper | (has `t1`) | |
 /// | summand | 0 | `t1 (1 - 2c) + c` | `t2 (1 - 2c)` |
 ///
-/// `t1` = PRF(Owner, Client); then [`super::reshare`]. Cost: two messages in sequence; `k` bits Owner to Helper, then `k`
-/// bits per party. Private: `t2` is masked by a stream that the Helper lacks, the rest by a zero sharing. Exact. Source:
-/// ABY3 (CCS 2018), §5.4, bit times ring element, with a dealt product in place of its oblivious transfer.
+/// `t1` = PRF(Owner, Client); then [`super::reshare`]. Cost: two messages in sequence; `k` bits Owner to Helper, then
+/// `k` bits per party. Private: `t2` is masked by a stream that the Helper lacks, the rest by a zero sharing. Exact.
+/// Source: ABY3 (CCS 2018), §5.4, bit times ring element, with a dealt product in place of its oblivious transfer.
 ///
 /// # Errors
-/// [`crate::Error::Shape`] for wider words or a ring that does not exist; [`crate::Error::Peer`], [`crate::Error::Reuse`].
+/// [`crate::Error::Shape`] for wider words or a ring that does not exist; [`crate::Error::Peer`],
+/// [`crate::Error::Reuse`].
 pub fn inject(s: &mut Session, scope: &Scope, b: &Bits, k: u32) -> Result<Replicated> {
     check_width("bit injection", k)?;
     if b.width() != 1 {
@@ -175,8 +185,8 @@ pub fn select_cost(n: usize, k: u32) -> Cost {
 /// | summand | 0 | `td_1 (1 - 2c) + t_1 (r - 2 c r) + x2 c + c r` | `td_2 (1 - 2c) + t_2 (r - 2 c r) + x1 c` |
 ///
 /// Cost: two messages in sequence, not the three of injection and product; `2k` bits Owner to Helper, then `k` bits per
-/// party. Private as [`inject`]. Exact. Source: ABY3 (CCS 2018), §5.4; several factors in one exchange as in ABY2.0 (USENIX
-/// Security 2021).
+/// party. Private as [`inject`]. Exact. Source: ABY3 (CCS 2018), §5.4; several factors in one exchange as in ABY2.0
+/// (USENIX Security 2021).
 ///
 /// # Errors
 /// [`crate::Error::Shape`] for wider words or different shapes; [`crate::Error::Peer`], [`crate::Error::Reuse`].

@@ -1,9 +1,9 @@
 //! The base: protocols on replicated sharings, where all three parties send and receive.
 //!
-//! Here nobody runs ahead: the parties walk the same program pass by pass, each in a batch of ONE pass, and every round is
-//! "send everything, then receive". That cannot deadlock, because the online lane never blocks its sender. A walker of a
-//! holder receives itself, so these operations leave no jobs; in one pass they come BEFORE operations of the masked engine,
-//! whose answering thread reads from the same links, or better in a pass of their own.
+//! Here nobody runs ahead: the parties walk the same program pass by pass, each in a batch of ONE pass, and every round
+//! is "send everything, then receive". That cannot deadlock, because the online lane never blocks its sender. A walker
+//! of a holder receives itself, so these operations leave no jobs; in one pass they come BEFORE operations of the
+//! masked engine, whose answering thread reads from the same links, or better in a pass of their own.
 //!
 //! | | Owner | Client | Helper |
 //! |---|---|---|---|
@@ -12,12 +12,12 @@
 //! | shares with the party before | `x1` | `x2` | `x0` |
 //! | one round of a product | sends its `z` to the Client | to the Helper | to the Owner |
 //!
-//! Linear maps need no message ([`crate::share::Replicated`], [`crate::share::Bits`]). [`boolean`] has the operations on
-//! shared bits, [`sign`] the exact full-width comparison and what follows from it. Every function `f` has an `f_cost`.
-//! Fixed point: products add fraction bits; to truncate, take the masked view (local), truncate there (local), and
-//! [`materialise`] again (one message). Sources: Araki, Furukawa, Lindell, Nof, Ohara (CCS 2016), §2: products over any ring
-//! with one element sent per party, zero sharings from pairwise PRFs; ABY3 (Mohassel and Rindal, CCS 2018), §5: matrices,
-//! conversions, mixed products.
+//! Linear maps need no message ([`crate::share::Replicated`], [`crate::share::Bits`]). [`boolean`] has the operations
+//! on shared bits, [`sign`] the exact full-width comparison and what follows from it. Every function `f` has an
+//! `f_cost`. Fixed point: products add fraction bits; to truncate, take the masked view (local), truncate there
+//! (local), and [`materialise`] again (one message). Sources: Araki, Furukawa, Lindell, Nof, Ohara (CCS 2016), §2:
+//! products over any ring with one element sent per party, zero sharings from pairwise PRFs; ABY3 (Mohassel and Rindal,
+//! CCS 2018), §5: matrices, conversions, mixed products.
 //!
 //! Two fixed-point matrices, multiplied and compared by three parties in one process:
 //!
@@ -116,11 +116,12 @@ impl Group {
     }
 }
 
-/// The labels of one use of the pairs' streams: each pair has its own.
+/// The labels of one use of the pairs' streams, each pair its own, and of the message that goes with it.
 struct Labels {
     owner_client: &'static str,
     client_helper: &'static str,
     owner_helper: &'static str,
+    message: &'static str,
 }
 
 impl Labels {
@@ -133,11 +134,18 @@ impl Labels {
     }
 }
 
-const ZERO: Labels = Labels { owner_client: "zero.oc", client_helper: "zero.ch", owner_helper: "zero.oh" };
-const RANDOM: Labels = Labels { owner_client: "random.oc", client_helper: "random.ch", owner_helper: "random.oh" };
-const INPUT: Labels = Labels { owner_client: "input.oc", client_helper: "input.ch", owner_helper: "input.oh" };
-const MATERIALISE: Labels =
-    Labels { owner_client: "materialise.x1", client_helper: "materialise.ch", owner_helper: "materialise.oh" };
+const ZERO: Labels =
+    Labels { owner_client: "zero.oc", client_helper: "zero.ch", owner_helper: "zero.oh", message: "reshare.z" };
+const RANDOM: Labels =
+    Labels { owner_client: "random.oc", client_helper: "random.ch", owner_helper: "random.oh", message: "" };
+const INPUT: Labels =
+    Labels { owner_client: "input.oc", client_helper: "input.ch", owner_helper: "input.oh", message: "input.x" };
+const MATERIALISE: Labels = Labels {
+    owner_client: "materialise.x1",
+    client_helper: "materialise.ch",
+    owner_helper: "materialise.oh",
+    message: "materialise.x2",
+};
 
 /// Uniform words from the stream that `pair` has for this use.
 fn pair_words(s: &mut Session, scope: &Scope, pair: Pair, labels: &Labels, n: usize, k: u32) -> Result<Vec<u64>> {
@@ -160,7 +168,7 @@ fn reshare_words(s: &mut Session, scope: &Scope, mut z: Vec<u64>, group: Group) 
     let (role, n, k) = (s.role(), z.len(), group.bits());
     let zero = zero_words(s, scope, n, group)?;
     group.add(&mut z, &zero);
-    let step = scope.address(s.the_pass()?, "reshare.z");
+    let step = scope.address(s.the_pass()?, ZERO.message);
     s.links().send(role.next(), Lane::Online, &step, pack::pack(&z, k))?;
     let prev = recv_words(s.links(), role.prev(), Lane::Online, &step, n, k)?;
     Ok((z, prev))
@@ -196,14 +204,13 @@ fn open_words_to(
     Ok(Some(x))
 }
 
-/// A giver's share of what only it knows: a stream with the next party, the difference sent to the party before, and zero
-/// for the component that the giver lacks. `x` is there at the giver only.
+/// A giver's share of what only it knows: a stream with the next party, the difference sent to the party before, and
+/// zero for the component that the giver lacks. `x` is there at the giver only.
 fn give_words(
-    s: &mut Session, scope: &Scope, labels: &Labels, message: &'static str, from: Role, x: Option<Vec<u64>>, n: usize,
-    group: Group,
+    s: &mut Session, scope: &Scope, labels: &Labels, from: Role, x: Option<Vec<u64>>, n: usize, group: Group,
 ) -> Result<(Vec<u64>, Vec<u64>)> {
     let (role, k) = (s.role(), group.bits());
-    let step = scope.address(s.the_pass()?, message);
+    let step = scope.address(s.the_pass()?, labels.message);
     if role == from {
         let mut x = x.filter(|x| x.len() == n).ok_or_else(|| Error::Internal("a giver without its value".into()))?;
         let next = pair_words(s, scope, with_next(from), labels, n, k)?;
@@ -241,9 +248,9 @@ pub fn random_cost() -> Cost {
 /// |---|---|---|---|
 /// | has | `F_oc - F_oh` | `F_ch - F_oc` | `F_oh - F_ch` |
 ///
-/// `F` are the pairs' streams, each under its own label and taken once at each of its two holders. No message. Private: any
-/// one party's summand holds a stream that each other party lacks one of, so it hides whatever is added to it. Exact.
-/// Source: Araki et al. (CCS 2016), §2.2, correlated randomness.
+/// `F` are the pairs' streams, each under its own label and taken once at each of its two holders. No message. Private:
+/// any one party's summand holds a stream that each other party lacks one of, so it hides whatever is added to it.
+/// Exact. Source: Araki et al. (CCS 2016), §2.2, correlated randomness.
 ///
 /// # Errors
 /// [`Error::Shape`] for a ring or shape that does not exist, [`Error::Reuse`].
@@ -289,12 +296,13 @@ fn round(mut c: Cost) -> Cost {
 /// | shared with the one before | `x - F`, sent | `F` | 0 |
 ///
 /// `F` = stream of giver and next party. Cost: ONE message of `k` bits per element, to the party before the giver (a
-/// Client's input is masked for the Owner, as in the masked engine). Private: the next party sees its stream and zeros, the
-/// other one `x` under a stream that it lacks; the third component may be zero because products are masked by zero
+/// Client's input is masked for the Owner, as in the masked engine). Private: the next party sees its stream and zeros,
+/// the other one `x` under a stream that it lacks; the third component may be zero because products are masked by zero
 /// sharings, not by the components. Exact. Source: ABY3 (CCS 2018), §5, with the third component dropped.
 ///
 /// # Errors
-/// [`Error::Shape`] for a missing value, another shape or a ring that does not exist; [`Error::Peer`], [`Error::Reuse`].
+/// [`Error::Shape`] for a missing value, another shape or a ring that does not exist; [`Error::Peer`],
+/// [`Error::Reuse`].
 pub fn input(
     s: &mut Session, scope: &Scope, from: Role, x: Option<&ArrayD<u64>>, shape: &[usize], k: u32, f: u32,
 ) -> Result<Replicated> {
@@ -302,7 +310,7 @@ pub fn input(
     let n = elements("input", shape)?;
     let mine = take_input(s, from, x, shape)?;
     declare(s, input_cost(from, n, k));
-    let (next, prev) = give_words(s, scope, &INPUT, "input.x", from, mine, n, Group::Sum(k))?;
+    let (next, prev) = give_words(s, scope, &INPUT, from, mine, n, Group::Sum(k))?;
     Ok(Replicated::new(s.role(), next, prev, k, f, shape.to_vec()))
 }
 
@@ -332,8 +340,8 @@ pub fn reshare_cost(n: usize, k: u32) -> Cost {
 /// | adds its part of a zero sharing, sends to | Client | Helper | Owner |
 /// | then holds | its own and the Helper's | its own and the Owner's | its own and the Client's |
 ///
-/// Cost: one round, `k` bits per element and party. Private: what a party receives is masked by a stream of the two others.
-/// Exact. Source: Araki et al. (CCS 2016), §2.2.
+/// Cost: one round, `k` bits per element and party. Private: what a party receives is masked by a stream of the two
+/// others. Exact. Source: Araki et al. (CCS 2016), §2.2.
 ///
 /// # Errors
 /// [`Error::Peer`], [`Error::Reuse`].
@@ -365,7 +373,8 @@ pub fn dot(s: &mut Session, scope: &Scope, x: &Replicated, y: &Replicated) -> Re
     reshare(s, scope, x.local_dot(y)?)
 }
 
-/// The matrix product `t x n` times `n x m`: one round, `k` bits per element of the result and party ([`reshare_cost`]).
+/// The matrix product `t x n` times `n x m`: one round, `k` bits per element of the result and party
+/// ([`reshare_cost`]).
 ///
 /// As [`mul`]; two local matrix products per party. Source: ABY3 (CCS 2018), §5.2.
 ///
@@ -384,8 +393,8 @@ pub fn open_cost(n: usize, k: u32) -> Cost {
 /// Opens `x` to all three parties.
 ///
 /// Each party sends the next one the component that it lacks: one round, `k` bits per element and party. Private: the
-/// component received is `x` minus what the receiver has, so it shows nothing but `x`. A truncated `x` also shows how it
-/// was rounded; open fresh results. Source: Araki et al. (CCS 2016), §2.2.
+/// component received is `x` minus what the receiver has, so it shows nothing but `x`. A truncated `x` also shows how
+/// it was rounded; open fresh results. Source: Araki et al. (CCS 2016), §2.2.
 ///
 /// # Errors
 /// [`Error::Peer`].
@@ -401,8 +410,8 @@ pub fn open_to_cost(to: Role, n: usize, k: u32) -> Cost {
     round(Cost::default().send(to.prev(), to, n, k))
 }
 
-/// Opens `x` to one party; the others get `None`. One message of `k` bits per element, from the party before; otherwise as
-/// [`open`].
+/// Opens `x` to one party; the others get `None`. One message of `k` bits per element, from the party before; otherwise
+/// as [`open`].
 ///
 /// # Errors
 /// [`Error::Peer`].
@@ -438,7 +447,7 @@ pub fn materialise(s: &mut Session, scope: &Scope, x: &Masked, shape: &[usize]) 
     }
     declare(s, materialise_cost(n, k));
     let own = s.is_owner().then(|| x.raw().to_vec());
-    let (next, prev) = give_words(s, scope, &MATERIALISE, "materialise.x2", Role::Owner, own, n, Group::Sum(k))?;
+    let (next, prev) = give_words(s, scope, &MATERIALISE, Role::Owner, own, n, Group::Sum(k))?;
     // The component that the Owner lacks is not zero here, but the holders' r.
     let (next, prev) = match s.role() {
         Role::Owner => (next, prev),

@@ -1,7 +1,7 @@
 //! The exact sign of values in any ring of 1 to 64 bits, and what follows from it: comparison and ReLU.
 //!
-//! This is the general operation and the cross-check of the masked engine's lookup comparison (`protocol::compare`), which
-//! is cheaper in rounds for narrow windows.
+//! This is the general operation and the cross-check of the masked engine's lookup comparison (`protocol::compare`),
+//! which is cheaper in rounds for narrow windows.
 
 use super::boolean::{reshare_bits, select, select_cost};
 use super::{declare, round};
@@ -73,9 +73,9 @@ pub fn msb_cost(n: usize, k: u32) -> Cost {
 
 /// The top bit of each element, one shared bit: 1 for the negative ones. Exact for every value of every ring.
 ///
-/// `x = d + r` with `d = x1 + x2` known to the Owner and `r = x0` to the two others, so two-operand addition suffices. The
-/// top bit is `d ^ r ^ carry`; the carry comes from a tree over (generate, propagate) pairs of groups of bits. The tree's
-/// first level takes no round of its own: with `d'`, `r'` the lower bits of the pairs,
+/// `x = d + r` with `d = x1 + x2` known to the Owner and `r = x0` to the two others, so two-operand addition suffices.
+/// The top bit is `d ^ r ^ carry`; the carry comes from a tree over (generate, propagate) pairs of groups of bits. The
+/// tree's first level takes no round of its own: with `d'`, `r'` the lower bits of the pairs,
 ///
 /// ```text
 /// G = d r ^ (d ^ r) d' r' = (d)(r) ^ (d d')(r') ^ (d')(r r')
@@ -91,11 +91,11 @@ pub fn msb_cost(n: usize, k: u32) -> Cost {
 /// | round 1 | sends `d ^ F`, `d d' ^ F'` to the Helper | (has `F`, `F'`) | |
 /// | each later round | ANDs, sends to the Client | to the Helper | to the Owner |
 ///
-/// `F`, `F'` = PRF(Owner, Client). Rounds: `1 + ceil(log2(k - 1))`, 7 at `k = 64` (2 at `k = 2`, 1 at `k = 1`). Bits per
-/// element: `k + (k - 1) / 2` Owner to Helper, then fewer than `2k` per party (120 at `k = 64`; prefix adders for all
-/// sum bits take `k log2 k`). Private: the Helper receives the Owner's bits under streams that it lacks, the rest is
-/// under zero sharings. Exact. Source: ABY3 (CCS 2018), §5.3, bit extraction with a parallel-prefix adder, reduced to its
-/// top carry; the fused first level is a multi-input AND as in ABY2.0 (USENIX Security 2021).
+/// `F`, `F'` = PRF(Owner, Client). Rounds: `1 + ceil(log2(k - 1))`, 7 at `k = 64` (2 at `k = 2`, 1 at `k = 1`). Bits
+/// per element: `k + (k - 1) / 2` Owner to Helper, then fewer than `2k` per party (120 at `k = 64`; prefix adders for
+/// all sum bits take `k log2 k`). Private: the Helper receives the Owner's bits under streams that it lacks, the rest
+/// is under zero sharings. Exact. Source: ABY3 (CCS 2018), §5.3, bit extraction with a parallel-prefix adder, reduced
+/// to its top carry; the fused first level is a multi-input AND as in ABY2.0 (USENIX Security 2021).
 ///
 /// # Errors
 /// [`crate::Error::Peer`], [`crate::Error::Reuse`].
@@ -181,8 +181,8 @@ struct Given {
     dd: Vec<Word>,
 }
 
-/// The first round. Gives shares of the Owner's bits, and `r` as a sharing that needs no message because both its holders
-/// know it.
+/// The first round. Gives shares of the Owner's bits, and `r` as a sharing that needs no message because both its
+/// holders know it.
 fn operands<'a>(
     s: &mut Session, scope: &Scope, x: &'a Replicated, plan: Plan,
 ) -> Result<(Given, impl Fn(usize) -> Word + 'a)> {
@@ -244,8 +244,8 @@ fn operands<'a>(
     Ok((Given { d, dd }, holders))
 }
 
-/// Whether `x < y`, one shared bit per element: the [`msb`] of the difference, at its cost. Exact whenever `x - y` is in
-/// `[-2^(k-1), 2^(k-1))`.
+/// Whether `x < y`, one shared bit per element: the [`msb`] of the difference, at its cost. Exact whenever `x - y` is
+/// in `[-2^(k-1), 2^(k-1))`.
 ///
 /// # Errors
 /// [`crate::Error::Shape`], [`crate::Error::Peer`], [`crate::Error::Reuse`].
@@ -253,19 +253,19 @@ pub fn less_than(s: &mut Session, scope: &Scope, x: &Replicated, y: &Replicated)
     msb(s, scope, &x.sub(y)?)
 }
 
-/// What [`relu`] costs for `n` elements.
+/// What [`relu`] costs for `n` elements. Its depth counts rounds: the causal chain is one message shorter where the last
+/// message of the sign's longest chain does not end at the Owner, who begins the selection.
 #[must_use]
 pub fn relu_cost(n: usize, k: u32) -> Cost {
-    // In a ring of one bit the sign takes one message, and the Owner who sends it goes on at once.
-    if k == 1 { msb_cost(n, k).beside(select_cost(n, k)) } else { msb_cost(n, k).then(select_cost(n, k)) }
+    msb_cost(n, k).then(select_cost(n, k))
 }
 
-/// `max(x, 0)`: [`msb`], then [`select`] by the inverted bit. 9 messages in sequence at `k = 64`. Exact, private as its
+/// `max(x, 0)`: [`msb`], then [`select`] by the inverted bit. 9 rounds at `k = 64`. Exact, private as its
 /// parts.
 ///
 /// # Errors
 /// [`crate::Error::Peer`], [`crate::Error::Reuse`].
 pub fn relu(s: &mut Session, scope: &Scope, x: &Replicated) -> Result<Replicated> {
     let negative = msb(s, &scope.at("msb"), x)?;
-    select(s, &scope.at("select"), &negative.not(), x)
+    select(s, &scope.at("select"), &negative.inverted(), x)
 }
