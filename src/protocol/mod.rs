@@ -20,6 +20,8 @@ pub mod open;
 pub mod polynomial;
 pub mod positive;
 pub mod product;
+pub mod replicated;
+pub mod shared_linear;
 pub mod square;
 pub mod thermometer;
 pub mod truncate;

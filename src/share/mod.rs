@@ -1,7 +1,8 @@
 //! Sharings: what a party holds of a secret, and the operations on it that need no message.
 //!
 //! [`Masked`] is the engine's form: the Owner holds `d`, Client and Helper hold `r`, and `x = d + r mod 2^k`.
-//! [`replicated`] holds the classical form with three components, of which each party lacks one.
+//! [`replicated`] holds the classical form with three components, of which each party lacks one, and [`bits`] the same
+//! with exclusive or.
 //!
 //! A share can be neither sent nor printed by accident:
 //!
@@ -16,6 +17,10 @@
 //! fn peek(x: &trefoil::share::Masked) -> u64 { x.v[0] }
 //! ```
 
+pub mod bits;
 mod masked;
+pub mod replicated;
 
+pub use bits::Bits;
 pub use masked::{Masked, Rows, Side};
+pub use replicated::{Additive, Replicated};
