@@ -39,8 +39,9 @@ pub fn depth(n: usize, radix: usize) -> u32 {
     levels(n, radix).len() as u32 - 1
 }
 
+/// The narrowest ring that [`compare`] takes and that holds a difference.
 fn compare_bits(k: u32) -> u32 {
-    (k + 1).next_multiple_of(4)
+    (k + 1).next_multiple_of(4).max(8)
 }
 
 /// What it costs for one position of `n` candidates in ring `k`.

@@ -67,6 +67,22 @@ proptest! {
     }
 
     #[test]
+    fn a_diagonal_scales_every_element(seed: u64, width in 1usize..300, k in 1u32..=64, wide: bool) {
+        let (mut r, passes) = (Random(seed), [2, 1, 4]);
+        let m = Matrix::new(&mut r, 1, width, if wide { 24 } else { 16 }, 6, None);
+        let parts = m.parts.clone().map(|p| p.into_diagonal().unwrap());
+        let x = r.words(7 * width, k);
+        let given = Given::even(&x, &passes, k, 4);
+        let ran = run(&passes, |s| {
+            let x = given.share(s, "x")?;
+            Ok(vec![owner_linear(s, &Scope::layer(1).at("w"), &x, &parts[s.role().index()])?])
+        });
+        let want: Vec<u64> =
+            x.iter().zip(m.w.iter().cycle()).map(|(x, w)| x.wrapping_mul(*w as u64) & ring::mask(k)).collect();
+        prop_assert_eq!(ran.only(), want);
+    }
+
+    #[test]
     fn embedding_gives_the_row(seed: u64, vocabulary in 1usize..1300, width in 1usize..70, k in 1u32..=64) {
         let (mut r, passes) = (Random(seed), [3, 1, 2]);
         let table = r.words(vocabulary * width, 64);

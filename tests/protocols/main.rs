@@ -6,6 +6,7 @@ mod support;
 
 mod attention;
 mod compare;
+mod functions;
 mod guard;
 mod linear;
 mod local;
