@@ -208,6 +208,12 @@ impl Session {
         self.meter.depth()
     }
 
+    /// Run-ahead bytes that this party has sent to the Owner.
+    #[must_use]
+    pub fn ahead_sent(&self) -> u64 {
+        self.meter.sent(Role::Owner).ahead_bytes
+    }
+
     /// Starts a batch of passes with consecutive numbers from `first`, of `tokens[i]` positions each. The Owner's
     /// batches have exactly one pass.
     pub fn begin(&mut self, first: u64, tokens: &[usize]) {

@@ -138,7 +138,7 @@ impl World {
             let tampered = Tampered::new(shaped, setup.views[i].clone(), setup.rewrites[i].clone());
             channels[i].push((peer, Arc::new(Metered::new(tampered, peer, Arc::clone(&meters[i])))));
         }
-        let links = Role::ALL.map(|r| Links::new(r, std::mem::take(&mut channels[r.index()]), setup.timeout));
+        let links = Role::ALL.map(|r| Links::new(r, std::mem::take(&mut channels[r.index()]), setup.timeout, setup.ahead_capacity));
         World { links, meters, keys, addresses: setup.addresses.clone() }
     }
 

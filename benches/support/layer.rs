@@ -58,6 +58,7 @@ pub struct Layer {
 }
 
 /// What some passes took.
+#[allow(dead_code)] // the tests of cost and the benchmarks each read a part
 #[derive(Clone, Debug)]
 pub struct Measured {
     /// Wall time from cold until the last pass is done at all parties.
@@ -105,7 +106,7 @@ impl Layer {
             .unwrap();
         let mut words = words.into_iter();
         let helper = Prepared::helper(&config, &plan, &mut |_| Ok(words.next().unwrap())).unwrap();
-        let client = Prepared::client(&config, &plan, &seed);
+        let client = Prepared::client(&config, &plan, &seed, &mut |_| unreachable!("the head is private")).unwrap();
         let models = [owner, client, helper].map(|p| SecureModel::new(config.clone(), plan.clone(), p));
         Layer { config, models, setup }
     }

@@ -20,6 +20,10 @@ pub struct Args {
     /// A Hugging Face directory: config.json, model.safetensors (or a sharded index), tokenizer.json.
     #[arg(long, default_value = "models/quill-4m")]
     model: PathBuf,
+    /// The public base that the model was fine-tuned from: final norm and head are public where they are its own, bit
+    /// for bit.
+    #[arg(long, value_name = "DIR")]
+    base: Option<PathBuf>,
     /// How many layers, from the top, are private: a number, or 'all', which includes the embedding. Default: half.
     #[arg(long, value_name = "N|all")]
     private_layers: Option<String>,
@@ -64,6 +68,7 @@ struct Report {
     public_layers: usize,
     private_layers: usize,
     private_embedding: bool,
+    private_head: bool,
     net: String,
     threads: usize,
     preparation_ms: f64,
@@ -128,6 +133,7 @@ pub fn run(a: &Args) -> Result<()> {
     }
     let mut options = LocalOptions::new(private_layers).net(profile);
     options.max_positions = Some(limit.min(prompt.len() + a.max_new_tokens));
+    options.base = a.base.clone();
     if let Some(file) = &a.calibration_text {
         let text = std::fs::read_to_string(file).map_err(|e| Error::io(format!("--calibration-text {}", file.display()), e))?;
         options.calibration_text = Some(text);
@@ -203,6 +209,7 @@ pub fn run(a: &Args) -> Result<()> {
         public_layers: plan.first_private,
         private_layers: plan.layers.len(),
         private_embedding: plan.private_embedding,
+        private_head: !plan.head.public,
         net: profile.to_string(),
         threads: std::thread::available_parallelism().map_or(1, usize::from),
         preparation_ms: ms(preparation),
@@ -229,10 +236,11 @@ fn summary(r: &Report) {
     let mb = |b: u64| b as f64 / 1e6;
     eprintln!();
     eprintln!(
-        "layers        {} public (client, plaintext), {} private{}; final norm and head private",
+        "layers        {} public (client, plaintext), {} private{}; final norm and head {}",
         r.public_layers,
         r.private_layers,
-        if r.private_embedding { " and the embedding" } else { "" }
+        if r.private_embedding { " and the embedding" } else { "" },
+        if r.private_head { "private" } else { "public, as in the base" }
     );
     eprintln!("network       {}; {} threads for all three parties", r.net, r.threads);
     eprintln!("preparation   {:.0} ms, {:.1} MB, once per model", r.preparation_ms, mb(r.preparation_bytes));

@@ -208,10 +208,10 @@ impl Client {
 
     fn announce(&self, index: u64, r: &Request) -> Result<()> {
         let step = request_scope().address(index, "request.open");
-        for to in [Role::Owner, Role::Helper] {
-            self.session.links().send(to, Lane::Online, &step, r.encode())?;
-        }
-        Ok(())
+        // How tokens are sampled is the Owner's business only.
+        let for_helper = Request { temperature: 0.0, seed: 0, ..*r };
+        self.session.links().send(Role::Owner, Lane::Online, &step, r.encode())?;
+        self.session.links().send(Role::Helper, Lane::Online, &step, for_helper.encode())
     }
 
     /// Ends the session at all parties.

@@ -2,7 +2,7 @@
 //! but channels.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -32,6 +32,8 @@ pub struct LocalOptions {
     pub private_layers: Option<usize>,
     /// Limit on prompt and answer together; shortens the model's own context.
     pub max_positions: Option<usize>,
+    /// The public base: where its final norm and head are this model's bit for bit, they are public.
+    pub base: Option<PathBuf>,
     /// Text for calibration instead of the built-in one.
     pub calibration_text: Option<String>,
     /// Channels and what watches them.
@@ -49,6 +51,7 @@ impl LocalOptions {
         LocalOptions {
             private_layers,
             max_positions: None,
+            base: None,
             calibration_text: None,
             setup: Setup { ahead_capacity: 256 << 20, timeout: Duration::from_secs(600), ..Setup::default() },
             keys: None,
@@ -133,6 +136,10 @@ impl Local {
         }
         let config = weights.config.clone();
         let (first, private_embedding) = split_layers(&config, options.private_layers)?;
+        let public_head = match &options.base {
+            None => false,
+            Some(dir) => same_head(&weights, &Weights::load(&Checkpoint::open(dir)?)?),
+        };
         // What the Client has on its own disk: the public part of the checkpoint, and nothing else.
         let public = (!private_embedding).then(|| Weights {
             config: ModelConfig { num_layers: first, ..config.clone() },
@@ -152,7 +159,7 @@ impl Local {
         let owner = spawn(&world, Role::Owner, {
             let mut session = world.session(Role::Owner);
             move || {
-                let model = prepare_owner(&mut session, weights, first, private_embedding, text.as_deref())?;
+                let model = prepare_owner(&mut session, weights, (first, private_embedding, public_head), text.as_deref())?;
                 ready.send(model.plan().clone()).map_err(|_| lost("the client"))?;
                 owner(&mut session, &model)
             }
@@ -160,18 +167,20 @@ impl Local {
         let helper = spawn(&world, Role::Helper, {
             let (mut session, config) = (world.session(Role::Helper), config.clone());
             move || {
-                let plan = receive_plan(&session)?;
+                let plan = receive_plan(&session, &config)?;
                 let parts = receive_parts(&session, &config, &plan)?;
                 let model = SecureModel::new(config, plan, parts);
                 helper(&mut session, &model)
             }
         });
         let session = world.session(Role::Client);
-        let client = receive_plan(&session).and_then(|plan| {
+        let client = receive_plan(&session, &config).and_then(|plan| {
             let step = prepare_scope().address(0, "prepare.seed");
             let seed = session.links().recv(Role::Owner, Lane::Online, &step, 32)?;
             let seed = seed.try_into().map_err(|_| lost("the seed"))?;
-            let parts = Prepared::client(&config, &plan, &PreparationSeed::from_bytes(seed));
+            let parts = Prepared::client(&config, &plan, &PreparationSeed::from_bytes(seed), &mut |n| {
+                crate::session::recv_words(session.links(), Role::Owner, Lane::Online, &words_step(0), n, 64)
+            })?;
             Ok(Client::new(session, SecureModel::new(config, plan, parts), public))
         });
         let plan = wait(&prepared);
@@ -295,12 +304,14 @@ fn finished<T>(h: JoinHandle<Result<T>>) -> Result<T> {
 
 /// The Owner: bounds, ranges, plan, seed; then each peer gets its part.
 fn prepare_owner(
-    s: &mut crate::session::Session, weights: Weights, first: usize, private_embedding: bool, text: Option<&[u32]>,
+    s: &mut crate::session::Session, weights: Weights, (first, private_embedding, public_head): (usize, bool, bool),
+    text: Option<&[u32]>,
 ) -> Result<SecureModel> {
     let inputs = calibrate::inputs(&weights.config, text.map(<[u32]>::to_vec));
     let ranges = calibrate::ranges(&weights, first, &inputs);
     let bounds = calibrate::bounds(&weights, first);
-    let plan = plan::plan(&weights.config, first, private_embedding, &bounds, &ranges)?;
+    let mut plan = plan::plan(&weights.config, first, private_embedding, &bounds, &ranges)?;
+    plan.head.public = public_head;
     let seed = PreparationSeed::fresh()?;
     let parts = Prepared::owner(&weights, &plan, &seed)?;
     let json = serde_json::to_vec(&plan).map_err(|e| Error::Internal(format!("writing the plan: {e}")))?;
@@ -311,6 +322,10 @@ fn prepare_owner(
         links.send(to, Lane::Online, &at("prepare.plan"), json.clone())?;
     }
     links.send(Role::Client, Lane::Online, &at("prepare.seed"), seed.to_bytes().to_vec())?;
+    if public_head {
+        let words = parts.head.helper_words(&seed)?;
+        links.send(Role::Client, Lane::Online, &words_step(0), pack::pack(&words, 64))?;
+    }
     let mut index = 0;
     parts.helper_words(&seed, &mut |words| {
         let step = words_step(index);
@@ -320,6 +335,15 @@ fn prepare_owner(
     Ok(SecureModel::new(weights.config, plan, parts))
 }
 
+/// Whether final norm and head are the base's, bit for bit.
+fn same_head(w: &Weights, base: &Weights) -> bool {
+    let bits = |a: &mut dyn Iterator<Item = &f32>| a.map(|v| v.to_bits()).collect::<Vec<_>>();
+    w.norm.len() == base.norm.len()
+        && w.head_matrix().dim() == base.head_matrix().dim()
+        && bits(&mut w.norm.iter()) == bits(&mut base.norm.iter())
+        && bits(&mut w.head_matrix().iter()) == bits(&mut base.head_matrix().iter())
+}
+
 fn words_step(index: u64) -> Address {
     prepare_scope().address(index, "prepare.words")
 }
@@ -327,7 +351,7 @@ fn words_step(index: u64) -> Address {
 /// More than any plan needs; a peer cannot make us allocate beyond it.
 const MAX_PLAN_BYTES: u64 = 16 << 20;
 
-fn receive_plan(s: &crate::session::Session) -> Result<Plan> {
+fn receive_plan(s: &crate::session::Session, config: &ModelConfig) -> Result<Plan> {
     let step = prepare_scope().address(0, "prepare.length");
     let length = s.links().recv(Role::Owner, Lane::Online, &step, 8)?;
     let length = length.try_into().map(u64::from_le_bytes).unwrap_or(u64::MAX);
@@ -336,7 +360,10 @@ fn receive_plan(s: &crate::session::Session) -> Result<Plan> {
         return Err(blame(Role::Owner, &step, PeerFault::Malformed("an oversize plan")));
     }
     let json = s.links().recv(Role::Owner, Lane::Online, &step, length as usize)?;
-    serde_json::from_slice(&json).map_err(|_| blame(Role::Owner, &step, PeerFault::Malformed("a plan that is none")))
+    let bad = |what| blame(Role::Owner, &step, PeerFault::Malformed(what));
+    let plan: Plan = serde_json::from_slice(&json).map_err(|_| bad("a plan that is none"))?;
+    plan.check(config).map_err(bad)?;
+    Ok(plan)
 }
 
 fn receive_parts(s: &crate::session::Session, config: &ModelConfig, plan: &Plan) -> Result<Prepared> {

@@ -100,9 +100,14 @@ fn walk(s: &mut Session, model: &SecureModel, r: &Request, ports: Option<&Client
     while !batch.is_empty() && !stop.load(Ordering::Relaxed) && jobs.wait_below(2 * MAX_BATCH) {
         s.begin(r.first_pass + walked, &batch);
         let options = PassOptions { ports, noise: None, open_logits: r.open_logits, depths: None };
+        let before = s.ahead_sent();
         model.pass(s, &mut cache, options)?;
         s.end_batch();
-        let grown = if walked == 0 { 1 } else { (2 * batch.len()).min(MAX_BATCH) };
+        // A batch arrives operation by operation and is consumed pass by pass, so all of it must fit the Owner's buffer
+        // (half of it: contexts grow), or Owner and walker would wait for each other.
+        let each = (s.ahead_sent() - before) / batch.len() as u64;
+        let room = (s.links().ahead_capacity() as u64 / 2 / each.max(1)).clamp(1, MAX_BATCH as u64) as usize;
+        let grown = if walked == 0 { 1 } else { (2 * batch.len()).min(room) };
         walked += batch.len() as u64;
         batch = vec![1; grown.min((u64::from(r.max_new) - walked) as usize)];
     }

@@ -127,6 +127,7 @@ impl Prepared {
         }
         let head = folded(&w.head_matrix().to_owned(), &w.norm);
         let head = OwnerMatrix::quantise(id(w.layers.len(), Slot::Head), "lm_head", head.view(), None, FW)?;
+        let head = if plan.head.public { head.into_public() } else { head };
         let embedding = plan.private_embedding.then(|| {
             let (v, n) = w.embed.dim();
             let mut a = vec![0u64; v * n];
@@ -137,9 +138,13 @@ impl Prepared {
         Ok(Prepared { layers, head, embedding })
     }
 
-    /// The Client's part: nothing but the seed.
-    #[must_use]
-    pub fn client(c: &ModelConfig, plan: &Plan, seed: &PreparationSeed) -> Prepared {
+    /// The Client's part: nothing but the seed; and the head if it is public, from the words that `next` yields.
+    ///
+    /// # Errors
+    /// Those of `next`.
+    pub fn client(
+        c: &ModelConfig, plan: &Plan, seed: &PreparationSeed, next: &mut dyn FnMut(usize) -> Result<Vec<u64>>,
+    ) -> Result<Prepared> {
         let matrix = |i, slot, (m, n)| OwnerMatrix::client(id(i, slot), m, n, FW, seed.clone());
         let [qkv, o, gate_up, down] = shapes(c);
         let layers = (plan.first_private..c.num_layers)
@@ -154,13 +159,18 @@ impl Prepared {
                 down: matrix(i, Slot::Down, down),
             })
             .collect();
-        let head = matrix(c.num_layers, Slot::Head, (c.vocab_size, c.hidden_size));
+        let (v, n) = (c.vocab_size, c.hidden_size);
+        let head = if plan.head.public {
+            OwnerMatrix::public(id(c.num_layers, Slot::Head), v, n, FW, next(v * n)?)?
+        } else {
+            matrix(c.num_layers, Slot::Head, (v, n))
+        };
         let embedding = plan.private_embedding.then(|| TableShare {
             dim: (c.vocab_size, c.hidden_size),
             f: F,
             part: TablePart::Seed { id: id(c.num_layers, Slot::Embedding), seed: seed.clone() },
         });
-        Prepared { layers, head, embedding }
+        Ok(Prepared { layers, head, embedding })
     }
 
     /// The Helper's part, from the words that `next` yields in the order of [`Prepared::helper_words`].
@@ -183,7 +193,12 @@ impl Prepared {
             let (o, gate_up) = (matrix(i, Slot::O, o)?, matrix(i, Slot::GateUp, gate_up)?);
             layers.push(PreparedLayer { qkv, qk_gain, o, gate_up, down: matrix(i, Slot::Down, down)? });
         }
-        let head = matrix(c.num_layers, Slot::Head, (c.vocab_size, c.hidden_size))?;
+        let head = if plan.head.public {
+            let (v, n) = (c.vocab_size, c.hidden_size);
+            OwnerMatrix::public(id(c.num_layers, Slot::Head), v, n, FW, next(v * n)?)?
+        } else {
+            matrix(c.num_layers, Slot::Head, (c.vocab_size, c.hidden_size))?
+        };
         let embedding = if plan.private_embedding {
             let a = next(c.vocab_size * c.hidden_size)?;
             Some(TableShare { dim: (c.vocab_size, c.hidden_size), f: F, part: TablePart::Rows(a.into()) })

@@ -126,3 +126,48 @@ impl<C: Channel> Channel for Metered<C> {
         self.inner.close();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::memory;
+    use super::*;
+
+    #[test]
+    fn the_meter_counts_what_the_channel_wrote() {
+        let meter = Arc::new(Meter::default());
+        let (a, b) = memory::link(1 << 30);
+        let a = Metered::new(a, Role::Helper, Arc::clone(&meter));
+        for (i, n) in [0usize, 1, 7, 100, 65_536].into_iter().enumerate() {
+            for lane in [Lane::Online, Lane::Ahead] {
+                a.send(lane, Frame { tag: i as u64, depth: 0, not_before: None, payload: vec![0; n] }).unwrap();
+                b.recv(lane, i as u64, n, Duration::from_secs(1)).unwrap();
+            }
+        }
+        let (sent, written) = (meter.sent(Role::Helper), a.inner.written());
+        assert_eq!([sent.online_bytes, sent.ahead_bytes], written);
+    }
+
+    #[test]
+    fn depth_is_the_longest_chain() {
+        let meters = [Arc::new(Meter::default()), Arc::new(Meter::default())];
+        let (a, b) = memory::link(1 << 20);
+        let (a, b) = (
+            Metered::new(a, Role::Helper, Arc::clone(&meters[0])),
+            Metered::new(b, Role::Owner, Arc::clone(&meters[1])),
+        );
+        let frame = |tag| Frame { tag, depth: 0, not_before: None, payload: Vec::new() };
+        let second = Duration::from_secs(1);
+        for round in 0..3 {
+            // Two messages side by side count once.
+            for t in [0, 1] {
+                a.send(Lane::Online, frame(round * 2 + t)).unwrap();
+            }
+            for t in [0, 1] {
+                b.recv(Lane::Online, round * 2 + t, 0, second).unwrap();
+            }
+            b.send(Lane::Online, frame(round)).unwrap();
+            a.recv(Lane::Online, round, 0, second).unwrap();
+        }
+        assert_eq!(meters[0].depth(), 6);
+    }
+}

@@ -72,23 +72,32 @@ pub struct Links {
     role: Role,
     peers: [Option<Arc<dyn Channel>>; 3],
     timeout: Duration,
+    ahead_capacity: usize,
 }
 
 impl Links {
-    /// With a channel to each peer.
+    /// With a channel to each peer, whose ahead lanes hold `ahead_capacity` bytes.
     #[must_use]
-    pub fn new(role: Role, peers: impl IntoIterator<Item = (Role, Arc<dyn Channel>)>, timeout: Duration) -> Self {
+    pub fn new(
+        role: Role, peers: impl IntoIterator<Item = (Role, Arc<dyn Channel>)>, timeout: Duration, ahead_capacity: usize,
+    ) -> Self {
         let mut table = [None, None, None];
         for (peer, channel) in peers {
             table[peer.index()] = Some(channel);
         }
-        Links { role, peers: table, timeout }
+        Links { role, peers: table, timeout, ahead_capacity }
     }
 
     /// Whose links these are.
     #[must_use]
     pub fn role(&self) -> Role {
         self.role
+    }
+
+    /// Bytes that a peer buffers of this party's run-ahead.
+    #[must_use]
+    pub fn ahead_capacity(&self) -> usize {
+        self.ahead_capacity
     }
 
     fn channel(&self, peer: Role) -> Result<&Arc<dyn Channel>> {

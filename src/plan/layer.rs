@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::model::ModelConfig;
+
 /// Fraction bits of activations between operations.
 pub const F: u32 = 12;
 /// Fraction bits of weights.
@@ -93,6 +95,8 @@ pub struct LayerPlan {
 pub struct HeadPlan {
     /// Final norm.
     pub norm: NormPlan,
+    /// Final norm and head are those of the public base, bit for bit: a public linear map.
+    pub public: bool,
     /// Ring of the logits that are compared, noise of the highest temperature included.
     pub logit_k: u32,
     /// Their fraction bits.
@@ -116,4 +120,78 @@ pub struct Plan {
     pub layers: Vec<LayerPlan>,
     /// The head.
     pub head: HeadPlan,
+}
+
+/// What is wrong with a received plan.
+type Fault = &'static str;
+
+fn within<T: PartialOrd>(v: T, low: T, high: T, what: Fault) -> Result<(), Fault> {
+    if v >= low && v <= high { Ok(()) } else { Err(what) }
+}
+
+impl NormPlan {
+    fn check(&self, ring: u32) -> Result<(), Fault> {
+        within(self.k, 16, 34, "a norm's ring")?;
+        within(self.bits, 24, 62, "a norm's sum of squares")?;
+        within(self.window, 12, 16, "a norm's window")?;
+        within(self.f_gain, 16, 26, "a norm's gain")?;
+        match self.coarse {
+            Some(t) => within(t, 1, self.k - 4, "a norm's coarse sum").and(within(self.k + t, ring, ring, "a norm's ring")),
+            None => within(self.k, 0, ring, "a norm's ring"),
+        }
+    }
+}
+
+impl AttentionPlan {
+    fn check(&self) -> Result<(), Fault> {
+        within(self.score_k, 13, 26, "the scores' ring")?;
+        within(self.score_proven, self.score_k, 54, "the scores' proven ring")?;
+        within(self.step_bits, F, F + 3, "the thermometer's step")?;
+        within(self.score_k - self.step_bits, 3, 16, "the thermometer's codes")?;
+        within(self.base, -(1 << 16), 1 << 16, "the thermometer's base")?;
+        within(self.steps, 2, 62, "the thermometer's steps")?;
+        within(self.exp_lo_bits, 3, 14, "the exponential's low digit")?;
+        within(self.exp_low, 0, 8, "the exponential's dropped bits")?;
+        let hi = self.score_k.checked_sub(self.exp_low + self.exp_lo_bits).ok_or("the exponential's window")?;
+        within(hi, 3, 14, "the exponential's high digit")?;
+        within(self.f_prob, 8, F_EXP, "the probabilities' fraction")?;
+        within(self.prob_k, self.f_prob + 4, 64 - F_EXP + self.f_prob, "the probabilities' ring")?;
+        within(self.total_window, 10, 16, "the reciprocal's window")?;
+        within(self.total_bits, self.total_window, self.prob_k.min(62), "the reciprocal's range")?;
+        within(self.f_inverse, 10, 26, "the reciprocal's fraction")?;
+        self.qk_norm.iter().flat_map(|(q, k)| [q, k]).try_for_each(|n| n.check(n.k + n.coarse.unwrap_or(0)))
+    }
+}
+
+impl MlpPlan {
+    fn check(&self) -> Result<(), Fault> {
+        within(self.gate_k, 13, 24, "the gate's ring")?;
+        within(self.gate_proven, self.gate_k, 40, "the gate's proven ring")?;
+        within(self.gate_k.saturating_sub(self.gate_lo_bits), 3, 14, "the gate's window")?;
+        within(self.f_table, 10, 20, "the activation's fraction")
+    }
+}
+
+impl Plan {
+    /// Whether a received plan is one that this version could have made for the model: nothing in it can make a table
+    /// too large or a window impossible.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn check(&self, c: &ModelConfig) -> Result<(), &'static str> {
+        within(self.first_private, 0, c.num_layers, "the first private layer")?;
+        within(self.layers.len(), c.num_layers - self.first_private, c.num_layers - self.first_private, "the number of layers")?;
+        within(self.max_positions, 1, c.max_positions, "the context")?;
+        within(self.residual_k, 28, 40, "the residual stream's ring")?;
+        for l in &self.layers {
+            l.input_norm.check(self.residual_k)?;
+            l.attention.check()?;
+            l.post_norm.check(self.residual_k)?;
+            l.mlp.check()?;
+        }
+        self.head.norm.check(self.residual_k)?;
+        within(self.head.logit_k, 5, 23, "the logits' ring")?;
+        within(self.head.f_logit, 1, F, "the logits' fraction")?;
+        within(self.head.radix, 2, 8, "the tournament's radix")
+    }
 }

@@ -185,7 +185,7 @@ pub fn plan(
         return Err(who.refuse("a logit", largest, 2f64.powi(17)));
     }
     let radix = if config.vocab_size > 16_384 { 8 } else { 4 };
-    let head = HeadPlan { norm, logit_k: whole + f_logit, f_logit, radix };
+    let head = HeadPlan { norm, public: false, logit_k: whole + f_logit, f_logit, radix };
     Ok(Plan { first_private, private_embedding, residual_k, max_positions: config.max_positions, layers, head })
 }
 

@@ -34,11 +34,22 @@ enum Plain {
     I32(Arc<[i32]>),
 }
 
+impl Plain {
+    fn product(&self, x: &[u64], t: usize, m: usize, n: usize, y: &mut [u64]) {
+        match self {
+            Plain::I16(w) => gemm::weights_i16(x, w, t, m, n, y),
+            Plain::I32(w) => gemm::weights_i32(x, w, t, m, n, y),
+        }
+    }
+}
+
 #[derive(Clone)]
 enum Part {
     Owner { w: Plain, bias: Option<Arc<[f32]>> },
     Client { seed: PreparationSeed },
     Helper { a: Arc<[u64]> },
+    /// Known to all three: a public linear map, to which each side applies what it holds. Nothing is sent.
+    Public { w: Plain },
 }
 
 /// One party's part of a prepared matrix, `outputs x inputs`, with `f` fraction bits.
@@ -96,6 +107,25 @@ impl OwnerMatrix {
         Ok(OwnerMatrix { id, outputs, inputs, diagonal: false, f, part: Part::Helper { a: a.into() } })
     }
 
+    /// At the Owner: gives the matrix up as public (it is in a public checkpoint, bit for bit).
+    #[must_use]
+    pub fn into_public(self) -> Self {
+        match self.part {
+            Part::Owner { w, bias: None } => OwnerMatrix { part: Part::Public { w }, ..self },
+            _ => self,
+        }
+    }
+
+    /// The Client's or Helper's copy of a public matrix, from the words that [`OwnerMatrix::helper_words`] makes of one.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for the wrong number of words.
+    pub fn public(id: u64, outputs: usize, inputs: usize, f: u32, words: Vec<u64>) -> Result<Self> {
+        let w = Plain::I32(words.iter().map(|&w| w as i32).collect());
+        let checked = Self::helper(id, outputs, inputs, f, words)?;
+        Ok(OwnerMatrix { part: Part::Public { w }, ..checked })
+    }
+
     /// A matrix of one row, read as the diagonal of a square one.
     ///
     /// # Errors
@@ -117,16 +147,20 @@ impl OwnerMatrix {
         if self.diagonal { self.inputs } else { self.outputs * self.inputs }
     }
 
-    /// `A = W - B` for the Helper.
+    /// `A = W - B` for the Helper; of a public matrix, `W` itself.
     ///
     /// # Errors
     /// [`Error::Internal`] at another party than the Owner.
     pub fn helper_words(&self, seed: &PreparationSeed) -> Result<Vec<u64>> {
-        let Part::Owner { w, .. } = &self.part else {
-            return Err(Error::Internal("only the owner can make the helper's weights".into()));
-        };
         let mut a = vec![0u64; self.words()];
-        seed.matrix_words(self.id, 0, &mut a);
+        let w = match &self.part {
+            Part::Owner { w, .. } => {
+                seed.matrix_words(self.id, 0, &mut a);
+                w
+            }
+            Part::Public { w } => w,
+            _ => return Err(Error::Internal("only the owner can make the helper's weights".into())),
+        };
         match w {
             Plain::I16(w) => a.iter_mut().zip(w.iter()).for_each(|(a, &w)| *a = (i64::from(w) as u64).wrapping_sub(*a)),
             Plain::I32(w) => a.iter_mut().zip(w.iter()).for_each(|(a, &w)| *a = (i64::from(w) as u64).wrapping_sub(*a)),
@@ -145,8 +179,8 @@ impl OwnerMatrix {
     pub fn bytes(&self) -> usize {
         let n = self.words();
         match &self.part {
-            Part::Owner { w: Plain::I16(_), .. } => 2 * n,
-            Part::Owner { w: Plain::I32(_), .. } => 4 * n,
+            Part::Owner { w: Plain::I16(_), .. } | Part::Public { w: Plain::I16(_) } => 2 * n,
+            Part::Owner { w: Plain::I32(_), .. } | Part::Public { w: Plain::I32(_) } => 4 * n,
             Part::Client { .. } => 32,
             Part::Helper { .. } => 8 * n,
         }
@@ -176,6 +210,11 @@ fn start<'a>(s: &mut Session, scope: &Scope, x: &Masked, w: &'a OwnerMatrix) -> 
     match &w.part {
         Part::Owner { w: plain, bias } => online(s, scope, x, rows, w, plain, bias.as_deref()),
         Part::Client { .. } | Part::Helper { .. } => masks(s, scope, x, rows, w).map(Pending::ready),
+        Part::Public { w: plain } => {
+            let mut y = vec![0u64; rows.len()];
+            plain.product(x.raw(), x.raw().len() / w.inputs, w.outputs, w.inputs, &mut y);
+            Ok(Pending::ready(Masked::new(y, x.side(), x.k(), x.f() + w.f, rows)))
+        }
     }
 }
 
@@ -192,13 +231,13 @@ fn local_masks(r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
                 b
             }
             Part::Helper { a } => a.to_vec(),
-            Part::Owner { .. } => Vec::new(),
+            Part::Owner { .. } | Part::Public { .. } => Vec::new(),
         };
         y.iter_mut().zip(r).zip(own.iter().cycle()).for_each(|((y, r), w)| *y = r.wrapping_mul(*w));
         return y;
     }
     match &w.part {
-        Part::Owner { .. } => {}
+        Part::Owner { .. } | Part::Public { .. } => {}
         Part::Helper { a } => gemm::ring(r, a, t, m, n, &mut y),
         Part::Client { seed } => {
             // B is regenerated tile by tile and never stored: the Client keeps 32 bytes per model.
@@ -255,8 +294,7 @@ fn online<'a>(
     match plain {
         Plain::I16(v) if w.diagonal => each(&mut y, &mut v.iter().cycle().map(|&v| i64::from(v))),
         Plain::I32(v) if w.diagonal => each(&mut y, &mut v.iter().cycle().map(|&v| i64::from(v))),
-        Plain::I16(w) => gemm::weights_i16(x.raw(), w, t, outputs, inputs, &mut y),
-        Plain::I32(w) => gemm::weights_i32(x.raw(), w, t, outputs, inputs, &mut y),
+        plain => plain.product(x.raw(), t, outputs, inputs, &mut y),
     }
     if let Some(bias) = bias {
         let bias: Vec<u64> = bias.iter().map(|&b| fixed::encode(f64::from(b), f, k)).collect();
