@@ -1,4 +1,66 @@
-//! Trefoil: private LLM inference between three parties.
+//! Trefoil: private LLM inference between three parties. The provider keeps its weights, the user keeps the prompt.
+//!
+//! # Threat model
+//!
+//! - Three parties ([`Role`]): the *Owner* has the private weights, the *Client* the prompt, the *Helper* nothing. The
+//!   Client learns the tokens; nobody learns anything else beyond public facts.
+//! - Semi-honest, honest majority: any ONE party that keeps to the protocol sees only values that are uniformly random to it.
+//! - Public: architecture, lengths, the fixed-point [`plan`] (its widths come from norms of the weights and from
+//!   calibration), timing, the number of tokens, and to the Client which range flag went up.
+//! - NOT protected: two colluding parties (Helper with any one Client rebuilds the weights; Owner with Helper the prompt),
+//!   active deviation, model extraction through outputs, lengths and timing.
+//! - A PRF stream is taken once ([`prf`]); a value that may have left its range ends the request instead of giving a
+//!   wrong token ([`protocol::guard`]).
+//! - In this version the three parties are threads of one process: that demonstrates the protocol and isolates nothing.
+//!
+//! More in `docs/threat-model.md` and `docs/protocols.md` of the repository.
+//!
+//! # Shares
+//!
+//! A secret `x` in `Z_2^k` is `x = d + r mod 2^k`. The Owner holds `d`; Client and Helper hold the mask `r`, which is the
+//! output of a PRF that they share, or a public function of such outputs ([`share::Masked`]). So both know every mask
+//! before there is any input, and what they send for it runs ahead of time. Where an operation needs a three-party
+//! sharing, the Owner splits `d = x1 + x2` with `x1 = PRF(Owner, Client)` and sends `x2` to the Helper.
+//!
+//! # Modules
+//!
+//! A module uses what stands above it:
+//!
+//! ```text
+//! error, party    errors by who is to blame; the three roles
+//! ring            words of Z_2^k: fixed point, packing, matrix products, table folds
+//! share           what a party holds of a secret; local operations
+//! prf             streams shared by pairs of parties, taken once by address
+//! net             channels: tagged messages on two lanes; meter, simulated network
+//! session         one party's view: role, links, streams, passes, jobs
+//! protocol        one file per operation, each with its cost and privacy argument
+//! approx          tables for functions, with their errors
+//! plan            ring widths, windows and guards of a model; costs
+//! model           Hugging Face checkpoints, float twin, calibration, preparation, the private model
+//! world           three connected parties in one process
+//! generate        requests: what each party does, and all three in one process
+//! ```
+//!
+//! # Use
+//!
+//! ```no_run
+//! use std::path::Path;
+//! use trefoil::generate::{Local, LocalOptions};
+//! use trefoil::model::TextCodec;
+//!
+//! # fn main() -> trefoil::Result<()> {
+//! let dir = Path::new("models/quill-4m");
+//! let codec = TextCodec::open(dir)?;
+//! let prompt = codec.encode("It was a bright morning")?;
+//! // Four private layers; calibrates, prepares the weights with a fresh seed and starts the three parties.
+//! let mut local = Local::open(dir, LocalOptions::new(Some(4)))?;
+//! let greedy = 0.0;
+//! let out = local.generate(&prompt, 16, greedy, 0, false, &mut |_token| true)?;
+//! println!("{}", codec.decode(&out.tokens)?);
+//! local.finish()?;
+//! # Ok(())
+//! # }
+//! ```
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 

@@ -3,8 +3,8 @@
 //! Each pair of parties shares an AES-128 key per session. A stream is named by an [`Address`]; the name is mapped by a
 //! keyed CBC-MAC (a PRF on the prefix-free encoding used here) to the whole 128-bit counter block at which an AES-CTR
 //! stream starts. An address is given out ONCE: a second take is [`Error::Reuse`] in release builds too, because a mask
-//! that is used twice shows its receiver the difference of two secrets (Araki et al., CCS 2016, §3; handbook of the
-//! protocols, `docs/protocols.md`, "Addresses").
+//! that is used twice shows its receiver the difference of two secrets (Araki et al., CCS 2016, §3;
+//! `docs/protocols.md`, "Randomness").
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;

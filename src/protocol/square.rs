@@ -16,8 +16,8 @@
 //!
 //! Cost: squares: 2 messages, `64 + (64-k) + (63-k)` bits up per element, 64 back and 64 ahead per group; scale: 2
 //! messages, `64-k` bits up per element and 64 per group, 64 back and 64 ahead per element. Private: as
-//! [`super::product`]; every share has its own stream. Exact. Source: ring extension inside a product, handbook of the
-//! protocols (`docs/protocols.md`), after SiRNN (2021).
+//! [`super::product`]; every share has its own stream. Exact. Source: ring extension inside a product, after SiRNN
+//! (2021); derived in `docs/protocols.md`.
 
 use std::sync::{Arc, Mutex, PoisonError};
 

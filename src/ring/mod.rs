@@ -2,7 +2,8 @@
 //! matrix products and table folds. A ring element is a `u64` whose bits above `k` mean nothing unless a function says
 //! otherwise, so sums and products are plain wrapping arithmetic and reduction is left to the last moment, usually
 //! [`pack`](mod@pack). Every kernel has a portable form and, where the machine has them, AVX2 and AVX-512 forms chosen at run
-//! time ([`Isa`]); property tests hold all forms equal bit for bit. This is the only module with `unsafe` code.
+//! time ([`Isa`]); property tests hold all forms equal bit for bit. Besides the memory map of
+//! checkpoints this is the only module with `unsafe` code.
 
 #![allow(unsafe_code)]
 
