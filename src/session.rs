@@ -166,6 +166,17 @@ impl JobQueue {
     }
 }
 
+/// Ends a queue if the walking thread panics, so that its online thread does not wait for jobs that will never come.
+pub struct EndOnPanic(pub JobQueue);
+
+impl Drop for EndOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.end();
+        }
+    }
+}
+
 /// One party's side of a session.
 pub struct Session {
     role: Role,

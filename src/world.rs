@@ -4,6 +4,7 @@
 //! links between the parties; [`World::run`] lets every party execute the same program against its own [`Session`].
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rand_chacha::ChaCha20Rng;
@@ -99,6 +100,8 @@ pub struct World {
     meters: [Arc<Meter>; 3],
     keys: Keys,
     addresses: Option<AddressLog>,
+    /// Below this, passes have been run: [`World::run`] refuses them.
+    next_pass: AtomicU64,
 }
 
 struct EndOnDrop(JobQueue);
@@ -139,7 +142,7 @@ impl World {
             channels[i].push((peer, Arc::new(Metered::new(tampered, peer, Arc::clone(&meters[i])))));
         }
         let links = Role::ALL.map(|r| Links::new(r, std::mem::take(&mut channels[r.index()]), setup.timeout, setup.ahead_capacity));
-        World { links, meters, keys, addresses: setup.addresses.clone() }
+        World { links, meters, keys, addresses: setup.addresses.clone(), next_pass: AtomicU64::new(0) }
     }
 
     /// For tests: keys from a seed that is printed, no simulated network.
@@ -182,10 +185,13 @@ impl World {
     /// the others.
     ///
     /// # Errors
-    /// The first party's error that is not the consequence of another's.
+    /// [`Error::Reuse`] for pass numbers used before; the first party's error that is not the consequence of another's.
     pub fn run<T: Send>(
         &self, first_pass: u64, tokens: &[usize], program: impl Fn(&mut Session) -> Result<T> + Sync,
     ) -> Result<Outcome<T>> {
+        if self.next_pass.fetch_max(first_pass + tokens.len() as u64, Ordering::Relaxed) > first_pass {
+            return Err(Error::Reuse(format!("pass {first_pass} of this world")));
+        }
         let end = |result: Result<T>, role: Role| {
             if result.is_err() {
                 self.links[role.index()].close();

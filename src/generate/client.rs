@@ -16,7 +16,7 @@ use crate::party::Role;
 use crate::plan::{F, INPUT_LIMIT};
 use crate::protocol::embedding::source;
 use crate::ring::fixed;
-use crate::session::Session;
+use crate::session::{EndOnPanic, Session};
 use crate::world::join;
 
 /// Why a generation ended.
@@ -122,6 +122,7 @@ impl Client {
         let walked = std::thread::scope(|scope| {
             let (ports, stop) = (&ports, &stop);
             let walker = scope.spawn(move || {
+                let _guard = EndOnPanic(session.jobs());
                 let walked = walk(session, model, &r, Some(ports), stop);
                 let walked = walked.and_then(|n| end_walk(session, index, n).map(|()| n));
                 if walked.is_err() {

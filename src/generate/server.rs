@@ -8,7 +8,7 @@ use crate::model::secure::{PassOptions, SecureModel};
 use crate::net::Lane;
 use crate::party::Role;
 use crate::protocol::gumbel::Gumbel;
-use crate::session::Session;
+use crate::session::{EndOnPanic, Session};
 use crate::world::join;
 
 /// What the Owner saw of a session.
@@ -90,6 +90,7 @@ pub fn helper(s: &mut Session, model: &SecureModel) -> Result<()> {
         let stop = AtomicBool::new(false);
         let walked = std::thread::scope(|scope| {
             let walker = scope.spawn(|| {
+                let _guard = EndOnPanic(s.jobs());
                 let out = walk(s, model, &r, None, &stop);
                 let out = out.and_then(|n| end_walk(s, index, n).map(|()| n));
                 if out.is_err() {
