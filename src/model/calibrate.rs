@@ -158,8 +158,8 @@ impl Observer for Watch<'_> {
                 let scale = (sum_squares(row.iter()) / c.hidden_size as f64 + c.rms_norm_eps).sqrt() as f32;
                 row.iter_mut().zip(&w.input_norm).for_each(|(v, g)| *v = *v / scale * g);
             }
-            let sums = self.layers[layer].qk_sum.get_or_insert([(f64::INFINITY, 0.0); 2]);
-            for (l, range) in [&w.q, &w.k].into_iter().zip(sums) {
+            let range = self.layers[layer].qk_sum.get_or_insert((f64::INFINITY, 0.0));
+            for l in [&w.q, &w.k] {
                 let mut y = x.dot(&l.w.t());
                 if let Some(b) = &l.bias {
                     y += b;

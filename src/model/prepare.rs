@@ -23,8 +23,8 @@ use crate::ring::fixed;
 pub struct PreparedLayer {
     /// Queries, keys, values.
     pub qkv: OwnerMatrix,
-    /// Gains of the queries' and keys' own norms.
-    pub qk_gain: Option<(OwnerMatrix, OwnerMatrix)>,
+    /// Gains of the queries' and keys' own norm, a diagonal.
+    pub qk_gain: Option<OwnerMatrix>,
     /// Output projection.
     pub o: OwnerMatrix,
     /// Gate and up.
@@ -48,8 +48,7 @@ pub struct Prepared {
 #[repr(u64)]
 enum Slot {
     Qkv,
-    QGain,
-    KGain,
+    QkGain,
     O,
     GateUp,
     Down,
@@ -101,14 +100,15 @@ impl Prepared {
                 folded(&l.v.w, &l.input_norm),
             ])?;
             let bias = stack_bias(&[(&l.q, q_scale), (&l.k, 1.0), (&l.v, 1.0)]);
-            let gain = |slot, g: &Array1<f32>, heads: usize, by: f32| -> Result<OwnerMatrix> {
-                let row: Vec<f32> = (0..heads).flat_map(|_| g.iter().map(|v| v * by)).collect();
-                let row = Array2::from_shape_vec((1, row.len()), row).map_err(|e| Error::Internal(e.to_string()))?;
-                OwnerMatrix::quantise(id(i, slot), &name("head norm gain"), row.view(), None, FW)?.into_diagonal()
-            };
             let qk_gain = match (&l.q_norm, &l.k_norm) {
                 (Some(q), Some(k)) => {
-                    Some((gain(Slot::QGain, q, c.num_heads, scale)?, gain(Slot::KGain, k, c.num_kv_heads, 1.0)?))
+                    let gain = |g: &Array1<f32>, heads: usize, by: f32| -> Vec<f32> {
+                        (0..heads).flat_map(|_| g.iter().map(|v| v * by)).collect()
+                    };
+                    let row = [gain(q, c.num_heads, scale), gain(k, c.num_kv_heads, 1.0)].concat();
+                    let row = Array2::from_shape_vec((1, row.len()), row).map_err(|e| Error::Internal(e.to_string()))?;
+                    let row = OwnerMatrix::quantise(id(i, Slot::QkGain), &name("q_norm, k_norm"), row.view(), None, FW)?;
+                    Some(row.into_diagonal()?)
                 }
                 _ => None,
             };
@@ -151,8 +151,8 @@ impl Prepared {
             .map(|i| PreparedLayer {
                 qkv: matrix(i, Slot::Qkv, qkv),
                 qk_gain: c.qk_norm.then(|| {
-                    let gain = |slot, n| OwnerMatrix::client(id(i, slot), n, n, FW, seed.clone()).diagonal();
-                    (gain(Slot::QGain, c.q_size()), gain(Slot::KGain, c.kv_size()))
+                    let n = c.q_size() + c.kv_size();
+                    matrix(i, Slot::QkGain, (n, n)).diagonal()
                 }),
                 o: matrix(i, Slot::O, o),
                 gate_up: matrix(i, Slot::GateUp, gate_up),
@@ -185,8 +185,7 @@ impl Prepared {
         for i in plan.first_private..c.num_layers {
             let qkv = matrix(i, Slot::Qkv, qkv)?;
             let qk_gain = if c.qk_norm {
-                let q = matrix(i, Slot::QGain, (1, c.q_size()))?.into_diagonal()?;
-                Some((q, matrix(i, Slot::KGain, (1, c.kv_size()))?.into_diagonal()?))
+                Some(matrix(i, Slot::QkGain, (1, c.q_size() + c.kv_size()))?.into_diagonal()?)
             } else {
                 None
             };
@@ -215,9 +214,8 @@ impl Prepared {
     pub fn helper_words(&self, seed: &PreparationSeed, put: &mut dyn FnMut(Vec<u64>) -> Result<()>) -> Result<()> {
         for l in &self.layers {
             put(l.qkv.helper_words(seed)?)?;
-            if let Some((q, k)) = &l.qk_gain {
-                put(q.helper_words(seed)?)?;
-                put(k.helper_words(seed)?)?;
+            if let Some(gain) = &l.qk_gain {
+                put(gain.helper_words(seed)?)?;
             }
             for m in [&l.o, &l.gate_up, &l.down] {
                 put(m.helper_words(seed)?)?;

@@ -36,8 +36,8 @@ pub struct NormPlan {
 /// Attention of one layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AttentionPlan {
-    /// Per-head norms of queries and keys (Qwen3).
-    pub qk_norm: Option<(NormPlan, NormPlan)>,
+    /// Per-head norm of queries and keys (Qwen3).
+    pub qk_norm: Option<NormPlan>,
     /// Ring in which scores are proven to fit before they are narrowed.
     pub score_proven: u32,
     /// Ring of the scores (F fraction bits); guarded if narrower than `score_proven`.
@@ -134,7 +134,7 @@ impl NormPlan {
         within(self.k, 16, 34, "a norm's ring")?;
         within(self.bits, 24, 62, "a norm's sum of squares")?;
         within(self.window, 12, 16, "a norm's window")?;
-        within(self.f_gain, 16, 26, "a norm's gain")?;
+        within(self.f_gain, 12, 26, "a norm's gain")?;
         match self.coarse {
             Some(t) => within(t, 1, self.k - 4, "a norm's coarse sum").and(within(self.k + t, ring, ring, "a norm's ring")),
             None => within(self.k, 0, ring, "a norm's ring"),
@@ -159,7 +159,7 @@ impl AttentionPlan {
         within(self.total_window, 10, 16, "the reciprocal's window")?;
         within(self.total_bits, self.total_window, self.prob_k.min(62), "the reciprocal's range")?;
         within(self.f_inverse, 10, 26, "the reciprocal's fraction")?;
-        self.qk_norm.iter().flat_map(|(q, k)| [q, k]).try_for_each(|n| n.check(n.k + n.coarse.unwrap_or(0)))
+        self.qk_norm.iter().try_for_each(|n| n.check(n.k + n.coarse.unwrap_or(0)))
     }
 }
 

@@ -55,8 +55,8 @@ pub struct LayerRanges {
     pub row_max: (f64, f64),
     /// Largest absolute gate.
     pub gate: f64,
-    /// Least and largest sum of squares of a raw query head and key head (Qwen3).
-    pub qk_sum: Option<[(f64, f64); 2]>,
+    /// Least and largest sum of squares of a raw query or key head (Qwen3).
+    pub qk_sum: Option<(f64, f64)>,
 }
 
 impl Default for LayerRanges {
@@ -121,6 +121,7 @@ impl Who<'_> {
         // The sum of squares of ring values |h| < 2^(k-2) must stay below 2^63.
         let widest = (62 - n_bits) / 2 + 2;
         let needed = ring_for(bound, F) + 1;
+        self.fits("the input of a norm (bits)", f64::from(needed), f64::from(ring) + 0.5)?;
         let (k, coarse) = if needed <= widest { (needed.max(16), None) } else { (widest, Some(ring - widest)) };
         let unit = f64::from(2 * F).exp2();
         let low = (sum.0.min(sum.1) / SUM_MARGIN).max(1.0 / unit);
@@ -130,8 +131,8 @@ impl Who<'_> {
         let window = (dynamic.ceil() as u32).clamp(12, 16);
         let rms_max = (f64::from(bits).exp2() / unit / n as f64).sqrt();
         let f_gain = (log2_ceil(rms_max) + 14).clamp(16, 26);
-        // Linear outputs have F + FW fraction bits in ring 64 - f_gain.
-        let room = f64::from(64 - f_gain - F - FW - 1).exp2();
+        // Linear outputs have F + FW fraction bits in ring 64 - f_gain, and a lift wants a bit more.
+        let room = f64::from(64 - f_gain - F - FW - 2).exp2();
         self.fits("a linear output after the norm", output, room)?;
         Ok(NormPlan { k, bits, window, f_gain, coarse })
     }
@@ -170,14 +171,14 @@ pub fn plan(
         let name = format!("layer {}", first_private + i);
         let who = Who(&name);
         let input_norm = who.norm(n, at_norm[2 * i], r.input_sum, b.qk_raw.max(b.v), residual_k)?;
-        let attention = attention(&who, config, b, r, context, residual_k)?;
+        let attention = attention(&who, config, b, r, (context, residual_k, input_norm.f_gain))?;
         let post_norm = who.norm(n, at_norm[2 * i + 1], r.post_sum, b.gate.max(b.up), residual_k)?;
         let mlp = mlp(&who, b, r, residual_k)?;
         layers.push(LayerPlan { input_norm, attention, post_norm, mlp });
     }
     let who = Who("the head");
-    let norm = who.norm(n, h, ranges.final_sum, bounds.logit, residual_k)?;
     let largest = bounds.logit + MAX_TEMPERATURE * gumbel::CLIP;
+    let norm = who.norm(n, h, ranges.final_sum, largest, residual_k)?;
     // One bit for the lift into the tournament's ring, which takes at most 23.
     let whole = ring_for(largest, 0) + 1;
     let f_logit = F.min(23u32.saturating_sub(whole));
@@ -203,20 +204,25 @@ fn proven_by_guard(sum: (f64, f64)) -> f64 {
 }
 
 fn attention(
-    who: &Who<'_>, config: &ModelConfig, b: &LayerBounds, r: &LayerRanges, context: f64, residual_k: u32,
+    who: &Who<'_>, config: &ModelConfig, b: &LayerBounds, r: &LayerRanges,
+    (context, residual_k, f_gain): (f64, u32, u32),
 ) -> Result<AttentionPlan> {
+    let score_proven = ring_for(b.score + 1.0, F).max(17);
     let qk_norm = match r.qk_sum {
         None => None,
-        Some([q, k]) => {
-            let d = config.head_dim;
-            let one = |sum| who.norm(d, b.qk_raw, sum, b.qk, 64 - 26 - FW);
-            Some((one(q)?, one(k)?))
+        Some(sum) => {
+            let mut norm = who.norm(config.head_dim, b.qk_raw, sum, b.qk, 64 - f_gain - FW)?;
+            // Gain, rotation and the step to the scores' fraction drop 22 bits; where the rest is as wide as the scores'
+            // product, queries and keys need no lift. 14 bits hold 1 / rms as long as rms is not large.
+            let wide_enough = 64u32.saturating_sub(score_proven + 8 + 22);
+            norm.f_gain = norm.f_gain.min(wide_enough).max(norm.f_gain.min(14));
+            Some(norm)
         }
     };
-    // After the rotation (F + F_ROPE fraction bits, a factor of sqrt 2) in the linear output's ring of 32 bits or more.
-    let limit = f64::from(31 - F - F_ROPE).exp2() / std::f64::consts::SQRT_2;
-    who.fits("a query or key", b.qk, limit / 2.0)?;
-    let score_proven = ring_for(b.score + 1.0, F).max(17);
+    // After the rotation queries and keys have F + FW + F_ROPE fraction bits and sqrt 2 more, and then a lift to come.
+    let f_before = qk_norm.as_ref().map_or(f_gain, |n| n.f_gain);
+    let limit = f64::from(62 - f_before - F - FW - F_ROPE).exp2() / std::f64::consts::SQRT_2;
+    who.fits("a query or key", b.qk, limit)?;
     let mut score_k = ring_for(r.score * MARGIN + 4.0, F).clamp(17, 24).min(score_proven);
     // Thresholds around the calibrated row maxima, a step of 1, or 2 where the range is wide.
     let spread = (r.row_max.1 - r.row_max.0).max(0.0);

@@ -11,12 +11,12 @@ use super::norm::Norm;
 use crate::approx::{PositiveTable, exp_tables};
 use crate::error::Result;
 use crate::model::prepare::PreparedLayer;
-use crate::plan::{AttentionPlan, F, F_ROPE, FW, NormPlan};
+use crate::plan::{AttentionPlan, F, F_ROPE, FW};
 use crate::protocol::cached::{Cached, Context as PV, Scores, product_cached};
 use crate::protocol::exp::{Exp, exp};
 use crate::protocol::guard::guard;
 use crate::protocol::lift::lift;
-use crate::protocol::linear::{OwnerMatrix, owner_linear};
+use crate::protocol::linear::owner_linear;
 use crate::protocol::positive::{self, Positive};
 use crate::protocol::product::{Scale, product};
 use crate::protocol::thermometer::{self, Thermometer, counter_bits};
@@ -37,7 +37,7 @@ pub(super) fn product_ring(p: &AttentionPlan) -> u32 {
 pub(super) struct AttentionTables {
     exp: Exp,
     inverse: Positive,
-    qk_norm: Option<(Norm, Norm)>,
+    qk_norm: Option<Norm>,
 }
 
 impl AttentionTables {
@@ -49,7 +49,7 @@ impl AttentionTables {
         AttentionTables {
             exp: Exp::new(&exp, p.prob_k, p.f_prob),
             inverse: Positive::new(inverse, p.f_inverse),
-            qk_norm: p.qk_norm.as_ref().map(|(q, k)| (Norm::new(q, head_dim, eps), Norm::new(k, head_dim, eps))),
+            qk_norm: p.qk_norm.as_ref().map(|n| Norm::new(n, head_dim, eps)),
         }
     }
 }
@@ -86,13 +86,6 @@ fn to_ring(s: &mut Session, scope: &Scope, x: &Masked, k: u32) -> Result<Pending
     if x.k() >= k { Ok(Pending::ready(x.narrow(k)?)) } else { lift(s, scope, x, k) }
 }
 
-/// Norm and gain of every query or key head.
-fn head_norm(c: &mut Context<'_>, name: &str, x: &Masked, norm: &Norm, p: &NormPlan, gain: &OwnerMatrix) -> Result<Masked> {
-    let quantity = "sum of squares of a query or key";
-    let y = norm.apply(c, name, quantity, x, p)?;
-    truncate(&owner_linear(c.s, &c.scope.at(name).at("gain"), &y, gain)?, FW)
-}
-
 #[allow(clippy::too_many_arguments)] // the cache's two halves are borrowed apart from the model
 pub(super) fn attention(
     c: &mut Context<'_>, x: &Masked, parts: &PreparedLayer, p: &AttentionPlan, t: &AttentionTables, frequencies: &[f64],
@@ -105,19 +98,25 @@ pub(super) fn attention(
     let count_bits = c.flags.count_bits();
 
     let qkv = truncate(&owner_linear(c.s, &scope.at("qkv"), x, &parts.qkv)?, FW)?;
-    let part = |from: usize, n: usize| {
-        qkv.map(F, Rows::even(tokens, n), |v| v.chunks(nq + 2 * nk).flat_map(|r| &r[from..from + n]).copied().collect())
+    let part = |x: &Masked, from: usize, n: usize| {
+        let width = x.rows().row(0).len();
+        x.map(x.f(), Rows::even(tokens, n), |v| v.chunks(width).flat_map(|r| &r[from..from + n]).copied().collect())
     };
-    let (mut q, mut k, v) = (part(0, nq), part(nq, nk), part(nq + nk, nk));
-    if let (Some((nqt, nkt)), Some((pq, pk)), Some((gq, gk))) = (&t.qk_norm, &p.qk_norm, &parts.qk_gain) {
-        q = head_norm(c, "q_norm", &q, nqt, pq, gq)?;
-        k = head_norm(c, "k_norm", &k, nkt, pk, gk)?;
-    }
-    let [q, k] = [q, k].map(|x| truncate(&rotate(&x, first, dim, frequencies), F_ROPE + F - F_QK));
+    let v = to_ring(c.s, &scope.at("lift_v"), &part(&qkv, nq + nk, nk), p.prob_k)?;
+    let qk = part(&qkv, 0, nq + nk);
+    let qk = match (&t.qk_norm, &p.qk_norm, &parts.qk_gain) {
+        (Some(norm), Some(plan), Some(gain)) => {
+            let y = norm.apply(c, "qk_norm", "sum of squares of a query or key", &qk, plan)?;
+            // Not truncated before the rotation: the ring that this saves may save the lift.
+            owner_linear(c.s, &scope.at("qk_gain"), &y, gain)?
+        }
+        _ => qk,
+    };
+    let rotated = rotate(&qk, first, dim, frequencies);
+    let qk = truncate(&rotated, rotated.f() - F_QK)?;
     let ring = product_ring(p);
-    let q = to_ring(c.s, &scope.at("lift_q"), &q?, ring)?;
-    let k = to_ring(c.s, &scope.at("lift_k"), &k?, ring)?;
-    let v = to_ring(c.s, &scope.at("lift_v"), &v, p.prob_k)?;
+    let q = to_ring(c.s, &scope.at("lift_q"), &part(&qk, 0, nq), ring)?;
+    let k = to_ring(c.s, &scope.at("lift_k"), &part(&qk, nq, nk), ring)?;
     let (q, k, v) = (q.finish(c.s)?, k.finish(c.s)?, v.finish(c.s)?);
 
     // scores = q k^T, guarded, then softmax with a reference near each row's maximum
