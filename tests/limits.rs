@@ -1,0 +1,78 @@
+//! At the edges of what is promised: the largest vocabularies, the smallest buffers.
+
+use trefoil::generate::{Local, LocalOptions, check};
+use trefoil::model::{Activation, Arch, ModelConfig, Rope, RopeScaling, Weights};
+
+fn config(vocab_size: usize) -> ModelConfig {
+    ModelConfig {
+        arch: Arch::Llama,
+        hidden_size: 32,
+        intermediate_size: 64,
+        num_layers: 1,
+        num_heads: 2,
+        num_kv_heads: 1,
+        head_dim: 16,
+        vocab_size,
+        max_positions: 32,
+        rms_norm_eps: 1e-5,
+        rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
+        tie_word_embeddings: true,
+        qkv_bias: false,
+        o_bias: false,
+        mlp_bias: false,
+        qk_norm: false,
+        activation: Activation::Silu,
+        bos_id: None,
+        eos_ids: Vec::new(),
+    }
+}
+
+fn generate(weights: Weights, options: LocalOptions, prompt: &[u32], tokens: usize) {
+    let float = weights.clone();
+    let mut local = Local::start(weights, None, options).unwrap();
+    let out = local.generate(prompt, tokens, 0.0, 0, true, &mut |_| true);
+    let g = match out {
+        Ok(g) => g,
+        Err(e) => panic!("{}", local.root_cause(e)),
+    };
+    local.finish().unwrap();
+    let c = check(&float, prompt, &g, false);
+    eprintln!("{c:?}");
+    assert_eq!((c.agree, c.of), (tokens, tokens));
+    assert!(c.max_kl < 1e-3, "{c:?}");
+}
+
+#[test]
+fn a_vocabulary_of_152_064() {
+    let mut weights = Weights::random(config(152_064), 3).unwrap();
+    weights.embed *= 20.0;
+    generate(weights, LocalOptions::new(None), &[151_000, 7, 152_063], 2);
+}
+
+/// The Owner's buffer is smaller than one pass of run-ahead: Client and Helper are held back, and nothing hangs.
+#[test]
+fn a_small_buffer_holds_back_and_does_not_hang() {
+    let mut weights = Weights::random(config(512), 4).unwrap();
+    weights.embed *= 20.0;
+    let mut options = LocalOptions::new(None);
+    options.setup.ahead_capacity = 2_000;
+    options.setup.timeout = std::time::Duration::from_secs(20);
+    generate(weights, options, &[1, 2, 3, 4, 5], 12);
+}
+
+/// The same answer on machines without AVX-512, and without AVX at all.
+#[test]
+fn portable_kernels_generate_too() {
+    for isa in ["portable", "avx2"] {
+        let out = assert_cmd::Command::cargo_bin("trefoil")
+            .unwrap()
+            .env("TREFOIL_ISA", isa)
+            .args(["generate", "--prompt", "The captain of the ship", "--max-new-tokens", "6", "--json", "--check"])
+            .output()
+            .unwrap();
+        assert!(out.status.success(), "{isa}: {}", String::from_utf8_lossy(&out.stderr));
+        let report: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+        assert_eq!(report["check"]["agree"], report["check"]["of"], "{isa}: {report}");
+        assert!(report["check"]["max_kl"].as_f64().unwrap() < 1e-3, "{isa}: {report}");
+    }
+}
