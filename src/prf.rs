@@ -218,10 +218,8 @@ impl Prf {
         if !keyed.taken.entry(address.pass).or_default().insert(u128::from_le_bytes(start)) {
             return Err(Error::Reuse(address.to_string()));
         }
-        if let Some(log) = &self.log {
-            if let Ok(mut log) = log.lock() {
-                log.push((pair, u128::from_le_bytes(start), address.to_string()));
-            }
+        if let Some(Ok(mut log)) = self.log.as_ref().map(|log| log.lock()) {
+            log.push((pair, u128::from_le_bytes(start), address.to_string()));
         }
         Ok(Stream::new(&keyed.stream_key, &start))
     }

@@ -138,8 +138,8 @@ fn sum_squares<'a>(row: impl IntoIterator<Item = &'a f32>) -> f64 {
     row.into_iter().map(|v| f64::from(*v).powi(2)).sum()
 }
 
-fn absolute<'a>(it: impl IntoIterator<Item = &'a f32>) -> f64 {
-    it.into_iter().fold(0.0, |m, v| m.max(f64::from(v.abs())))
+fn absolute(x: ArrayView2<'_, f32>) -> f64 {
+    x.iter().fold(0.0, |m, v| m.max(f64::from(v.abs())))
 }
 
 impl Observer for Watch<'_> {
@@ -177,17 +177,17 @@ impl Observer for Watch<'_> {
         row_max: ArrayView2<'_, f32>, row_min: ArrayView2<'_, f32>,
     ) {
         let r = &mut self.layers[layer];
-        r.score = r.score.max(absolute(&row_max)).max(absolute(&row_min));
+        r.score = r.score.max(absolute(row_max)).max(absolute(row_min));
         row_max.iter().for_each(|&m| stretch(&mut r.row_max, f64::from(m)));
     }
 
     fn gate(&mut self, layer: usize, gate: ArrayView2<'_, f32>, _up: ArrayView2<'_, f32>) {
         let r = &mut self.layers[layer];
-        r.gate = r.gate.max(absolute(&gate));
+        r.gate = r.gate.max(absolute(gate));
     }
 
     fn logits(&mut self, l: ArrayView2<'_, f32>) {
-        self.logit = self.logit.max(absolute(&l));
+        self.logit = self.logit.max(absolute(l));
     }
 }
 

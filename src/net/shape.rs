@@ -54,7 +54,7 @@ impl FromStr for Profile {
         let (rtt, gbps) = s.split_once(',').ok_or_else(bad)?;
         let rtt: f64 = rtt.trim().parse().map_err(|_| bad())?;
         let gbps: f64 = gbps.trim().parse().map_err(|_| bad())?;
-        if !(0.0..=60_000.0).contains(&rtt) || !(gbps > 0.0 && gbps.is_finite()) {
+        if !((0.0..=60_000.0).contains(&rtt) && gbps > 0.0 && gbps.is_finite()) {
             return Err(bad());
         }
         Ok(Profile { rtt: Duration::from_secs_f64(rtt / 1e3), bits_per_second: gbps * 1e9 })

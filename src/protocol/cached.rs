@@ -147,6 +147,7 @@ pub fn cost(x: usize, new: usize, z: usize, k: u32) -> Cost {
     Cost::exchange(pack::packed_len(x + new, k) * 8, z, k)
 }
 
+#[allow(clippy::too_many_arguments)] // a stretch of tokens against a stretch of the cache
 fn batch(op: &dyn CausalBilinear, x: &[u64], x_rows: &Rows, from: usize, to: usize, cache: &[u64], first: usize, width: usize) -> Vec<u64> {
     let mut out = Vec::new();
     let base = x_rows.row(from).start;

@@ -99,7 +99,7 @@ fn sign_maps(chunks: usize) -> &'static [Vec<u64>] {
 /// [`Error::Shape`] for another ring; [`Error::Peer`], [`Error::Reuse`].
 pub fn is_negative(s: &mut Session, scope: &Scope, x: &Masked, k: u32) -> Result<Pending<'static, Masked>> {
     let chunks = x.k() as usize / 4;
-    if x.k() % 4 != 0 || !(2..=6).contains(&chunks) {
+    if !x.k().is_multiple_of(4) || !(2..=6).contains(&chunks) {
         return Err(Error::Shape { op: "compare", lhs: x.facts(), rhs: "a ring of 8, 12, 16, 20 or 24 bits".into() });
     }
     let n = states(chunks);

@@ -203,7 +203,7 @@ pub fn owner_linear(s: &mut Session, scope: &Scope, x: &Masked, w: &OwnerMatrix)
 
 fn start<'a>(s: &mut Session, scope: &Scope, x: &Masked, w: &'a OwnerMatrix) -> Result<Pending<'a, Masked>> {
     let tokens = x.rows().tokens();
-    if (0..tokens).any(|t| x.rows().row(t).len() % w.inputs != 0) {
+    if (0..tokens).any(|t| !x.rows().row(t).len().is_multiple_of(w.inputs)) {
         return Err(Error::Shape { op: "owner linear", lhs: x.facts(), rhs: format!("{w:?}") });
     }
     let rows = Rows::ragged((0..tokens).map(|t| x.rows().row(t).len() / w.inputs * w.outputs));

@@ -33,7 +33,9 @@ use crate::share::{Masked, Rows, Side};
 
 /// An operation whose messages are sent and whose result is not yet received.
 #[must_use = "a pending operation must be finished, or its messages are left behind"]
-pub struct Pending<'a, T>(Box<dyn FnOnce(&mut Session) -> Result<T> + 'a>);
+pub struct Pending<'a, T>(Receive<'a, T>);
+
+type Receive<'a, T> = Box<dyn FnOnce(&mut Session) -> Result<T> + 'a>;
 
 impl<'a, T: 'a> Pending<'a, T> {
     pub(crate) fn new(f: impl FnOnce(&mut Session) -> Result<T> + 'a) -> Self {

@@ -29,9 +29,12 @@ use crate::share::{Masked, Side};
 /// Indices of operands multiplied together.
 type Monomial = Vec<usize>;
 
+/// A sum of Owner monomials, and the holders' polynomial (monomials with coefficients) that it multiplies.
+type Group = (Vec<Monomial>, Vec<(Monomial, u64)>);
+
 /// Owner cofactors (sums of monomials) and the holders' polynomial that each multiplies.
 struct Expansion {
-    groups: Vec<(Vec<Monomial>, Vec<(Monomial, u64)>)>,
+    groups: Vec<Group>,
 }
 
 fn expand(monomials: &[Monomial]) -> Expansion {

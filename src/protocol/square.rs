@@ -183,7 +183,7 @@ fn local_squares(k: u32, group: usize, r: &[u64], s: &[u64], d: &[u64], t: &[u64
 pub fn scale(s: &mut Session, scope: &Scope, x: Lifted, g: &Masked) -> Result<Pending<'static, Masked>> {
     let (k, rows, tokens) = (x.k, &x.rows, x.rows.tokens());
     let groups = g.raw().len();
-    let width = if groups == 0 { 1 } else { rows.len() / groups };
+    let width = rows.len().checked_div(groups).unwrap_or(1);
     let fits = g.k() == 64
         && g.rows().tokens() == tokens
         && (0..tokens).all(|t| rows.row(t).len() == g.rows().row(t).len() * width);

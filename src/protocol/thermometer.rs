@@ -74,9 +74,9 @@ pub fn reference(
     let groups = Rows::ragged((0..tokens).map(|i| rows.row(i).len() / lengths[i]));
     let sums = counters.map(0, Rows::ragged((0..tokens).map(|i| groups.row(i).len() * columns)), |v| {
         let mut out = Vec::with_capacity(groups.len() * columns);
-        for i in 0..tokens {
+        for (i, &length) in lengths.iter().enumerate() {
             let r = rows.row(i);
-            for group in v[r.start * columns..r.end * columns].chunks((lengths[i] * columns).max(1)) {
+            for group in v[r.start * columns..r.end * columns].chunks((length * columns).max(1)) {
                 let from = out.len();
                 out.resize(from + columns, 0u64);
                 for score in group.chunks(columns) {

@@ -5,8 +5,6 @@
 //! time ([`Isa`]); property tests hold all forms equal bit for bit. Besides the memory map of
 //! checkpoints this is the only module with `unsafe` code.
 
-#![allow(unsafe_code)]
-
 pub mod fixed;
 pub mod fold;
 pub mod gemm;

@@ -202,7 +202,7 @@ impl Masked {
     pub fn sum_groups(&self, n: usize) -> Result<Masked> {
         let bad = || Error::Shape { op: "sum", lhs: self.facts(), rhs: format!("groups of {n}") };
         let tokens = self.rows.tokens();
-        if n == 0 || (0..tokens).any(|t| self.rows.row(t).len() % n != 0) {
+        if n == 0 || (0..tokens).any(|t| !self.rows.row(t).len().is_multiple_of(n)) {
             return Err(bad());
         }
         let v = self.v.chunks(n).map(|c| c.iter().fold(0u64, |a, b| a.wrapping_add(*b))).collect();
