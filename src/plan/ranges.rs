@@ -233,15 +233,20 @@ fn attention(
     let base = (from / step).floor() as i64 - 1;
     let steps = ((to / step).ceil() as i64 - base + 1).clamp(2, 62) as usize;
     let top = (base + steps as i64) as f64 * step;
-    // x = s - m runs from -2^(score_k-1) - top to 2 steps: it must fit the cyclic window with room for its end rows.
-    while f64::from(score_k - F).exp2() / 2.0 < top.max(0.0) + 4.0 * step + 2.0 {
+    // x = s - m runs from -R / 2 - top to 2 steps: it must fit the cyclic window of range R but for its two end rows, or
+    // the smallest probabilities would alias to the largest.
+    let digits = |k: u32| {
+        let low = if k >= 21 { 5 } else { 4 };
+        (low, (k - low) / 2)
+    };
+    let end_rows = |k: u32| 2.0 * f64::from(digits(k).0 + digits(k).1).exp2() / f64::from(F).exp2();
+    while f64::from(score_k - F).exp2() / 2.0 < top.max(0.0) + 2.0 * step + end_rows(score_k) {
         score_k += 1;
     }
     if score_k > 26 {
         return Err(who.refuse("a score", b.score.min(r.score * MARGIN), 4096.0));
     }
-    let exp_low = if score_k >= 21 { 5 } else { 4 };
-    let exp_lo_bits = (score_k - exp_low) / 2;
+    let (exp_low, exp_lo_bits) = digits(score_k);
     let mass = context * (2.0 * step).exp();
     let f_prob = 14;
     let prob_k = log2_ceil(mass * (b.v + 1.0)) + f_prob + F + 3;
@@ -268,7 +273,8 @@ fn attention(
 }
 
 fn mlp(who: &Who<'_>, b: &LayerBounds, r: &LayerRanges, residual_k: u32) -> Result<MlpPlan> {
-    let gate_proven = ring_for(b.gate, F).max(16);
+    // The lowest row of the window belongs to the carry: the bound stays above it.
+    let gate_proven = ring_for(b.gate * 1.05, F).max(16);
     let gate_k = ring_for(r.gate * MARGIN + 2.0, F).clamp(16, 21).min(gate_proven);
     let gate_lo_bits = if gate_k <= 19 { 9 } else { gate_k - 10 };
     // Both the product (in ring 64) and the down projection's output (12 bits less after its truncation) must fit.
