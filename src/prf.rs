@@ -151,8 +151,21 @@ impl fmt::Debug for PairKey {
     }
 }
 
+/// A stream that was taken: by whom, of which pair, where it starts and under which name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Taken {
+    /// The party that took it; the other of the pair takes the same one.
+    pub holder: Role,
+    /// Whose stream it is.
+    pub pair: Pair,
+    /// The counter block at which it starts.
+    pub block: u128,
+    /// Its name.
+    pub address: Address,
+}
+
 /// Records every address taken, for the tests that look for a second use across sessions.
-pub type AddressLog = Arc<Mutex<Vec<(Pair, u128, String)>>>;
+pub type AddressLog = Arc<Mutex<Vec<Taken>>>;
 
 struct Keyed {
     pair: Pair,
@@ -172,7 +185,7 @@ impl Drop for Keyed {
 pub struct Prf {
     keys: Vec<Keyed>,
     closed_below: u64,
-    log: Option<AddressLog>,
+    log: Option<(AddressLog, Role)>,
 }
 
 impl fmt::Debug for Prf {
@@ -192,10 +205,10 @@ impl Prf {
         Prf { keys, closed_below: 0, log: None }
     }
 
-    /// Also records every address taken (tests).
+    /// Also records every address that `holder`, whose streams these are, takes (tests).
     #[must_use]
-    pub fn with_log(mut self, log: AddressLog) -> Self {
-        self.log = Some(log);
+    pub fn with_log(mut self, log: AddressLog, holder: Role) -> Self {
+        self.log = Some((log, holder));
         self
     }
 
@@ -218,8 +231,9 @@ impl Prf {
         if !keyed.taken.entry(address.pass).or_default().insert(u128::from_le_bytes(start)) {
             return Err(Error::Reuse(address.to_string()));
         }
-        if let Some(Ok(mut log)) = self.log.as_ref().map(|log| log.lock()) {
-            log.push((pair, u128::from_le_bytes(start), address.to_string()));
+        if let Some((Ok(mut log), holder)) = self.log.as_ref().map(|(log, holder)| (log.lock(), *holder)) {
+            let block = u128::from_le_bytes(start);
+            log.push(Taken { holder, pair, block, address: address.clone() });
         }
         Ok(Stream::new(&keyed.stream_key, &start))
     }

@@ -77,7 +77,7 @@ pub struct Setup {
     pub views: [Option<View>; 3],
     /// Changes what each party sends.
     pub rewrites: [Option<Rewrite>; 3],
-    /// Records every PRF address of the session.
+    /// Records every PRF address that any party takes.
     pub addresses: Option<AddressLog>,
 }
 
@@ -157,9 +157,8 @@ impl World {
     pub fn session(&self, role: Role) -> Session {
         let prf = Prf::new(self.keys.of(role));
         let prf = match &self.addresses {
-            Some(log) if role == Role::Client => prf.with_log(Arc::clone(log)),
-            Some(log) if role == Role::Owner => prf.with_log(Arc::clone(log)),
-            _ => prf,
+            Some(log) => prf.with_log(Arc::clone(log), role),
+            None => prf,
         };
         Session::new(role, self.links[role.index()].clone(), prf, Arc::clone(&self.meters[role.index()]))
     }

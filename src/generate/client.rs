@@ -119,7 +119,7 @@ impl Client {
         let stop = AtomicBool::new(false);
         let mut out =
             Generation { tokens: Vec::new(), stop: Stop::Length, prefill: Duration::ZERO, decode: Vec::new(), logits: Vec::new() };
-        let walked = std::thread::scope(|scope| {
+        std::thread::scope(|scope| {
             let (ports, stop) = (&ports, &stop);
             let walker = scope.spawn(move || {
                 let _guard = EndOnPanic(session.jobs());
@@ -203,7 +203,8 @@ impl Client {
             worst(join(walker), online)
         })?;
         self.session.jobs().discard();
-        self.next_pass = r.first_pass + walked;
+        // Not what was walked HERE: the Helper may have run further ahead, up to the end of the request, before it stopped.
+        self.next_pass = r.first_pass + u64::from(r.max_new);
         Ok(out)
     }
 
