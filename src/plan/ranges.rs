@@ -115,7 +115,8 @@ impl Who<'_> {
     }
 
     /// A norm over `n` elements of ring `ring`, `|h| <= bound` proven, squares seen in `sum`; its output must carry linear
-    /// outputs up to `output`.
+    /// outputs up to `output` with the bit that a lift needs. Where they do not fit, precision of the gain is given up for
+    /// them, down to 11 bits.
     fn norm(&self, n: usize, bound: f64, sum: (f64, f64), output: f64, ring: u32) -> Result<NormPlan> {
         let n_bits = log2_ceil(n as f64);
         // The sum of squares of ring values |h| < 2^(k-2) must stay below 2^63.
@@ -130,10 +131,11 @@ impl Who<'_> {
         // Two windows of w bits cover 2^(2w - 11).
         let window = (dynamic.ceil() as u32).clamp(12, 16);
         let rms_max = (f64::from(bits).exp2() / unit / n as f64).sqrt();
-        let f_gain = (log2_ceil(rms_max) + 14).clamp(16, 26);
-        // Linear outputs have F + FW fraction bits in ring 64 - f_gain, and a lift wants a bit more.
-        let room = f64::from(64 - f_gain - F - FW - 2).exp2();
-        self.fits("a linear output after the norm", output, room)?;
+        // Linear outputs have F + FW fraction bits in ring 64 - f_gain; a lift takes what is below 2^(k-2).
+        let room = |f_gain: u32| f64::from(64 - f_gain - F - FW - 2).exp2();
+        let [least, best] = [11, 14].map(|bits| (log2_ceil(rms_max) + bits).clamp(16, 26));
+        let f_gain = (least..=best).rev().find(|&f| output < room(f)).unwrap_or(least);
+        self.fits("a linear output after the norm", output, room(f_gain))?;
         Ok(NormPlan { k, bits, window, f_gain, coarse })
     }
 }
@@ -170,7 +172,11 @@ pub fn plan(
     for (i, (b, r)) in bounds.layers.iter().zip(&ranges.layers).enumerate() {
         let name = format!("layer {}", first_private + i);
         let who = Who(&name);
-        let input_norm = who.norm(n, at_norm[2 * i], r.input_sum, b.qk_raw.max(b.v), residual_k)?;
+        // A query is rotated before it is lifted: F_ROPE more fraction bits, and a factor of sqrt 2. With norms of their
+        // own, queries and keys are rotated behind those.
+        let rotated = b.qk * f64::from(F_ROPE).exp2() * std::f64::consts::SQRT_2;
+        let output = if r.qk_sum.is_some() { b.qk_raw } else { rotated }.max(b.v);
+        let input_norm = who.norm(n, at_norm[2 * i], r.input_sum, output, residual_k)?;
         let attention = attention(&who, config, b, r, (context, residual_k, input_norm.f_gain))?;
         let post_norm = who.norm(n, at_norm[2 * i + 1], r.post_sum, b.gate.max(b.up), residual_k)?;
         let mlp = mlp(&who, b, r, residual_k)?;

@@ -81,7 +81,7 @@ impl Trio {
     fn new(w: &Weights, plan: &Plan, seed: &PreparationSeed) -> Trio {
         let owner = Prepared::owner(w, plan, seed).unwrap();
         let words = helper_words(&owner, seed);
-        let client = Prepared::client(&w.config, plan, seed);
+        let client = Prepared::client(&w.config, plan, seed, &mut |_| unreachable!("the head is private")).unwrap();
         let mut next = words.iter();
         let helper = Prepared::helper(&w.config, plan, &mut |_| Ok(next.next().unwrap().clone())).unwrap();
         let model = |parts| SecureModel::new(w.config.clone(), plan.clone(), parts);
