@@ -45,7 +45,7 @@ pub struct LocalOptions {
 }
 
 impl LocalOptions {
-    /// Half of the layers private (as MARILL does), no simulated network.
+    /// `private_layers` as in the field of this name; no simulated network, fresh keys.
     #[must_use]
     pub fn new(private_layers: Option<usize>) -> Self {
         LocalOptions {

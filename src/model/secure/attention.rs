@@ -1,4 +1,4 @@
-//! Attention with a secret KV cache: 18 messages (34 with the two norms, one after the other, on queries and keys).
+//! Attention with a secret KV cache: 18 messages (26 with a norm on queries and keys, which are normalised side by side).
 //!
 //! q, k, v in one linear; rotation (public); lifts of q, k, v beside each other (2); scores (2); thermometer maximum (4);
 //! exponential (4); P V beside the reciprocal's lookups (2); lift of the context beside the reciprocal's polynomial (2);

@@ -158,7 +158,7 @@ impl SecureModel {
         KvCache { layers, positions: 0 }
     }
 
-    /// Names of the range flags in the order in which they are opened; the same at every party.
+    /// An empty collection of range flags for the current batch, its counters sized by public facts: the same at every party.
     #[must_use]
     pub fn new_flags(&self, s: &Session) -> RangeFlags {
         let c = &self.config;

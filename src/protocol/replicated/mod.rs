@@ -436,7 +436,7 @@ pub fn materialise_cost(n: usize, k: u32) -> Cost {
 /// | replicated | `F`, `d - F` | `r`, `F` | `d - F`, `r` |
 ///
 /// `F` = PRF(Owner, Client). Cost: one message of `k` bits per element, Owner to Helper. Private: the Helper lacks `F`.
-/// Exact. Source: handbook of the protocols (`docs/protocols.md`), "The masked view".
+/// Exact. Source: `docs/protocols.md`, "Parties and the masked view".
 ///
 /// # Errors
 /// [`Error::Shape`] if `shape` has another number of elements; [`Error::Peer`], [`Error::Reuse`].
