@@ -307,6 +307,7 @@ fn prepare_owner(
     s: &mut crate::session::Session, weights: Weights, (first, private_embedding, public_head): (usize, bool, bool),
     text: Option<&[u32]>,
 ) -> Result<SecureModel> {
+    weights.check()?;
     let inputs = calibrate::inputs(&weights.config, text.map(<[u32]>::to_vec));
     let ranges = calibrate::ranges(&weights, first, &inputs);
     let bounds = calibrate::bounds(&weights, first);
