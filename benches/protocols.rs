@@ -31,7 +31,10 @@ const N: usize = 1 << 16;
 /// Times `program` over `tokens` tokens of `width` input elements each (of ring `k`), in one pass. The input is part of the
 /// time: a message of `k` bits per element.
 fn operation(
-    c: &mut Criterion, name: &str, elements: usize, (tokens, width, k): (usize, usize, u32),
+    c: &mut Criterion,
+    name: &str,
+    elements: usize,
+    (tokens, width, k): (usize, usize, u32),
     program: impl Fn(&mut Session, Masked) -> Result<Masked> + Sync,
 ) {
     let world = World::new(Keys::seeded(1), &Setup::default());

@@ -36,7 +36,9 @@ pub enum Error {
         rhs: String,
     },
     /// A value may have left the range that the plan can represent: the result would be silently wrong, so it is not given out.
-    #[error("layer {layer}: {quantity} left the range of the plan; no token is given out. Prepare the model with text like this prompt for calibration (--calibration-text), or with a wider plan")]
+    #[error(
+        "layer {layer}: {quantity} left the range of the plan; no token is given out. Prepare the model with text like this prompt for calibration (--calibration-text), or with a wider plan"
+    )]
     Range {
         /// Which layer (or "head").
         layer: String,

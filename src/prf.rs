@@ -200,7 +200,12 @@ impl Prf {
     pub fn new(keys: impl IntoIterator<Item = (Pair, PairKey)>) -> Self {
         let keys = keys
             .into_iter()
-            .map(|(pair, key)| Keyed { pair, address_mac: key.derive(1), stream_key: key.derive_bytes(2), taken: BTreeMap::new() })
+            .map(|(pair, key)| Keyed {
+                pair,
+                address_mac: key.derive(1),
+                stream_key: key.derive_bytes(2),
+                taken: BTreeMap::new(),
+            })
             .collect();
         Prf { keys, closed_below: 0, log: None }
     }

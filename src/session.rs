@@ -291,7 +291,13 @@ impl Session {
     /// # Errors
     /// [`Error::Reuse`].
     pub fn words_each(
-        &mut self, pair: Pair, scope: &Scope, label: &'static str, rows: &Rows, each: usize, k: u32,
+        &mut self,
+        pair: Pair,
+        scope: &Scope,
+        label: &'static str,
+        rows: &Rows,
+        each: usize,
+        k: u32,
     ) -> Result<Vec<u64>> {
         let mut out = Vec::with_capacity(rows.len() * each);
         for i in 0..self.passes.len() {
@@ -306,7 +312,12 @@ impl Session {
     /// # Errors
     /// [`Error::Reuse`].
     pub fn bytes_each(
-        &mut self, pair: Pair, scope: &Scope, label: &'static str, rows: &Rows, each: usize,
+        &mut self,
+        pair: Pair,
+        scope: &Scope,
+        label: &'static str,
+        rows: &Rows,
+        each: usize,
     ) -> Result<Vec<u8>> {
         let mut out = Vec::with_capacity(rows.len() * each);
         for i in 0..self.passes.len() {
@@ -321,7 +332,13 @@ impl Session {
     /// # Errors
     /// [`Error::Peer`].
     pub fn send_ahead(
-        &self, scope: &Scope, label: &'static str, rows: &Rows, each: usize, k: u32, values: &[u64],
+        &self,
+        scope: &Scope,
+        label: &'static str,
+        rows: &Rows,
+        each: usize,
+        k: u32,
+        values: &[u64],
     ) -> Result<()> {
         for pass in &self.passes {
             let r = rows.range(&pass.tokens);
@@ -355,7 +372,13 @@ impl Session {
     /// # Errors
     /// [`Error::Peer`].
     pub fn recv_words(
-        &self, from: Role, lane: Lane, scope: &Scope, label: &'static str, n: usize, k: u32,
+        &self,
+        from: Role,
+        lane: Lane,
+        scope: &Scope,
+        label: &'static str,
+        n: usize,
+        k: u32,
     ) -> Result<Vec<u64>> {
         recv_words(&self.links, from, lane, &scope.address(self.the_pass()?, label), n, k)
     }

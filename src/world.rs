@@ -141,7 +141,8 @@ impl World {
             let tampered = Tampered::new(shaped, setup.views[i].clone(), setup.rewrites[i].clone());
             channels[i].push((peer, Arc::new(Metered::new(tampered, peer, Arc::clone(&meters[i])))));
         }
-        let links = Role::ALL.map(|r| Links::new(r, std::mem::take(&mut channels[r.index()]), setup.timeout, setup.ahead_capacity));
+        let links = Role::ALL
+            .map(|r| Links::new(r, std::mem::take(&mut channels[r.index()]), setup.timeout, setup.ahead_capacity));
         World { links, meters, keys, addresses: setup.addresses.clone(), next_pass: AtomicU64::new(0) }
     }
 
@@ -186,7 +187,10 @@ impl World {
     /// # Errors
     /// [`Error::Reuse`] for pass numbers used before; the first party's error that is not the consequence of another's.
     pub fn run<T: Send>(
-        &self, first_pass: u64, tokens: &[usize], program: impl Fn(&mut Session) -> Result<T> + Sync,
+        &self,
+        first_pass: u64,
+        tokens: &[usize],
+        program: impl Fn(&mut Session) -> Result<T> + Sync,
     ) -> Result<Outcome<T>> {
         if self.next_pass.fetch_max(first_pass + tokens.len() as u64, Ordering::Relaxed) > first_pass {
             return Err(Error::Reuse(format!("pass {first_pass} of this world")));

@@ -121,7 +121,12 @@ impl Program {
 }
 
 /// Runs the program while `culprit` sends what `rewrite` makes of its frames. Checks that it ended soon.
-fn misbehave(culprit: Role, rewrite: Option<Rewrite>, ahead_capacity: usize, quits: Option<(Role, usize)>) -> Result<()> {
+fn misbehave(
+    culprit: Role,
+    rewrite: Option<Rewrite>,
+    ahead_capacity: usize,
+    quits: Option<(Role, usize)>,
+) -> Result<()> {
     let mut setup = Setup { timeout: WAIT, ahead_capacity, ..Setup::default() };
     setup.rewrites[culprit.index()] = rewrite;
     let world = World::new(Keys::seeded(77), &setup);
@@ -137,7 +142,9 @@ fn misbehave(culprit: Role, rewrite: Option<Rewrite>, ahead_capacity: usize, qui
 fn nth(n: usize, change: impl Fn(Frame) -> Option<Frame> + Send + Sync + 'static) -> (Rewrite, Arc<AtomicUsize>) {
     let count = Arc::new(AtomicUsize::new(0));
     let counter = Arc::clone(&count);
-    let rewrite = Arc::new(move |_: Lane, f: Frame| if counter.fetch_add(1, Ordering::SeqCst) == n { change(f) } else { Some(f) });
+    let rewrite = Arc::new(
+        move |_: Lane, f: Frame| if counter.fetch_add(1, Ordering::SeqCst) == n { change(f) } else { Some(f) },
+    );
     (rewrite, count)
 }
 
@@ -188,7 +195,12 @@ fn lengths_are_exact() {
             for (what, (rewrite, _)) in [("a byte less", short), ("a byte more", long)] {
                 // With a tiny buffer the walks are still sending when the fault is seen.
                 let result = misbehave(culprit, Some(rewrite), if at % 2 == 0 { 1 << 20 } else { 64 }, None);
-                blames(&result, culprit, what, |kind| matches!(kind, PeerFault::Length { want, got } if want.abs_diff(*got) == 1));
+                blames(
+                    &result,
+                    culprit,
+                    what,
+                    |kind| matches!(kind, PeerFault::Length { want, got } if want.abs_diff(*got) == 1),
+                );
             }
         }
     }

@@ -49,7 +49,11 @@ fn config_refused(field: &str, value: Value, parts: &[&str]) {
     let dir = copy("llama-plain");
     edit_json(&dir.path().join("config.json"), |config| {
         let fields = config.as_object_mut().unwrap();
-        if value.is_null() { fields.remove(field) } else { fields.insert(field.to_owned(), value) };
+        if value.is_null() {
+            fields.remove(field)
+        } else {
+            fields.insert(field.to_owned(), value)
+        };
     });
     refused(dir.path(), parts);
 }
@@ -73,7 +77,13 @@ fn weights_file(dir: &TempDir) -> PathBuf {
 fn truncated_weights() {
     let dir = copy("llama-plain");
     let bytes = std::fs::read(weights_file(&dir)).unwrap();
-    for (length, part) in [(bytes.len() - 1, "truncated"), (bytes.len() / 2, "truncated"), (100, "truncated"), (7, "7 bytes"), (0, "0 bytes")] {
+    for (length, part) in [
+        (bytes.len() - 1, "truncated"),
+        (bytes.len() / 2, "truncated"),
+        (100, "truncated"),
+        (7, "7 bytes"),
+        (0, "0 bytes"),
+    ] {
         std::fs::write(weights_file(&dir), &bytes[..length]).unwrap();
         refused(dir.path(), &["model.safetensors", part]);
     }
@@ -104,8 +114,9 @@ fn header_that_claims_huge_lengths() {
 
     // Eight tensors of almost 2^61 bytes: their sum is just short of 2^64, so that a sum with the header overflows.
     let size = (1u64 << 61) - 1;
-    let tensors: serde_json::Map<String, Value> =
-        (0..8).map(|i| (format!("t{i}"), json!({"dtype": "U8", "shape": [size], "data_offsets": [i * size, (i + 1) * size]}))).collect();
+    let tensors: serde_json::Map<String, Value> = (0..8)
+        .map(|i| (format!("t{i}"), json!({"dtype": "U8", "shape": [size], "data_offsets": [i * size, (i + 1) * size]})))
+        .collect();
     let header = serde_json::to_vec(&tensors).unwrap();
     std::fs::write(weights_file(&dir), [&(header.len() as u64).to_le_bytes()[..], &header, &[0; 64]].concat()).unwrap();
     refused(dir.path(), &["model.safetensors", "truncated"]);
@@ -139,13 +150,20 @@ fn unsupported_type() {
 
 #[test]
 fn weights_that_are_no_numbers() {
-    for (name, bits, shown) in [("llama-plain", &f32::NAN.to_le_bytes()[..], "NaN"), ("llama-llama3", &0xfc00u16.to_le_bytes()[..], "-inf"), ("llama-linear", &0x7f80u16.to_le_bytes()[..], "inf")] {
+    for (name, bits, shown) in [
+        ("llama-plain", &f32::NAN.to_le_bytes()[..], "NaN"),
+        ("llama-llama3", &0xfc00u16.to_le_bytes()[..], "-inf"),
+        ("llama-linear", &0x7f80u16.to_le_bytes()[..], "inf"),
+    ] {
         let dir = copy(name);
         let mut bytes = std::fs::read(weights_file(&dir)).unwrap();
         let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
         let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
         // Row 3, column 5 of a matrix with 32 columns.
-        let at = 8 + length + header["model.layers.1.mlp.gate_proj.weight"]["data_offsets"][0].as_u64().unwrap() as usize + (3 * 32 + 5) * bits.len();
+        let at = 8
+            + length
+            + header["model.layers.1.mlp.gate_proj.weight"]["data_offsets"][0].as_u64().unwrap() as usize
+            + (3 * 32 + 5) * bits.len();
         bytes[at..at + bits.len()].copy_from_slice(bits);
         std::fs::write(weights_file(&dir), bytes).unwrap();
         refused(dir.path(), &["`model.layers.1.mlp.gate_proj.weight`", &format!("the value {shown} at [3, 5]")]);
@@ -168,18 +186,39 @@ fn files_that_are_not_there() {
 
 #[test]
 fn architectures_that_are_not_supported() {
-    config_refused("architectures", json!(["GPT2LMHeadModel"]), &["config.json", "`GPT2LMHeadModel`", "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"]);
+    config_refused(
+        "architectures",
+        json!(["GPT2LMHeadModel"]),
+        &[
+            "config.json",
+            "`GPT2LMHeadModel`",
+            "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
+        ],
+    );
     config_refused("architectures", json!([]), &["architectures", "[]"]);
     config_refused("hidden_act", json!("gelu_new"), &["hidden_act", "`gelu_new`", "silu"]);
     config_refused("quantization_config", json!({"quant_method": "gptq"}), &["quantization_config", "unquantised"]);
     for kind in ["yarn", "dynamic", "longrope"] {
-        config_refused("rope_parameters", json!({"rope_theta": 1e4, "rope_type": kind, "factor": 2.0}), &["rope_parameters", &format!("`{kind}`"), "llama3"]);
+        config_refused(
+            "rope_parameters",
+            json!({"rope_theta": 1e4, "rope_type": kind, "factor": 2.0}),
+            &["rope_parameters", &format!("`{kind}`"), "llama3"],
+        );
     }
 }
 
 #[test]
 fn fields_that_are_missing_or_wrong() {
-    for field in ["architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings", "rms_norm_eps"] {
+    for field in [
+        "architectures",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+        "max_position_embeddings",
+        "rms_norm_eps",
+    ] {
         config_refused(field, Value::Null, &["config.json", &format!("`{field}` is missing")]);
     }
     config_refused("hidden_size", json!("32"), &["hidden_size", "must be a whole number", "\"32\""]);
@@ -192,7 +231,11 @@ fn fields_that_are_missing_or_wrong() {
     config_refused("head_dim", json!(7), &["head_dim is 7", "even"]);
     config_refused("rms_norm_eps", json!(-1.0), &["rms_norm_eps is -1"]);
     config_refused("rope_parameters", json!({"rope_theta": 0.0, "rope_type": "default"}), &["rope_theta is 0"]);
-    config_refused("rope_parameters", json!({"rope_theta": 1e4, "rope_type": "linear"}), &["rope_parameters", "`factor` is missing"]);
+    config_refused(
+        "rope_parameters",
+        json!({"rope_theta": 1e4, "rope_type": "linear"}),
+        &["rope_parameters", "`factor` is missing"],
+    );
     config_refused("rope_parameters", json!({"rope_theta": 1e4, "rope_type": "linear", "factor": 0.0}), &["factor 0"]);
     config_refused("eos_token_id", json!([2, 128]), &["eos_token_id 128", "vocab_size = 128"]);
     config_refused("bos_token_id", json!(-1), &["bos_token_id", "-1"]);
@@ -226,7 +269,10 @@ fn shard_indices() {
 #[test]
 fn tokenizers() {
     let fails = |dir: &Path, parts: &[&str]| {
-        let message = TextCodec::open(dir).and_then(|codec| codec.encode("some text")).expect_err("a broken tokenizer was accepted").to_string();
+        let message = TextCodec::open(dir)
+            .and_then(|codec| codec.encode("some text"))
+            .expect_err("a broken tokenizer was accepted")
+            .to_string();
         println!("{message}");
         for part in parts {
             assert!(message.contains(part), "no `{part}` in: {message}");
@@ -293,8 +339,14 @@ fn inconsistent_tokenizers_never_panic() {
         ("/model", json!({"type": "Unigram", "unk_id": 5, "vocab": [["a", 0.0]]})),
         ("/model", json!({"type": "Unigram", "unk_id": null, "vocab": [["a", -1.0]]})),
         ("/model", json!({"type": "Unigram", "unk_id": 0, "vocab": []})),
-        ("/model", json!({"type": "Unigram", "unk_id": 0, "vocab": [["", 1e308], ["", -1e308]], "byte_fallback": true})),
-        ("/model", json!({"type": "WordPiece", "vocab": {}, "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 0})),
+        (
+            "/model",
+            json!({"type": "Unigram", "unk_id": 0, "vocab": [["", 1e308], ["", -1e308]], "byte_fallback": true}),
+        ),
+        (
+            "/model",
+            json!({"type": "WordPiece", "vocab": {}, "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 0}),
+        ),
         ("/model", json!({"type": "WordLevel", "vocab": {}, "unk_token": "[UNK]"})),
         ("/normalizer", json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"})),
         ("/normalizer", json!({"type": "Precompiled", "precompiled_charsmap": "/////wAAAAD//////////w=="})),
@@ -308,7 +360,10 @@ fn inconsistent_tokenizers_never_panic() {
         ("/decoder", json!({"type": "CTC", "pad_token": "", "word_delimiter_token": "", "cleanup": true})),
         ("/decoder", Value::Null),
         ("/truncation", json!({"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 9})),
-        ("/padding", json!({"strategy": {"Fixed": 1u64 << 60}, "direction": "Right", "pad_to_multiple_of": 0, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"})),
+        (
+            "/padding",
+            json!({"strategy": {"Fixed": 1u64 << 60}, "direction": "Right", "pad_to_multiple_of": 0, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}),
+        ),
     ];
     for (place, value) in edits {
         let mut broken = good.clone();

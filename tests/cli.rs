@@ -68,14 +68,19 @@ fn one_json_object_with_all_the_figures() {
     assert!(r["prefill_ms"].as_f64().unwrap() > 0.0);
     let (median, p95) = (r["decode_ms"]["median"].as_f64().unwrap(), r["decode_ms"]["p95"].as_f64().unwrap());
     assert!(median > 0.0 && p95 >= median);
-    assert!((4..=60).contains(&r["messages_per_private_layer"].as_u64().unwrap()), "{}", r["messages_per_private_layer"]);
+    assert!(
+        (4..=60).contains(&r["messages_per_private_layer"].as_u64().unwrap()),
+        "{}",
+        r["messages_per_private_layer"]
+    );
     let links = r["links"].as_object().unwrap();
     let mut names: Vec<&str> = links.keys().map(String::as_str).collect();
     names.sort_unstable();
     let six = ["client->helper", "client->owner", "helper->client", "helper->owner", "owner->client", "owner->helper"];
     assert_eq!(names, six);
     for (name, link) in links {
-        let fields: Vec<u64> = ["online_bytes", "ahead_bytes", "messages"].iter().map(|f| link[f].as_u64().unwrap()).collect();
+        let fields: Vec<u64> =
+            ["online_bytes", "ahead_bytes", "messages"].iter().map(|f| link[f].as_u64().unwrap()).collect();
         assert_eq!(link.as_object().unwrap().len(), 3);
         assert_eq!(fields[2] == 0, fields[0] + fields[1] == 0, "{name}: messages have bytes");
     }
@@ -99,18 +104,41 @@ fn text_on_standard_output_figures_on_standard_error() {
 
 #[test]
 fn options_that_work() {
-    let all = good(&["--prompt", "It was", "--max-new-tokens", "3", "--private-layers", "all", "--json", "--net", "2,1"]);
-    assert_eq!((&all["public_layers"], &all["private_layers"], &all["private_embedding"]), (&json!(0), &json!(8), &json!(true)));
+    let all =
+        good(&["--prompt", "It was", "--max-new-tokens", "3", "--private-layers", "all", "--json", "--net", "2,1"]);
+    assert_eq!(
+        (&all["public_layers"], &all["private_layers"], &all["private_embedding"]),
+        (&json!(0), &json!(8), &json!(true))
+    );
     assert!(all.get("check").is_none(), "logits are opened only when asked for");
     let none = good(&["--prompt", "It was", "--max-new-tokens", "3", "--private-layers", "0", "--json"]);
     assert_eq!((&none["public_layers"], &none["private_layers"]), (&json!(8), &json!(0)));
     // Fixed point rounds at fresh masks, so a sample near a boundary may differ from run to run: valid, not equal.
-    let hot = good(&["--prompt", "It was", "--max-new-tokens", "4", "--temperature", "4", "--seed", "7", "--json", "--check"]);
+    let hot = good(&[
+        "--prompt",
+        "It was",
+        "--max-new-tokens",
+        "4",
+        "--temperature",
+        "4",
+        "--seed",
+        "7",
+        "--json",
+        "--check",
+    ]);
     assert!(hot["tokens"].as_array().unwrap().iter().all(|t| t.as_u64().unwrap() < 2048));
     assert_eq!(hot["check"]["agree"], hot["check"]["of"]);
     let huge = good(&["--prompt", "It", "--max-new-tokens", "18446744073709551615", "--context", "4", "--json"]);
     assert!(huge["tokens"].as_array().unwrap().len() <= 4);
-    let huge = good(&["--prompt", "It was a bright morning", "--max-new-tokens", "18446744073709551615", "--context", "7", "--json"]);
+    let huge = good(&[
+        "--prompt",
+        "It was a bright morning",
+        "--max-new-tokens",
+        "18446744073709551615",
+        "--context",
+        "7",
+        "--json",
+    ]);
     assert_eq!(huge["tokens"].as_array().unwrap().len(), 2);
 }
 
@@ -142,7 +170,11 @@ fn options_that_cannot_be() {
     refused(&quill(), &["--prompt", "It was", "--max-new-tokens", "0"], &["max-new-tokens"]);
     refused(&quill(), &["--prompt", "It was", "--max-new-tokens", "many"], &["max-new-tokens"]);
     refused(&quill(), &with(&["--seed", "-4"]), &["'-4'"]);
-    refused(&quill(), &with(&["--calibration-text", "/nonexistent/text"]), &["--calibration-text", "/nonexistent/text"]);
+    refused(
+        &quill(),
+        &with(&["--calibration-text", "/nonexistent/text"]),
+        &["--calibration-text", "/nonexistent/text"],
+    );
     let dir = tempfile::tempdir().unwrap();
     let binary = dir.path().join("binary");
     std::fs::write(&binary, [0xff, 0xfe, 0x00]).unwrap();

@@ -7,7 +7,7 @@ mod models;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use models::{codec, default_ids, is_right, load, once, options, quill};
+use models::{codec, default_ids, fixture, load, once, options, quill};
 use ndarray::Array1;
 use trefoil::Error;
 use trefoil::generate::LocalOptions;
@@ -17,6 +17,14 @@ use trefoil::model::{LayerWeights, Linear, Weights};
 const RARE: u32 = 2001;
 /// Positions in all of these tests: calibration, whose inputs have the context's length, is quick.
 const CONTEXT: usize = 24;
+
+/// The bundled model's first, fourth and last layer: a fault in one of them has to pass what follows, at a third of the time.
+fn three_layers() -> Weights {
+    let mut w = load(&quill());
+    w.layers = [0, 3, 7].map(|i| w.layers[i].clone()).to_vec();
+    w.config.num_layers = 3;
+    w
+}
 
 /// Ids on which calibration is told to look; the rare token is not among them.
 fn text() -> Vec<u32> {
@@ -42,21 +50,31 @@ impl Table {
     fn case(&mut self, group: &str, what: &str, w: &Weights, ids: Option<Vec<u32>>, o: LocalOptions, prompt: &[u32]) {
         let row = self.rows.entry(group.to_owned()).or_default();
         match once(w, ids, o, prompt, 3) {
-            Ok((_, c)) if is_right(&c) => {
+            // A planted row magnifies the rounding of what it reads, 4000 times: the distribution may move a little, where
+            // a value out of its range would move it altogether.
+            Ok((_, c)) if c.agree == c.of && c.max_kl < 0.1 => {
                 row.right += 1;
                 row.max_kl = row.max_kl.max(c.max_kl);
                 if c.max_kl > 1e-3 {
                     eprintln!("{group}: {what}: right, but {c:?}");
                 }
             }
-            Ok((g, c)) => self.wrong.push(format!("{group}: {what}: silently wrong: {:?} {c:?}", g.tokens)),
+            Ok((_, c)) => {
+                eprintln!("{group}: {what}: silently wrong: {c:?}");
+                self.wrong.push(format!("{group}: {what}: silently wrong: {c:?}"));
+            }
             Err(Error::Range { layer, quantity }) => {
                 row.stopped += 1;
                 if layer.is_empty() || quantity.is_empty() {
                     self.wrong.push(format!("{group}: {what}: a flag without a name"));
                 }
             }
-            Err(Error::Model(text)) if text.starts_with("layer ") || text.starts_with("the head") || text.starts_with("lm_head") || text.starts_with("the embedding") => {
+            Err(Error::Model(text))
+                if text.starts_with("layer ")
+                    || text.starts_with("the head")
+                    || text.starts_with("lm_head")
+                    || text.starts_with("the embedding") =>
+            {
                 row.refused += 1;
             }
             Err(e) => self.wrong.push(format!("{group}: {what}: {e}")),
@@ -131,22 +149,51 @@ fn around_the_rare_token() -> Vec<u32> {
 
 #[test]
 fn a_scaled_row_that_calibration_has_seen() {
-    let (w, text, start, mut table) = (load(&quill()), text(), Instant::now(), Table::default());
+    let (w, text, start, mut table) = (three_layers(), text(), Instant::now(), Table::default());
     for name in MATRICES {
-        for (layer, by) in [(0, 4000.0), (4, 4000.0), (7, 4000.0), (0, 30.0), (4, 300.0), (7, 60.0)] {
+        for (layer, by) in [(0, 4000.0), (1, 4000.0), (2, 4000.0), (0, 30.0), (1, 300.0)] {
             let planted = scaled(&w, layer, name, 5, by);
-            let private = if layer == 4 { Some(4) } else { None };
-            table.case(name, &format!("layer {layer}, row x {by}"), &planted, Some(text.clone()), options(private, CONTEXT), &prompt());
+            let private = if layer == 1 { Some(2) } else { None };
+            table.case(
+                name,
+                &format!("layer {layer}, row x {by}"),
+                &planted,
+                Some(text.clone()),
+                options(private, CONTEXT),
+                &prompt(),
+            );
+        }
+    }
+    for name in ["o", "down"] {
+        // Whole matrices: the residual stream's ring grows, and leaves less to the values that end in it.
+        for by in [30.0, 300.0, 3000.0] {
+            let mut planted = w.clone();
+            matrix(&mut planted.layers[2], name).w *= by;
+            table.case(
+                &format!("all of {name}"),
+                &format!("x {by}"),
+                &planted,
+                Some(text.clone()),
+                options(None, CONTEXT),
+                &prompt(),
+            );
         }
     }
     for by in [30.0, 4000.0, 4e6] {
         let mut planted = w.clone();
         planted.head.as_mut().unwrap().row_mut(281).mapv_inplace(|v| v * by);
         table.case("lm_head", &format!("x {by}"), &planted, Some(text.clone()), options(Some(2), CONTEXT), &prompt());
-        for private in [None, Some(8)] {
+        for private in [None, Some(3)] {
             let mut planted = w.clone();
             planted.embed.row_mut(prompt()[2] as usize).mapv_inplace(|v| v * by);
-            table.case("embedding", &format!("x {by}"), &planted, Some(text.clone()), options(private, CONTEXT), &prompt());
+            table.case(
+                "embedding",
+                &format!("x {by}"),
+                &planted,
+                Some(text.clone()),
+                options(private, CONTEXT),
+                &prompt(),
+            );
         }
     }
     table.finish("rows scaled before calibration", start);
@@ -154,37 +201,65 @@ fn a_scaled_row_that_calibration_has_seen() {
 
 #[test]
 fn a_row_that_calibration_has_not_seen() {
-    let (w, text, start, mut table) = (with_rare(&load(&quill()), 1.0), text(), Instant::now(), Table::default());
+    let (w, text, start, mut table) = (with_rare(&three_layers(), 1.0), text(), Instant::now(), Table::default());
     let prompt = around_the_rare_token();
     for name in ["q", "k", "v", "gate", "up"] {
-        for (layer, value) in [(0, 4000.0), (7, 4000.0), (0, 40.0), (4, 400.0)] {
+        for (layer, value) in [(0, 4000.0), (2, 4000.0), (0, 40.0), (1, 400.0)] {
             let mut planted = w.clone();
             answer(&mut planted, layer, name, 5, value);
-            let private = if layer == 4 { Some(5) } else { None };
-            table.case(name, &format!("layer {layer}, {value}"), &planted, Some(text.clone()), options(private, CONTEXT), &prompt);
+            let private = if layer == 1 { Some(2) } else { None };
+            table.case(
+                name,
+                &format!("layer {layer}, {value}"),
+                &planted,
+                Some(text.clone()),
+                options(private, CONTEXT),
+                &prompt,
+            );
         }
     }
     for name in ["o", "down"] {
-        for (layer, by) in [(0, 4000.0), (6, 400.0), (7, 40.0)] {
+        for (layer, by) in [(0, 4000.0), (1, 400.0), (2, 40.0)] {
             // The rare token's value or gate fires, and the row of o or down carries it on, 100 times as usual.
             let mut planted = scaled(&w, layer, name, 5, by);
             answer(&mut planted, layer, if name == "o" { "v" } else { "up" }, 5, 50.0);
-            table.case(name, &format!("layer {layer}, x {by}"), &planted, Some(text.clone()), options(None, CONTEXT), &prompt);
+            table.case(
+                name,
+                &format!("layer {layer}, x {by}"),
+                &planted,
+                Some(text.clone()),
+                options(None, CONTEXT),
+                &prompt,
+            );
         }
     }
     // The score of the rare token with itself, to about value^2 / sqrt(24).
-    for value in [5.0, 12.0, 25.0, 50.0, 100.0, 300.0, 1000.0] {
-        for layer in [0, 7] {
+    for value in [5.0, 12.0, 25.0, 50.0, 100.0, 1000.0] {
+        for layer in [0, 2] {
             let mut planted = w.clone();
             answer(&mut planted, layer, "q", 5, value);
             answer(&mut planted, layer, "k", 5, value);
-            table.case("score up", &format!("layer {layer}, {value}"), &planted, Some(text.clone()), options(Some(8 - layer), CONTEXT), &prompt);
+            table.case(
+                "score up",
+                &format!("layer {layer}, {value}"),
+                &planted,
+                Some(text.clone()),
+                options(Some(3 - layer), CONTEXT),
+                &prompt,
+            );
             answer(&mut planted, layer, "k", 5, -value);
-            table.case("score down", &format!("layer {layer}, {value}"), &planted, Some(text.clone()), options(Some(8 - layer), CONTEXT), &prompt);
+            table.case(
+                "score down",
+                &format!("layer {layer}, {value}"),
+                &planted,
+                Some(text.clone()),
+                options(Some(3 - layer), CONTEXT),
+                &prompt,
+            );
         }
     }
     for times in [1e-2, 100.0, 1e4, 1e6, 1e9] {
-        for private in [Some(8), Some(3), None] {
+        for private in [Some(3), Some(1), None] {
             let planted = with_rare(&w, times);
             let o = options(private, CONTEXT);
             table.case("embedding", &format!("x {times}, {private:?}"), &planted, Some(text.clone()), o, &prompt);
@@ -196,25 +271,121 @@ fn a_row_that_calibration_has_not_seen() {
 /// Values near the edge of what bounds on the weights prove: whoever spends a bit too many is wrong here.
 #[test]
 fn values_at_the_edge_of_what_is_proven() {
-    let (w, start, mut table) = (load(&quill()), Instant::now(), Table::default());
+    let (w, start, mut table) = (three_layers(), Instant::now(), Table::default());
     let prompt = around_the_rare_token();
     // Calibration sees the rare token, so that only proofs stand between it and a wrong result.
     let text: Vec<u32> = prompt.iter().copied().cycle().take(2 * CONTEXT).collect();
-    for times in [1.0, 30.0, 300.0, 3000.0] {
+    for times in [1.0, 30.0, 300.0, 2000.0] {
         // Large embeddings leave little room behind the norms.
         let mut large = with_rare(&w, 1.0);
         large.embed *= times;
-        table.case("large residual stream", &format!("x {times}"), &large, Some(text.clone()), options(None, CONTEXT), &prompt);
+        table.case(
+            "large residual stream",
+            &format!("x {times}"),
+            &large,
+            Some(text.clone()),
+            options(None, CONTEXT),
+            &prompt,
+        );
         for name in ["q", "k", "v", "up", "gate"] {
-            for value in [30.0, 200.0, 700.0, 3000.0, 12_000.0] {
+            for value in [40.0, 700.0, 12_000.0] {
                 let mut planted = large.clone();
                 answer(&mut planted, 1, name, 5, value);
                 if name == "up" || name == "gate" {
                     planted.layers[1].down.w.column_mut(5).fill(1.0 / 4096.0);
                 }
-                table.case(&format!("{name} with embeddings x {times}"), &format!("{value}"), &planted, Some(text.clone()), options(Some(7), CONTEXT), &prompt);
+                table.case(
+                    &format!("{name} with embeddings x {times}"),
+                    &format!("{value}"),
+                    &planted,
+                    Some(text.clone()),
+                    options(Some(2), CONTEXT),
+                    &prompt,
+                );
             }
         }
     }
     table.finish("values near the proven bounds", start);
+}
+
+/// Queries and keys that have norms of their own may be large before them; and prompts unlike the calibration text.
+#[test]
+fn head_norms_and_prompts_unlike_the_calibration() {
+    let (start, mut table) = (Instant::now(), Table::default());
+    let dir = fixture("qwen3-qknorm");
+    let w = load(&dir);
+    let ids: Vec<u32> = (3..23).collect();
+    for by in [30.0, 4000.0, 1e5, 1e6] {
+        for name in ["q", "k"] {
+            let planted = scaled(&w, 1, name, 3, by);
+            table.case(
+                &format!("{name} before its norm"),
+                &format!("x {by}"),
+                &planted,
+                None,
+                options(None, CONTEXT),
+                &ids,
+            );
+            let mut planted = w.clone();
+            matrix(&mut planted.layers[1], name).w *= by;
+            table.case(
+                &format!("all of {name} before its norm"),
+                &format!("x {by}"),
+                &planted,
+                None,
+                options(None, CONTEXT),
+                &ids,
+            );
+            let mut planted = w.clone();
+            let l = &mut planted.layers[0];
+            let gain = if name == "q" { &mut l.q_norm } else { &mut l.k_norm };
+            gain.as_mut().unwrap()[2] *= by;
+            table.case(&format!("gain of {name}"), &format!("x {by}"), &planted, None, options(None, CONTEXT), &ids);
+        }
+    }
+    let w = three_layers();
+    let mut state = 12345u64;
+    let mut random = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 40) as u32 % 2048
+    };
+    let mut prompts: Vec<Vec<u32>> = (0..4).map(|_| (0..20).map(|_| random()).collect()).collect();
+    prompts.extend([vec![0; 20], vec![1; 20], vec![2047; 20], vec![263; 20], (0..20).map(|i| 2047 - i).collect()]);
+    for p in prompts {
+        // Calibrated on one word, all over.
+        table.case(
+            "prompt unlike the calibration",
+            &format!("{p:?}"),
+            &w,
+            Some(vec![372; 20]),
+            options(None, CONTEXT),
+            &p,
+        );
+    }
+    table.finish("head norms, strange prompts", start);
+}
+
+/// Weights that never went through a file are checked all the same.
+#[test]
+fn weights_that_are_no_numbers_are_refused() {
+    let w = load(&fixture("llama-plain"));
+    let refused = |w: &Weights, part: &str| {
+        let e = once(w, None, options(None, CONTEXT), &[1, 2, 3], 2)
+            .expect_err("weights that are no numbers were accepted");
+        assert!(matches!(&e, Error::Model(text) if text.contains(part)), "{e}");
+    };
+    for bad in [f32::NAN, f32::INFINITY, f32::MAX] {
+        let mut planted = w.clone();
+        planted.layers[1].down.w[[3, 4]] = bad;
+        refused(&planted, "layer 1");
+        let mut planted = w.clone();
+        planted.embed[[3, 4]] = bad;
+        refused(&planted, "");
+        let mut planted = w.clone();
+        planted.norm[3] = bad;
+        refused(&planted, "head");
+        let mut planted = w.clone();
+        planted.layers[0].post_norm[3] = bad;
+        refused(&planted, "layer 0");
+    }
 }

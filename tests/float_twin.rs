@@ -6,7 +6,8 @@ use ndarray::{Array2, ArrayView2, ArrayView3, Axis, concatenate, s};
 use trefoil::model::float::{self, FloatCache};
 use trefoil::model::{Arch, Checkpoint, ModelConfig, Norm, Observer, RopeScaling, TextCodec, Weights};
 
-const FIXTURES: [&str; 6] = ["llama-plain", "llama-linear", "llama-llama3", "mistral-sharded", "qwen2-tied", "qwen3-qknorm"];
+const FIXTURES: [&str; 6] =
+    ["llama-plain", "llama-linear", "llama-llama3", "mistral-sharded", "qwen2-tied", "qwen3-qknorm"];
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -64,7 +65,10 @@ fn decoding_step_by_step_equals_the_full_forward() {
         let (ids, _) = expected(name);
         let full = float::forward(&weights, &ids);
         let mut cache = FloatCache::new(&weights.config);
-        let mut steps = vec![float::advance(&weights, &ids[..5], &mut cache, &mut ()), float::advance(&weights, &ids[5..8], &mut cache, &mut ())];
+        let mut steps = vec![
+            float::advance(&weights, &ids[..5], &mut cache, &mut ()),
+            float::advance(&weights, &ids[5..8], &mut cache, &mut ()),
+        ];
         for id in &ids[8..] {
             steps.push(float::advance(&weights, std::slice::from_ref(id), &mut cache, &mut ()));
         }
@@ -99,8 +103,13 @@ fn configurations_are_read_in_full() {
         let weights = load(&fixture(name));
         let mut count = weights.embed.len() + weights.norm.len() + weights.head.as_ref().map_or(0, |head| head.len());
         for l in &weights.layers {
-            count += [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].iter().map(|m| m.w.len() + m.bias.as_ref().map_or(0, |b| b.len())).sum::<usize>();
-            count += l.input_norm.len() + l.post_norm.len() + [&l.q_norm, &l.k_norm].iter().map(|n| n.as_ref().map_or(0, |n| n.len())).sum::<usize>();
+            count += [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down]
+                .iter()
+                .map(|m| m.w.len() + m.bias.as_ref().map_or(0, |b| b.len()))
+                .sum::<usize>();
+            count += l.input_norm.len()
+                + l.post_norm.len()
+                + [&l.q_norm, &l.k_norm].iter().map(|n| n.as_ref().map_or(0, |n| n.len())).sum::<usize>();
         }
         assert_eq!(count as u64, weights.config.parameter_count(), "{name}");
     }
@@ -122,13 +131,23 @@ impl Observer for Watch {
         self.norms.push((layer, which));
     }
 
-    fn attention(&mut self, layer: usize, q: ArrayView3<'_, f32>, k: ArrayView3<'_, f32>, v: ArrayView3<'_, f32>, max: ArrayView2<'_, f32>, min: ArrayView2<'_, f32>) {
+    fn attention(
+        &mut self,
+        layer: usize,
+        q: ArrayView3<'_, f32>,
+        k: ArrayView3<'_, f32>,
+        v: ArrayView3<'_, f32>,
+        max: ArrayView2<'_, f32>,
+        min: ArrayView2<'_, f32>,
+    ) {
         assert_eq!(k.dim(), v.dim());
         let (tokens, heads, dim) = q.dim();
         for head in 0..heads {
             for token in 0..tokens {
                 let group = head / (heads / k.dim().1);
-                let scores: Vec<f32> = (0..=token).map(|j| q.slice(s![token, head, ..]).dot(&k.slice(s![j, group, ..])) / (dim as f32).sqrt()).collect();
+                let scores: Vec<f32> = (0..=token)
+                    .map(|j| q.slice(s![token, head, ..]).dot(&k.slice(s![j, group, ..])) / (dim as f32).sqrt())
+                    .collect();
                 let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                 let least = scores.iter().copied().fold(f32::INFINITY, f32::min);
                 assert!((largest - max[[head, token]]).abs() < 1e-4 && (least - min[[head, token]]).abs() < 1e-4);
@@ -158,7 +177,10 @@ fn an_observer_sees_every_layer() {
     let (ids, _) = expected("qwen3-qknorm");
     let mut watch = Watch::default();
     let logits = float::advance(&weights, &ids, &mut FloatCache::new(&weights.config), &mut watch);
-    assert_eq!(watch.norms, [(0, Norm::Input), (0, Norm::PostAttention), (1, Norm::Input), (1, Norm::PostAttention), (2, Norm::Final)]);
+    assert_eq!(
+        watch.norms,
+        [(0, Norm::Input), (0, Norm::PostAttention), (1, Norm::Input), (1, Norm::PostAttention), (2, Norm::Final)]
+    );
     assert_eq!(watch.attention, [(0, ids.len()), (1, ids.len())]);
     assert_eq!((watch.contexts, watch.gates), (2, 2));
     assert_eq!(watch.logits.unwrap(), logits);

@@ -100,7 +100,8 @@ fn every_architecture_agrees_with_transformers_all_private() {
     for name in ["llama-plain", "llama-linear", "llama-llama3", "mistral-sharded", "qwen2-tied", "qwen3-qknorm"] {
         let dir = fixture(name);
         let weights = load(&dir);
-        let Expected { ids, logits } = serde_json::from_slice(&std::fs::read(dir.join("expected.json")).unwrap()).unwrap();
+        let Expected { ids, logits } =
+            serde_json::from_slice(&std::fs::read(dir.join("expected.json")).unwrap()).unwrap();
         let mut local = Local::open(&dir, options(None, 64)).unwrap();
         let (mut sum, mut off, mut tokens) = (Check::default(), 0.0f32, Vec::new());
         for part in [1, ids.len() / 3, ids.len() / 2, ids.len()] {
@@ -116,7 +117,13 @@ fn every_architecture_agrees_with_transformers_all_private() {
     }
 }
 
-fn config(hidden_size: usize, num_heads: usize, num_kv_heads: usize, head_dim: usize, vocab_size: usize) -> ModelConfig {
+fn config(
+    hidden_size: usize,
+    num_heads: usize,
+    num_kv_heads: usize,
+    head_dim: usize,
+    vocab_size: usize,
+) -> ModelConfig {
     ModelConfig {
         arch: Arch::Llama,
         hidden_size,
@@ -174,7 +181,8 @@ fn unusual_sizes() {
         let w = random(c.clone());
         for private in [Some(0), Some(c.num_layers), Some(1), None] {
             let prompt: Vec<u32> = (0..9).map(|i| (i * 7 % c.vocab_size) as u32).collect();
-            let (g, check) = once(&w, None, options(private, 24), &prompt, 6).unwrap_or_else(|e| panic!("{name} {private:?}: {e}"));
+            let (g, check) =
+                once(&w, None, options(private, 24), &prompt, 6).unwrap_or_else(|e| panic!("{name} {private:?}: {e}"));
             eprintln!("{name:<32} {private:?}: {check:?}");
             assert_eq!(g.tokens.len(), 6, "{name} {private:?}");
             assert!(is_right(&check) && check.max_kl < 1e-3, "{name} {private:?}: {check:?}");
@@ -203,7 +211,9 @@ fn a_prompt_that_fills_the_context() {
 fn a_session_survives_refused_and_stopped_requests() {
     let w = random(config(24, 4, 2, 6, 33));
     let mut local = Local::start(w.clone(), None, options(None, 20)).unwrap();
-    for (prompt, max_new, temperature) in [(&[][..], 3, 0.0), (&[1], 0, 0.0), (&[33], 3, 0.0), (&[1], 3, -0.1), (&[1], 3, 4.5), (&[1], 3, f64::NAN)] {
+    for (prompt, max_new, temperature) in
+        [(&[][..], 3, 0.0), (&[1], 0, 0.0), (&[33], 3, 0.0), (&[1], 3, -0.1), (&[1], 3, 4.5), (&[1], 3, f64::NAN)]
+    {
         let error = local.generate(prompt, max_new, temperature, 0, true, &mut |_| true).unwrap_err();
         assert!(matches!(error, trefoil::Error::Config(_) | trefoil::Error::Model(_)), "{error}");
     }

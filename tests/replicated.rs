@@ -42,7 +42,9 @@ fn array(v: &[u64], shape: &[usize]) -> ArrayD<u64> {
 
 /// Runs one pass; the three results in order.
 fn run<T: Send + std::fmt::Debug>(
-    world: &World, pass: u64, program: impl Fn(&mut Session) -> Result<T> + Sync,
+    world: &World,
+    pass: u64,
+    program: impl Fn(&mut Session) -> Result<T> + Sync,
 ) -> [T; 3] {
     let Outcome { mut owner, client, helper } = world.run(pass, &[1], program).unwrap();
     assert_eq!(owner.len(), 1);

@@ -35,8 +35,11 @@ fn llama_codec() -> TextCodec {
     let dir = copy_quill();
     let mut tokens: Vec<String> = ["<unk>", "<s>", "</s>"].map(String::from).to_vec();
     tokens.extend((0..256).map(|byte| format!("<0x{byte:02X}>")));
-    tokens.extend(["\u{2581}", "a", "n", "d", "an", "\u{2581}an", "\u{2581}and", ",", "\u{2581}\u{2581}"].map(String::from));
-    let vocab: serde_json::Map<String, Value> = tokens.iter().enumerate().map(|(id, token)| (token.clone(), json!(id))).collect();
+    tokens.extend(
+        ["\u{2581}", "a", "n", "d", "an", "\u{2581}an", "\u{2581}and", ",", "\u{2581}\u{2581}"].map(String::from),
+    );
+    let vocab: serde_json::Map<String, Value> =
+        tokens.iter().enumerate().map(|(id, token)| (token.clone(), json!(id))).collect();
     let special = |id: usize| json!({"id": id, "content": tokens[id], "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true});
     let tokenizer = json!({
         "version": "1.0",
@@ -117,7 +120,8 @@ fn the_begin_token_is_added_once() {
 #[test]
 fn text_survives_the_codec() {
     let codec = quill_codec();
-    for text in ["Hello, world.", "  spaces   and\nlines\t", "Größe, naïve, Ωμέγα, 日本語, 🦀🦀 — done", ""] {
+    for text in ["Hello, world.", "  spaces   and\nlines\t", "Größe, naïve, Ωμέγα, 日本語, 🦀🦀 — done", ""]
+    {
         let ids = codec.encode(text).unwrap();
         assert_eq!(ids[0], 0, "the begin token, from the post-processor");
         assert_eq!(codec.decode(&ids).unwrap(), text);

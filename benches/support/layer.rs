@@ -165,12 +165,12 @@ impl Layer {
         let wall = start.elapsed();
         drop(flags);
         for bits in opened {
-            let up: Vec<_> = names.lock().unwrap().iter().zip(bits).filter(|(_, b)| *b != 0).map(|(n, _)| n.1).collect();
+            let up: Vec<_> =
+                names.lock().unwrap().iter().zip(bits).filter(|(_, b)| *b != 0).map(|(n, _)| n.1).collect();
             assert!(up.is_empty(), "range flags are up: {up:?}");
         }
-        let sent = Role::ALL.map(|from| {
-            Role::ALL.map(|to| if from == to { LinkTotals::default() } else { world.sent(from, to) })
-        });
+        let sent = Role::ALL
+            .map(|from| Role::ALL.map(|to| if from == to { LinkTotals::default() } else { world.sent(from, to) }));
         Measured { wall, sent, depth: *depth.lock().unwrap(), declared: out.owner }
     }
 }

@@ -10,6 +10,7 @@ use trefoil::error::{Error, Result};
 use trefoil::generate::{Check, LinkReport, Local, LocalOptions, Stop, check};
 use trefoil::model::{Checkpoint, TextCodec, Weights};
 use trefoil::net::shape::Profile;
+use trefoil::plan::MAX_TEMPERATURE;
 
 /// Options of `trefoil generate`.
 #[derive(clap::Args)]
@@ -108,6 +109,16 @@ fn peak_memory() -> u64 {
 /// Whatever the options, the checkpoint or a party got wrong.
 pub fn run(a: &Args) -> Result<()> {
     let profile: Profile = a.net.parse()?;
+    // Before the model is prepared, which takes a while.
+    if a.max_new_tokens == 0 {
+        return Err(Error::Config("--max-new-tokens 0: ask for at least one token".into()));
+    }
+    if !(0.0..=MAX_TEMPERATURE).contains(&a.temperature) {
+        return Err(Error::Config(format!(
+            "--temperature {}: expected 0 (greedy) to {MAX_TEMPERATURE}",
+            a.temperature
+        )));
+    }
     let checkpoint = Checkpoint::open(&a.model)?;
     let config = checkpoint.config().clone();
     drop(checkpoint);
@@ -132,10 +143,11 @@ pub fn run(a: &Args) -> Result<()> {
         )));
     }
     let mut options = LocalOptions::new(private_layers).net(profile);
-    options.max_positions = Some(limit.min(prompt.len() + a.max_new_tokens));
+    options.max_positions = Some(limit.min(prompt.len().saturating_add(a.max_new_tokens)));
     options.base = a.base.clone();
     if let Some(file) = &a.calibration_text {
-        let text = std::fs::read_to_string(file).map_err(|e| Error::io(format!("--calibration-text {}", file.display()), e))?;
+        let text = std::fs::read_to_string(file)
+            .map_err(|e| Error::io(format!("--calibration-text {}", file.display()), e))?;
         options.calibration_text = Some(text);
     }
     if !a.json {
@@ -147,7 +159,7 @@ pub fn run(a: &Args) -> Result<()> {
     let mut shown = String::new();
     let mut failed = None;
     if !a.json {
-        print!("{}", a.prompt);
+        say(&a.prompt)?;
     }
     let mut on_token = |id: u32| {
         if config.eos_ids.contains(&id) {
@@ -155,13 +167,10 @@ pub fn run(a: &Args) -> Result<()> {
         }
         match stream.push(&codec, id) {
             Ok(piece) => {
-                if !a.json {
-                    print!("{piece}");
-                    // A closed pipe ends the output, not the generation's bookkeeping.
-                    let _ = std::io::stdout().flush();
-                }
                 shown.push_str(&piece);
-                true
+                let said = if a.json { Ok(()) } else { say(&piece) };
+                failed = said.err();
+                failed.is_none()
             }
             Err(e) => {
                 failed = Some(e);
@@ -174,7 +183,7 @@ pub fn run(a: &Args) -> Result<()> {
         Ok(g) => g,
         Err(e) => {
             if !a.json {
-                println!();
+                say("\n")?;
             }
             return Err(local.root_cause(e));
         }
@@ -185,7 +194,7 @@ pub fn run(a: &Args) -> Result<()> {
     let rest = stream.finish(&codec)?;
     shown.push_str(&rest);
     if !a.json {
-        println!("{rest}");
+        say(&format!("{rest}\n"))?;
     }
     let links = local.links();
     let (preparation_bytes, preparation) = local.preparation();
@@ -225,11 +234,20 @@ pub fn run(a: &Args) -> Result<()> {
     };
     if a.json {
         let json = serde_json::to_string_pretty(&report).map_err(|e| Error::Internal(format!("writing JSON: {e}")))?;
-        println!("{json}");
+        say(&format!("{json}\n"))?;
     } else {
         summary(&report);
     }
     Ok(())
+}
+
+/// To standard output, at once. A pipe that nobody reads any more ends the output, not the generation's bookkeeping.
+fn say(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::io("standard output", e)),
+        _ => Ok(()),
+    }
 }
 
 fn summary(r: &Report) {

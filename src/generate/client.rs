@@ -68,7 +68,12 @@ impl Client {
     /// [`Error::Config`] for a prompt that is empty or too long; [`Error::Range`] if a value left the plan's range (no
     /// token of that pass is given out); [`Error::Peer`].
     pub fn generate(
-        &mut self, prompt: &[u32], max_new: usize, temperature: f64, seed: u64, open_logits: bool,
+        &mut self,
+        prompt: &[u32],
+        max_new: usize,
+        temperature: f64,
+        seed: u64,
+        open_logits: bool,
         on_token: &mut dyn FnMut(u32) -> bool,
     ) -> Result<Generation> {
         let context = self.model.plan().max_positions;
@@ -117,8 +122,13 @@ impl Client {
         let (model, public, session) = (&self.model, self.public.as_ref(), &mut self.session);
         let (jobs, links) = (session.jobs(), session.links().clone());
         let stop = AtomicBool::new(false);
-        let mut out =
-            Generation { tokens: Vec::new(), stop: Stop::Length, prefill: Duration::ZERO, decode: Vec::new(), logits: Vec::new() };
+        let mut out = Generation {
+            tokens: Vec::new(),
+            stop: Stop::Length,
+            prefill: Duration::ZERO,
+            decode: Vec::new(),
+            logits: Vec::new(),
+        };
         std::thread::scope(|scope| {
             let (ports, stop) = (&ports, &stop);
             let walker = scope.spawn(move || {

@@ -159,7 +159,8 @@ impl Local {
         let owner = spawn(&world, Role::Owner, {
             let mut session = world.session(Role::Owner);
             move || {
-                let model = prepare_owner(&mut session, weights, (first, private_embedding, public_head), text.as_deref())?;
+                let model =
+                    prepare_owner(&mut session, weights, (first, private_embedding, public_head), text.as_deref())?;
                 ready.send(model.plan().clone()).map_err(|_| lost("the client"))?;
                 owner(&mut session, &model)
             }
@@ -230,7 +231,12 @@ impl Local {
     /// # Errors
     /// As [`Client::generate`], or the party's error that caused it.
     pub fn generate(
-        &mut self, prompt: &[u32], max_new: usize, temperature: f64, seed: u64, open_logits: bool,
+        &mut self,
+        prompt: &[u32],
+        max_new: usize,
+        temperature: f64,
+        seed: u64,
+        open_logits: bool,
         on_token: &mut dyn FnMut(u32) -> bool,
     ) -> Result<Generation> {
         self.client.generate(prompt, max_new, temperature, seed, open_logits, on_token)
@@ -282,7 +288,11 @@ impl Local {
     }
 }
 
-fn spawn<T: Send + 'static>(world: &World, role: Role, run: impl FnOnce() -> Result<T> + Send + 'static) -> JoinHandle<Result<T>> {
+fn spawn<T: Send + 'static>(
+    world: &World,
+    role: Role,
+    run: impl FnOnce() -> Result<T> + Send + 'static,
+) -> JoinHandle<Result<T>> {
     let links = world.session(role).links().clone();
     std::thread::spawn(move || {
         let out = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run))
@@ -304,9 +314,12 @@ fn finished<T>(h: JoinHandle<Result<T>>) -> Result<T> {
 
 /// The Owner: bounds, ranges, plan, seed; then each peer gets its part.
 fn prepare_owner(
-    s: &mut crate::session::Session, weights: Weights, (first, private_embedding, public_head): (usize, bool, bool),
+    s: &mut crate::session::Session,
+    weights: Weights,
+    (first, private_embedding, public_head): (usize, bool, bool),
     text: Option<&[u32]>,
 ) -> Result<SecureModel> {
+    weights.check()?;
     let inputs = calibrate::inputs(&weights.config, text.map(<[u32]>::to_vec));
     let ranges = calibrate::ranges(&weights, first, &inputs);
     let bounds = calibrate::bounds(&weights, first);

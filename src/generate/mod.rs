@@ -11,7 +11,7 @@ mod server;
 
 pub use check::{Check, check};
 pub use client::{Client, Generation, Stop};
-pub use local::{Local, LocalOptions, LinkReport, split_layers};
+pub use local::{LinkReport, Local, LocalOptions, split_layers};
 pub use server::{OwnerReport, helper, owner};
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -92,12 +92,19 @@ fn request_scope() -> Scope {
 }
 
 /// The walk of Client and Helper through a request's passes, ahead of the Owner. Returns the number of passes walked.
-fn walk(s: &mut Session, model: &SecureModel, r: &Request, ports: Option<&ClientPorts>, stop: &AtomicBool) -> Result<u64> {
+fn walk(
+    s: &mut Session,
+    model: &SecureModel,
+    r: &Request,
+    ports: Option<&ClientPorts>,
+    stop: &AtomicBool,
+) -> Result<u64> {
     let mut cache = model.cache((r.prompt + r.max_new) as usize);
     let jobs = s.jobs();
     let mut walked = 0u64;
     let mut batch = vec![r.prompt as usize];
-    while !batch.is_empty() && !stop.load(Ordering::Relaxed) && jobs.wait_below(2 * MAX_BATCH) {
+    // The stop flag is read after the wait, which a stop may have ended.
+    while !batch.is_empty() && jobs.wait_below(2 * MAX_BATCH) && !stop.load(Ordering::Relaxed) {
         s.begin(r.first_pass + walked, &batch);
         let options = PassOptions { ports, noise: None, open_logits: r.open_logits, depths: None };
         let before = s.ahead_sent();

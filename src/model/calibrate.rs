@@ -91,12 +91,14 @@ fn layer_bounds(c: &ModelConfig, l: &LayerWeights) -> LayerBounds {
         })
     });
     let by_elements = by_elements.fold(0.0f64, f64::max);
-    let bias_norm = |l: &Linear| l.bias.as_ref().map_or(0.0, |b| b.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt());
+    let bias_norm =
+        |l: &Linear| l.bias.as_ref().map_or(0.0, |b| b.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt());
     let steepest = l.down.w.iter().fold(0.0f64, |m, w| m.max(f64::from(w.abs())));
     let by_norms = steepest
         * (spectral_bound(g.view()) * radius + bias_norm(&l.gate))
         * (spectral_bound(u.view()) * radius + bias_norm(&l.up));
-    let bias_max = |l: &Linear| l.bias.as_ref().map_or(0.0, |b| b.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs()))));
+    let bias_max =
+        |l: &Linear| l.bias.as_ref().map_or(0.0, |b| b.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs()))));
     LayerBounds {
         qk,
         qk_raw,
@@ -173,8 +175,13 @@ impl Observer for Watch<'_> {
     }
 
     fn attention(
-        &mut self, layer: usize, _q: ArrayView3<'_, f32>, _k: ArrayView3<'_, f32>, _v: ArrayView3<'_, f32>,
-        row_max: ArrayView2<'_, f32>, row_min: ArrayView2<'_, f32>,
+        &mut self,
+        layer: usize,
+        _q: ArrayView3<'_, f32>,
+        _k: ArrayView3<'_, f32>,
+        _v: ArrayView3<'_, f32>,
+        row_max: ArrayView2<'_, f32>,
+        row_min: ArrayView2<'_, f32>,
     ) {
         let r = &mut self.layers[layer];
         r.score = r.score.max(absolute(row_max)).max(absolute(row_min));

@@ -57,12 +57,16 @@ impl Checkpoint {
             return Ok(Checkpoint { config, shards: vec![shard], place });
         }
         let Some(index) = files::read_optional(&index_path, INDEX_LIMIT)? else {
-            let remedy = if dir.join("pytorch_model.bin").exists() || dir.join("pytorch_model.bin.index.json").exists() {
+            let remedy = if dir.join("pytorch_model.bin").exists() || dir.join("pytorch_model.bin.index.json").exists()
+            {
                 "pytorch_model.bin is not read; convert it with transformers (AutoModelForCausalLM.from_pretrained(dir).save_pretrained(dir))"
             } else {
                 "the path must name a Hugging Face model directory with its weights"
             };
-            return Err(Error::Model(format!("{}: neither model.safetensors nor model.safetensors.index.json is there; {remedy}", dir.display())));
+            return Err(Error::Model(format!(
+                "{}: neither model.safetensors nor model.safetensors.index.json is there; {remedy}",
+                dir.display()
+            )));
         };
         Self::open_shards(dir, config, &index_path, &index)
     }
@@ -73,7 +77,8 @@ impl Checkpoint {
         struct Index {
             weight_map: BTreeMap<String, String>,
         }
-        let index: Index = serde_json::from_slice(index).map_err(|e| wrong(format!("is not a shard index ({e}); {REFETCH}")))?;
+        let index: Index =
+            serde_json::from_slice(index).map_err(|e| wrong(format!("is not a shard index ({e}); {REFETCH}")))?;
         let names: BTreeSet<&String> = index.weight_map.values().collect();
         if names.len() > SHARDS_LIMIT {
             return Err(wrong(format!("names {} shards; at most {SHARDS_LIMIT} are read", names.len())));
@@ -84,11 +89,15 @@ impl Checkpoint {
             // The index comes from somebody else: it may not lead us to other files of this machine.
             let mut parts = Path::new(name).components();
             if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
-                return Err(wrong(format!("names the shard `{name}`, which is not a plain file name; a shard must lie beside its index")));
+                return Err(wrong(format!(
+                    "names the shard `{name}`, which is not a plain file name; a shard must lie beside its index"
+                )));
             }
             let path = dir.join(name);
             if !path.exists() {
-                return Err(wrong(format!("names the shard `{name}`, which is not there; fetch it from where the model comes from")));
+                return Err(wrong(format!(
+                    "names the shard `{name}`, which is not there; fetch it from where the model comes from"
+                )));
             }
             number.insert(name.clone(), shards.len());
             shards.push(Shard::open(path)?);
@@ -137,7 +146,9 @@ impl Checkpoint {
                 [only] => only.path.display().to_string(),
                 _ => "model.safetensors.index.json".to_owned(),
             };
-            return Err(Error::Model(format!("{place}: the tensor `{name}` is missing; the weights are not those that config.json describes, {REFETCH}")));
+            return Err(Error::Model(format!(
+                "{place}: the tensor `{name}` is missing; the weights are not those that config.json describes, {REFETCH}"
+            )));
         };
         shard.tensor(name, shape)
     }
@@ -146,30 +157,47 @@ impl Checkpoint {
 impl Shard {
     fn open(path: PathBuf) -> Result<Self> {
         let bytes = MappedFile::open(&path)?;
-        let (header, data_start) = read_header(&bytes).map_err(|text| Error::Model(format!("{}: {text}; {REFETCH}", path.display())))?;
+        let (header, data_start) =
+            read_header(&bytes).map_err(|text| Error::Model(format!("{}: {text}; {REFETCH}", path.display())))?;
         Ok(Shard { path, bytes, header, data_start })
     }
 
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         let wrong = |text: String| Error::Model(format!("{}: the tensor `{name}` {text}", self.path.display()));
-        let info = self.header.info(name).ok_or_else(|| wrong(format!("should be here according to the index, but is missing; {REFETCH}")))?;
+        let info = self
+            .header
+            .info(name)
+            .ok_or_else(|| wrong(format!("should be here according to the index, but is missing; {REFETCH}")))?;
         if info.shape != shape {
-            return Err(wrong(format!("has the shape {:?}, but by config.json it must be {shape:?}; the two are not of one model", info.shape)));
+            return Err(wrong(format!(
+                "has the shape {:?}, but by config.json it must be {shape:?}; the two are not of one model",
+                info.shape
+            )));
         }
         let (from, to) = info.data_offsets;
         // Checked when the header was read; `get` so that no mistake there can become a panic.
-        let bytes = self.bytes.get(self.data_start..).and_then(|data| data.get(from..to)).ok_or_else(|| wrong(format!("lies beyond the end of the file; {REFETCH}")))?;
+        let bytes = self
+            .bytes
+            .get(self.data_start..)
+            .and_then(|data| data.get(from..to))
+            .ok_or_else(|| wrong(format!("lies beyond the end of the file; {REFETCH}")))?;
         let values = match info.dtype {
             Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
             Dtype::BF16 => bytes.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
             Dtype::F16 => widen_f16(bytes),
             other => {
-                return Err(wrong(format!("is stored as {other:?}; only F32, F16 and BF16 are read: convert it with transformers (model.to(torch.bfloat16).save_pretrained(dir))")));
+                return Err(wrong(format!(
+                    "is stored as {other:?}; only F32, F16 and BF16 are read: convert it with transformers (model.to(torch.bfloat16).save_pretrained(dir))"
+                )));
             }
         };
         match values.iter().position(|v| !v.is_finite()) {
             None => Ok(values),
-            Some(at) => Err(wrong(format!("has the value {} at {}; every weight must be a finite number, {REFETCH}", values[at], position(at, shape)))),
+            Some(at) => Err(wrong(format!(
+                "has the value {} at {}; every weight must be a finite number, {REFETCH}",
+                values[at],
+                position(at, shape)
+            ))),
         }
     }
 }
@@ -181,7 +209,9 @@ fn read_header(bytes: &[u8]) -> std::result::Result<(Metadata, usize), String> {
     };
     let length = u64::from_le_bytes(*length);
     if length > HEADER_LIMIT {
-        return Err(format!("claims a header of {length} bytes, above the limit of {HEADER_LIMIT}; the file is corrupt or no safetensors file"));
+        return Err(format!(
+            "claims a header of {length} bytes, above the limit of {HEADER_LIMIT}; the file is corrupt or no safetensors file"
+        ));
     }
     let header = usize::try_from(length).ok().and_then(|n| rest.get(..n)).ok_or_else(|| {
         format!("claims a header of {length} bytes but ends after {}; the file is truncated or corrupt", rest.len())

@@ -136,7 +136,11 @@ impl ModelConfig {
     /// [`Error::Model`] naming the file and field; [`Error::Io`] when a file cannot be read.
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
-        let bytes = files::read_required(&path, CONFIG_LIMIT, "the path must name a Hugging Face model directory (config.json, *.safetensors, tokenizer.json)")?;
+        let bytes = files::read_required(
+            &path,
+            CONFIG_LIMIT,
+            "the path must name a Hugging Face model directory (config.json, *.safetensors, tokenizer.json)",
+        )?;
         let generation_path = dir.join("generation_config.json");
         let generation = files::read_optional(&generation_path, CONFIG_LIMIT)?;
         let json = Json::parse(&bytes, path.display().to_string())?;
@@ -157,14 +161,22 @@ impl ModelConfig {
     fn from_json(json: &Json, generation: Option<&Json>) -> Result<Self> {
         let arch = read_arch(json)?;
         if !json.is_null("quantization_config") {
-            return Err(json.wrong("quantization_config", "quantised weights are not supported; use the unquantised checkpoint (float32, float16 or bfloat16)"));
+            return Err(json.wrong(
+                "quantization_config",
+                "quantised weights are not supported; use the unquantised checkpoint (float32, float16 or bfloat16)",
+            ));
         }
         if json.float_or("partial_rotary_factor", 1.0)? != 1.0 {
             return Err(json.wrong("partial_rotary_factor", "only 1 (the whole head is rotated) is supported"));
         }
         let activation = match json.text_or("hidden_act", "silu")? {
             "silu" | "swish" => Activation::Silu,
-            other => return Err(json.wrong("hidden_act", &format!("activation `{other}` is not supported; supported: silu (also called swish)"))),
+            other => {
+                return Err(json.wrong(
+                    "hidden_act",
+                    &format!("activation `{other}` is not supported; supported: silu (also called swish)"),
+                ));
+            }
         };
 
         let num_heads = json.size("num_attention_heads")?;
@@ -179,7 +191,12 @@ impl ModelConfig {
             Some(n) => n,
             None if arch == Arch::Qwen3 && !json.has("head_dim") => return Err(json.missing("head_dim")),
             None if num_heads == 0 || !hidden_size.is_multiple_of(num_heads) => {
-                return Err(json.wrong("hidden_size", &format!("{hidden_size} does not divide into num_attention_heads = {num_heads}, and no head_dim is given")));
+                return Err(json.wrong(
+                    "hidden_size",
+                    &format!(
+                        "{hidden_size} does not divide into num_attention_heads = {num_heads}, and no head_dim is given"
+                    ),
+                ));
             }
             None => hidden_size / num_heads,
         };
@@ -243,7 +260,10 @@ impl ModelConfig {
             }
         }
         if !self.num_heads.is_multiple_of(self.num_kv_heads) {
-            return wrong(format!("num_attention_heads = {} is not a multiple of num_key_value_heads = {}", self.num_heads, self.num_kv_heads));
+            return wrong(format!(
+                "num_attention_heads = {} is not a multiple of num_key_value_heads = {}",
+                self.num_heads, self.num_kv_heads
+            ));
         }
         if !self.head_dim.is_multiple_of(2) {
             return wrong(format!("head_dim is {}; it must be even, since positions rotate pairs", self.head_dim));
@@ -255,7 +275,9 @@ impl ModelConfig {
             return wrong(format!("rope_theta is {}; it must be between 1 and 1e15", self.rope.theta));
         }
         self.check_scaling()?;
-        for (name, id) in self.bos_id.iter().map(|id| ("bos_token_id", id)).chain(self.eos_ids.iter().map(|id| ("eos_token_id", id))) {
+        for (name, id) in
+            self.bos_id.iter().map(|id| ("bos_token_id", id)).chain(self.eos_ids.iter().map(|id| ("eos_token_id", id)))
+        {
             if *id as usize >= self.vocab_size {
                 return wrong(format!("{name} {id} is not below vocab_size = {}", self.vocab_size));
             }
@@ -269,16 +291,28 @@ impl ModelConfig {
         match self.rope.scaling {
             RopeScaling::None => Ok(()),
             RopeScaling::Linear { factor } if sane(factor) => Ok(()),
-            RopeScaling::Llama3 { factor, low_freq_factor: low, high_freq_factor: high, original_max_position_embeddings: original } if sane(factor) => {
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor: low,
+                high_freq_factor: high,
+                original_max_position_embeddings: original,
+            } if sane(factor) => {
                 if !(low > 0.0 && low < high && high <= 1e6) {
-                    return wrong(format!("rope scaling has low_freq_factor {low} and high_freq_factor {high}; the first must be above 0 and below the second"));
+                    return wrong(format!(
+                        "rope scaling has low_freq_factor {low} and high_freq_factor {high}; the first must be above 0 and below the second"
+                    ));
                 }
                 if original == 0 || original > 1 << 24 {
-                    return wrong(format!("rope scaling has original_max_position_embeddings {original}; it must be between 1 and {}", 1 << 24));
+                    return wrong(format!(
+                        "rope scaling has original_max_position_embeddings {original}; it must be between 1 and {}",
+                        1 << 24
+                    ));
                 }
                 Ok(())
             }
-            RopeScaling::Linear { factor } | RopeScaling::Llama3 { factor, .. } => wrong(format!("rope scaling has factor {factor}; it must be between 1 and 1000000")),
+            RopeScaling::Linear { factor } | RopeScaling::Llama3 { factor, .. } => {
+                wrong(format!("rope scaling has factor {factor}; it must be between 1 and 1000000"))
+            }
         }
     }
 
@@ -311,9 +345,12 @@ impl ModelConfig {
     /// Number of weights, a tied head counted once.
     #[must_use]
     pub fn parameter_count(&self) -> u64 {
-        let [h, f, q, kv, v, d] = [self.hidden_size, self.intermediate_size, self.q_size(), self.kv_size(), self.vocab_size, self.head_dim].map(|n| n as u64);
+        let [h, f, q, kv, v, d] =
+            [self.hidden_size, self.intermediate_size, self.q_size(), self.kv_size(), self.vocab_size, self.head_dim]
+                .map(|n| n as u64);
         let bias = |has: bool, n: u64| if has { n } else { 0 };
-        let attention = 2 * h * q + 2 * h * kv + bias(self.qkv_bias, q + 2 * kv) + bias(self.o_bias, h) + bias(self.qk_norm, 2 * d);
+        let attention =
+            2 * h * q + 2 * h * kv + bias(self.qkv_bias, q + 2 * kv) + bias(self.o_bias, h) + bias(self.qk_norm, 2 * d);
         let mlp = 3 * h * f + bias(self.mlp_bias, 2 * f + h);
         let heads = if self.tie_word_embeddings { 1 } else { 2 };
         self.num_layers as u64 * (attention + mlp + 2 * h) + h + heads * v * h
@@ -383,7 +420,12 @@ fn read_rope(json: &Json) -> Result<Rope> {
             high_freq_factor: rope.float("high_freq_factor")?,
             original_max_position_embeddings: rope.size("original_max_position_embeddings")?,
         },
-        other => return Err(rope.wrong("rope_type", &format!("rope scaling `{other}` is not supported; supported: default, linear, llama3"))),
+        other => {
+            return Err(rope.wrong(
+                "rope_type",
+                &format!("rope scaling `{other}` is not supported; supported: default, linear, llama3"),
+            ));
+        }
     };
     Ok(Rope { theta, scaling })
 }
@@ -407,13 +449,26 @@ mod tests {
         assert_eq!((tiny.parameter_count(), tiny.head_dim), (1_100_048_384, 64));
         let smol = parse("LlamaForCausalLM", [576, 1536, 30, 9, 3, 49152, 2048], r#", "tie_word_embeddings": true"#);
         assert_eq!(smol.parameter_count(), 134_515_008);
-        let coder = parse("LlamaForCausalLM", [2048, 5504, 24, 16, 16, 32256, 16384], r#", "rope_theta": 100000, "rope_scaling": {"factor": 4.0, "type": "linear"}"#);
+        let coder = parse(
+            "LlamaForCausalLM",
+            [2048, 5504, 24, 16, 16, 32256, 16384],
+            r#", "rope_theta": 100000, "rope_scaling": {"factor": 4.0, "type": "linear"}"#,
+        );
         assert_eq!(coder.parameter_count(), 1_346_471_936);
-        let mistral = parse("MistralForCausalLM", [4096, 14336, 32, 32, 8, 32000, 32768], r#", "sliding_window": 4096"#);
+        let mistral =
+            parse("MistralForCausalLM", [4096, 14336, 32, 32, 8, 32000, 32768], r#", "sliding_window": 4096"#);
         assert_eq!((mistral.parameter_count(), mistral.max_positions), (7_241_732_096, 4096));
-        let qwen2 = parse("Qwen2ForCausalLM", [896, 4864, 24, 14, 2, 151_936, 32768], r#", "tie_word_embeddings": true, "sliding_window": 32768, "use_sliding_window": false"#);
+        let qwen2 = parse(
+            "Qwen2ForCausalLM",
+            [896, 4864, 24, 14, 2, 151_936, 32768],
+            r#", "tie_word_embeddings": true, "sliding_window": 32768, "use_sliding_window": false"#,
+        );
         assert_eq!((qwen2.parameter_count(), qwen2.max_positions), (494_032_768, 32768));
-        let qwen3 = parse("Qwen3ForCausalLM", [1024, 3072, 28, 16, 8, 151_936, 40960], r#", "head_dim": 128, "tie_word_embeddings": true"#);
+        let qwen3 = parse(
+            "Qwen3ForCausalLM",
+            [1024, 3072, 28, 16, 8, 151_936, 40960],
+            r#", "head_dim": 128, "tie_word_embeddings": true"#,
+        );
         assert_eq!((qwen3.parameter_count(), qwen3.q_size()), (596_049_920, 2048));
     }
 
@@ -423,7 +478,10 @@ mod tests {
         assert_eq!(parse("MistralForCausalLM", sizes, r#", "sliding_window": null"#).max_positions, 32768);
         assert_eq!(parse("MistralForCausalLM", sizes, "").max_positions, 4096);
         assert_eq!(parse("LlamaForCausalLM", sizes, r#", "sliding_window": 16"#).max_positions, 32768);
-        assert_eq!(parse("Qwen2ForCausalLM", sizes, r#", "sliding_window": 16, "use_sliding_window": true"#).max_positions, 16);
+        assert_eq!(
+            parse("Qwen2ForCausalLM", sizes, r#", "sliding_window": 16, "use_sliding_window": true"#).max_positions,
+            16
+        );
     }
 
     #[test]

@@ -33,7 +33,10 @@ impl Json {
 
     /// The error of a field that is not there.
     pub(super) fn missing(&self, name: &str) -> Error {
-        Error::Model(format!("{}: the field `{name}` is missing; add it, or fetch the file again from where the model comes from", self.what))
+        Error::Model(format!(
+            "{}: the field `{name}` is missing; add it, or fetch the file again from where the model comes from",
+            self.what
+        ))
     }
 
     fn expected(&self, name: &str, kind: &str, found: &Value) -> Error {
@@ -68,7 +71,9 @@ impl Json {
     pub(super) fn optional_size(&self, name: &str) -> Result<Option<usize>> {
         let Some(value) = self.get(name) else { return Ok(None) };
         // Some files have 8192.0 where 8192 is meant.
-        let whole = value.as_u64().or_else(|| value.as_f64().filter(|f| f.fract() == 0.0 && (0.0..1e15).contains(f)).map(|f| f as u64));
+        let whole = value
+            .as_u64()
+            .or_else(|| value.as_f64().filter(|f| f.fract() == 0.0 && (0.0..1e15).contains(f)).map(|f| f as u64));
         match whole.and_then(|n| usize::try_from(n).ok()) {
             Some(n) => Ok(Some(n)),
             None => Err(self.expected(name, "a whole number", value)),
@@ -108,7 +113,9 @@ impl Json {
     pub(super) fn object(&self, name: &str) -> Result<Option<Json>> {
         match self.get(name) {
             None => Ok(None),
-            Some(Value::Object(fields)) => Ok(Some(Json { what: format!("{}: {name}", self.what), fields: fields.clone() })),
+            Some(Value::Object(fields)) => {
+                Ok(Some(Json { what: format!("{}: {name}", self.what), fields: fields.clone() }))
+            }
             Some(other) => Err(self.expected(name, "an object", other)),
         }
     }

@@ -17,9 +17,15 @@ pub(super) fn read_optional(path: &Path, limit: u64) -> Result<Option<Vec<u8>>> 
     };
     // A pipe or a device under this name would block us or never end.
     if !meta.is_file() {
-        return Err(Error::Model(format!("{name}: not a regular file; a model directory holds plain files (or links to them)")));
+        return Err(Error::Model(format!(
+            "{name}: not a regular file; a model directory holds plain files (or links to them)"
+        )));
     }
-    let too_long = || Error::Model(format!("{name}: longer than {limit} bytes, which no real file of this kind is; check what was put there"));
+    let too_long = || {
+        Error::Model(format!(
+            "{name}: longer than {limit} bytes, which no real file of this kind is; check what was put there"
+        ))
+    };
     if meta.len() > limit {
         return Err(too_long());
     }

@@ -144,7 +144,14 @@ pub fn embed(weights: &Weights, ids: &[u32]) -> Array2<f32> {
 /// # Panics
 /// When the cache does not hold exactly `start` positions of this layer.
 #[must_use]
-pub fn layer(weights: &Weights, index: usize, h: Array2<f32>, start: usize, cache: &mut FloatCache, observer: &mut dyn Observer) -> Array2<f32> {
+pub fn layer(
+    weights: &Weights,
+    index: usize,
+    h: Array2<f32>,
+    start: usize,
+    cache: &mut FloatCache,
+    observer: &mut dyn Observer,
+) -> Array2<f32> {
     let config = &weights.config;
     let w = &weights.layers[index];
 
@@ -185,11 +192,15 @@ pub fn logits_observed(weights: &Weights, h: &Array2<f32>, observer: &mut dyn Ob
 #[must_use]
 pub fn nats_per_token(logits: ArrayView2<'_, f32>, ids: &[u32]) -> f64 {
     let next = ids.iter().skip(1);
-    let total: f64 = logits.outer_iter().zip(next).map(|(row, &id)| {
-        let max = row.fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-        let sum: f64 = row.iter().map(|&l| f64::from(l - max).exp()).sum();
-        sum.ln() - f64::from(row[id as usize] - max)
-    }).sum();
+    let total: f64 = logits
+        .outer_iter()
+        .zip(next)
+        .map(|(row, &id)| {
+            let max = row.fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+            let sum: f64 = row.iter().map(|&l| f64::from(l - max).exp()).sum();
+            sum.ln() - f64::from(row[id as usize] - max)
+        })
+        .sum();
     total / (ids.len().max(2) - 1) as f64
 }
 
@@ -213,7 +224,15 @@ pub fn rope_frequencies(config: &ModelConfig) -> Vec<f64> {
     }
 }
 
-fn self_attention(config: &ModelConfig, w: &LayerWeights, index: usize, x: &Array2<f32>, start: usize, cache: &mut LayerCache, observer: &mut dyn Observer) -> Array2<f32> {
+fn self_attention(
+    config: &ModelConfig,
+    w: &LayerWeights,
+    index: usize,
+    x: &Array2<f32>,
+    start: usize,
+    cache: &mut LayerCache,
+    observer: &mut dyn Observer,
+) -> Array2<f32> {
     assert_eq!(cache.len, start, "layer {index}: the cache does not end where the step starts");
     let mut q = split_heads(&linear(&w.q, x), config.head_dim);
     let mut k = split_heads(&linear(&w.k, x), config.head_dim);
@@ -352,8 +371,16 @@ mod tests {
             (63, 3.068925877869333e-07),
         ];
         let scaling = r#""factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192"#;
-        are(&frequencies(&format!(r#""rope_theta": 500000.0, "rope_scaling": {{"rope_type": "llama3", {scaling}}}"#)), &want);
-        are(&frequencies(&format!(r#""rope_parameters": {{"rope_theta": 500000.0, "rope_type": "llama3", {scaling}}}"#)), &want);
+        are(
+            &frequencies(&format!(r#""rope_theta": 500000.0, "rope_scaling": {{"rope_type": "llama3", {scaling}}}"#)),
+            &want,
+        );
+        are(
+            &frequencies(&format!(
+                r#""rope_parameters": {{"rope_theta": 500000.0, "rope_type": "llama3", {scaling}}}"#
+            )),
+            &want,
+        );
     }
 
     #[test]

@@ -21,7 +21,10 @@ impl MappedFile {
         let fail = |e| Error::io(path.display().to_string(), e);
         // Asked before the opening, which would wait for ever on a pipe.
         if !std::fs::metadata(path).map_err(fail)?.is_file() {
-            return Err(Error::Model(format!("{}: not a regular file; a weight file must be one (or a link to one)", path.display())));
+            return Err(Error::Model(format!(
+                "{}: not a regular file; a weight file must be one (or a link to one)",
+                path.display()
+            )));
         }
         let file = File::open(path).map_err(fail)?;
         // SAFETY: the map is private to this struct and read-only, and the bytes are only ever read as plain bytes, of

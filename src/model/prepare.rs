@@ -106,8 +106,10 @@ impl Prepared {
                         (0..heads).flat_map(|_| g.iter().map(|v| v * by)).collect()
                     };
                     let row = [gain(q, c.num_heads, scale), gain(k, c.num_kv_heads, 1.0)].concat();
-                    let row = Array2::from_shape_vec((1, row.len()), row).map_err(|e| Error::Internal(e.to_string()))?;
-                    let row = OwnerMatrix::quantise(id(i, Slot::QkGain), &name("q_norm, k_norm"), row.view(), None, FW)?;
+                    let row =
+                        Array2::from_shape_vec((1, row.len()), row).map_err(|e| Error::Internal(e.to_string()))?;
+                    let row =
+                        OwnerMatrix::quantise(id(i, Slot::QkGain), &name("q_norm, k_norm"), row.view(), None, FW)?;
                     Some(row.into_diagonal()?)
                 }
                 _ => None,
@@ -143,7 +145,10 @@ impl Prepared {
     /// # Errors
     /// Those of `next`.
     pub fn client(
-        c: &ModelConfig, plan: &Plan, seed: &PreparationSeed, next: &mut dyn FnMut(usize) -> Result<Vec<u64>>,
+        c: &ModelConfig,
+        plan: &Plan,
+        seed: &PreparationSeed,
+        next: &mut dyn FnMut(usize) -> Result<Vec<u64>>,
     ) -> Result<Prepared> {
         let matrix = |i, slot, (m, n)| OwnerMatrix::client(id(i, slot), m, n, FW, seed.clone());
         let [qkv, o, gate_up, down] = shapes(c);
@@ -178,8 +183,7 @@ impl Prepared {
     /// # Errors
     /// Those of `next`, which is told how many words it has to yield.
     pub fn helper(c: &ModelConfig, plan: &Plan, next: &mut dyn FnMut(usize) -> Result<Vec<u64>>) -> Result<Prepared> {
-        let mut matrix =
-            |i, slot, (m, n): (usize, usize)| OwnerMatrix::helper(id(i, slot), m, n, FW, next(m * n)?);
+        let mut matrix = |i, slot, (m, n): (usize, usize)| OwnerMatrix::helper(id(i, slot), m, n, FW, next(m * n)?);
         let [qkv, o, gate_up, down] = shapes(c);
         let mut layers = Vec::new();
         for i in plan.first_private..c.num_layers {

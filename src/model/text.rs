@@ -71,7 +71,12 @@ impl TextCodec {
             Some(token) => self.tokenizer.token_to_id(token),
             None => self.config.bos_id,
         };
-        id.map(Some).ok_or_else(|| json.wrong("add_bos_token", "is set, but there is no bos_token that the tokenizer knows; set one, or set add_bos_token to false"))
+        id.map(Some).ok_or_else(|| {
+            json.wrong(
+                "add_bos_token",
+                "is set, but there is no bos_token that the tokenizer knows; set one, or set add_bos_token to false",
+            )
+        })
     }
 
     /// The token ids of `text`, with the special tokens that the model expects around it.
@@ -90,7 +95,12 @@ impl TextCodec {
     fn raw_encode(&self, text: &str) -> Result<Vec<u32>> {
         // Without the cause: it could quote the text, and no error may carry a prompt.
         let encoding = guarded(&self.what, || self.tokenizer.encode_fast(text, true))?;
-        let encoding = encoding.map_err(|_| Error::Model(format!("{}: cannot encode this text; the tokenizer lacks a token for the unknown, or is broken", self.what)))?;
+        let encoding = encoding.map_err(|_| {
+            Error::Model(format!(
+                "{}: cannot encode this text; the tokenizer lacks a token for the unknown, or is broken",
+                self.what
+            ))
+        })?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -100,7 +110,8 @@ impl TextCodec {
     /// # Errors
     /// [`Error::Model`] when the tokenizer fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        guarded(&self.what, || self.tokenizer.decode(ids, true))?.map_err(|_| Error::Model(format!("{}: cannot decode these tokens; the tokenizer is broken", self.what)))
+        guarded(&self.what, || self.tokenizer.decode(ids, true))?
+            .map_err(|_| Error::Model(format!("{}: cannot decode these tokens; the tokenizer is broken", self.what)))
     }
 
     /// Begins decoding an answer token by token, which continues the text `before` (the prompt's ids; empty if there is
@@ -138,7 +149,11 @@ impl TextCodec {
 
 /// Runs the `tokenizers` library, which trusts its file: with a few kinds of inconsistent one it panics.
 fn guarded<T>(what: &str, run: impl FnOnce() -> T) -> Result<T> {
-    let broken = |_| Error::Model(format!("{what}: is inconsistent, the `tokenizers` library fails on it; fetch it again from where the model comes from"));
+    let broken = |_| {
+        Error::Model(format!(
+            "{what}: is inconsistent, the `tokenizers` library fails on it; fetch it again from where the model comes from"
+        ))
+    };
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).map_err(broken)
 }
 

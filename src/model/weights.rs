@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::checkpoint::Checkpoint;
 use super::config::ModelConfig;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A linear map with an optional bias: `y = x w^T + bias`.
 #[derive(Clone, PartialEq)]
@@ -66,13 +66,20 @@ pub struct Weights {
 
 impl fmt::Debug for Linear {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Linear").field("shape", &self.w.shape()).field("has_bias", &self.bias.is_some()).finish_non_exhaustive()
+        f.debug_struct("Linear")
+            .field("shape", &self.w.shape())
+            .field("has_bias", &self.bias.is_some())
+            .finish_non_exhaustive()
     }
 }
 
 impl fmt::Debug for LayerWeights {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LayerWeights").field("q", &self.q).field("k", &self.k).field("gate", &self.gate).finish_non_exhaustive()
+        f.debug_struct("LayerWeights")
+            .field("q", &self.q)
+            .field("k", &self.k)
+            .field("gate", &self.gate)
+            .finish_non_exhaustive()
     }
 }
 
@@ -193,7 +200,10 @@ impl Weights {
     /// As [`Checkpoint::tensor2`].
     pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
         let config = checkpoint.config().clone();
-        let layers = (0..config.num_layers).into_par_iter().map(|index| LayerWeights::load(checkpoint, index)).collect::<Result<_>>()?;
+        let layers = (0..config.num_layers)
+            .into_par_iter()
+            .map(|index| LayerWeights::load(checkpoint, index))
+            .collect::<Result<_>>()?;
         Self::read(&mut &*checkpoint, config, layers)
     }
 
@@ -217,6 +227,32 @@ impl Weights {
         let norm = source.gain("model.norm.weight", config.hidden_size)?;
         let head = if config.tie_word_embeddings { None } else { Some(source.matrix("lm_head.weight", table)?) };
         Ok(Weights { config, embed, layers, norm, head })
+    }
+
+    /// Checks that every weight is a number, as those read from a checkpoint are: what is prepared from others would be
+    /// silently wrong.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming the layer.
+    pub fn check(&self) -> Result<()> {
+        let finite = |m: &Array2<f32>| m.iter().all(|v| v.is_finite());
+        let gain = |g: &Array1<f32>| g.iter().all(|v| v.is_finite());
+        let linear = |l: &Linear| finite(&l.w) && l.bias.as_ref().is_none_or(gain);
+        let wrong = |what: &str| Err(Error::Model(format!("{what}: a weight is not a finite number")));
+        for (i, l) in self.layers.iter().enumerate() {
+            let gains = [Some(&l.input_norm), Some(&l.post_norm), l.q_norm.as_ref(), l.k_norm.as_ref()];
+            let all = [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].into_iter().all(linear);
+            if !all || !gains.into_iter().flatten().all(gain) {
+                return wrong(&format!("layer {i}"));
+            }
+        }
+        if !finite(&self.embed) {
+            return wrong("the embedding");
+        }
+        if !gain(&self.norm) || !self.head.as_ref().is_none_or(finite) {
+            return wrong("the head");
+        }
+        Ok(())
     }
 
     /// The output head, `[vocab, hidden]`, whether it is tied to the embedding or not.

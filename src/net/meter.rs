@@ -4,8 +4,8 @@
 //! depth that its sender had received, so the growth of the Owner's clock over a stretch of work is the length of the
 //! longest chain of messages in it.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;

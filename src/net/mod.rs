@@ -79,7 +79,10 @@ impl Links {
     /// With a channel to each peer, whose ahead lanes hold `ahead_capacity` bytes.
     #[must_use]
     pub fn new(
-        role: Role, peers: impl IntoIterator<Item = (Role, Arc<dyn Channel>)>, timeout: Duration, ahead_capacity: usize,
+        role: Role,
+        peers: impl IntoIterator<Item = (Role, Arc<dyn Channel>)>,
+        timeout: Duration,
+        ahead_capacity: usize,
     ) -> Self {
         let mut table = [None, None, None];
         for (peer, channel) in peers {

@@ -136,7 +136,9 @@ impl NormPlan {
         within(self.window, 12, 16, "a norm's window")?;
         within(self.f_gain, 12, 26, "a norm's gain")?;
         match self.coarse {
-            Some(t) => within(t, 1, self.k - 4, "a norm's coarse sum").and(within(self.k + t, ring, ring, "a norm's ring")),
+            Some(t) => {
+                within(t, 1, self.k - 4, "a norm's coarse sum").and(within(self.k + t, ring, ring, "a norm's ring"))
+            }
             None => within(self.k, 0, ring, "a norm's ring"),
         }
     }
@@ -180,7 +182,12 @@ impl Plan {
     /// The first thing that is wrong.
     pub fn check(&self, c: &ModelConfig) -> Result<(), &'static str> {
         within(self.first_private, 0, c.num_layers, "the first private layer")?;
-        within(self.layers.len(), c.num_layers - self.first_private, c.num_layers - self.first_private, "the number of layers")?;
+        within(
+            self.layers.len(),
+            c.num_layers - self.first_private,
+            c.num_layers - self.first_private,
+            "the number of layers",
+        )?;
         within(self.max_positions, 1, c.max_positions, "the context")?;
         within(self.residual_k, 28, 40, "the residual stream's ring")?;
         for l in &self.layers {

@@ -4,6 +4,6 @@ pub mod cost;
 mod layer;
 mod ranges;
 
-pub use layer::{F, F_EXP, F_EXP_HI, F_EXP_LO, F_ROPE, FW};
 pub use layer::{AttentionPlan, HeadPlan, LayerPlan, MlpPlan, NormPlan, Plan};
-pub use ranges::{Bounds, LayerBounds, LayerRanges, MAX_TEMPERATURE, INPUT_LIMIT, Ranges, plan};
+pub use layer::{F, F_EXP, F_EXP_HI, F_EXP_LO, F_ROPE, FW};
+pub use ranges::{Bounds, INPUT_LIMIT, LayerBounds, LayerRanges, MAX_TEMPERATURE, Ranges, plan};

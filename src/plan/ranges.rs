@@ -145,7 +145,11 @@ impl Who<'_> {
 /// # Errors
 /// [`Error::Model`] naming the layer and the quantity that no ring can carry.
 pub fn plan(
-    config: &ModelConfig, first_private: usize, private_embedding: bool, bounds: &Bounds, ranges: &Ranges,
+    config: &ModelConfig,
+    first_private: usize,
+    private_embedding: bool,
+    bounds: &Bounds,
+    ranges: &Ranges,
 ) -> Result<Plan> {
     let n = config.hidden_size;
     let context = config.max_positions as f64;
@@ -210,7 +214,10 @@ fn proven_by_guard(sum: (f64, f64)) -> f64 {
 }
 
 fn attention(
-    who: &Who<'_>, config: &ModelConfig, b: &LayerBounds, r: &LayerRanges,
+    who: &Who<'_>,
+    config: &ModelConfig,
+    b: &LayerBounds,
+    r: &LayerRanges,
     (context, residual_k, f_gain): (f64, u32, u32),
 ) -> Result<AttentionPlan> {
     let score_proven = ring_for(b.score + 1.0, F).max(17);
@@ -282,7 +289,8 @@ fn mlp(who: &Who<'_>, b: &LayerBounds, r: &LayerRanges, residual_k: u32) -> Resu
     // The lowest row of the window belongs to the carry: the bound stays above it.
     let gate_proven = ring_for(b.gate * 1.05, F).max(16);
     let gate_k = ring_for(r.gate * MARGIN + 2.0, F).clamp(16, 21).min(gate_proven);
-    let gate_lo_bits = if gate_k <= 19 { 9 } else { gate_k - 10 };
+    // Rows an eighth wide where that takes at most 2^11 of them: the error of a line grows with the square.
+    let gate_lo_bits = if gate_k <= 20 { 9 } else { gate_k - 11 };
     // Both the product (in ring 64) and the down projection's output (12 bits less after its truncation) must fit.
     let product = ring_for(b.gate * b.up, F);
     let f_table = (64u32.saturating_sub(product)).min(52 - residual_k).min(20);

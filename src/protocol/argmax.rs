@@ -74,14 +74,21 @@ fn winner_rows(radix: usize) -> usize {
 /// [`Error::Shape`] for uneven tokens, a ring above 23 bits, more than `2^22` candidates or a radix not 2 to 8;
 /// [`Error::Peer`], [`Error::Reuse`].
 pub fn argmax(
-    s: &mut Session, scope: &Scope, x: &Masked, radix: usize,
+    s: &mut Session,
+    scope: &Scope,
+    x: &Masked,
+    radix: usize,
     between: &mut dyn FnMut(&mut Session) -> Result<()>,
 ) -> Result<Masked> {
     let tokens = x.rows().tokens();
     let n = (0..tokens).map(|t| x.rows().row(t).len()).max().unwrap_or(0);
     let even = (0..tokens).all(|t| [0, n].contains(&x.rows().row(t).len()));
     if !even || n == 0 || n > 1 << 22 || x.k() > 23 || !(2..=8).contains(&radix) {
-        return Err(Error::Shape { op: "argmax", lhs: x.facts(), rhs: format!("equal rows, at most 23 bits, radix {radix}") });
+        return Err(Error::Shape {
+            op: "argmax",
+            lhs: x.facts(),
+            rhs: format!("equal rows, at most 23 bits, radix {radix}"),
+        });
     }
     // Values and indices live in one ring, in which differences (one bit more than the values) are exact.
     let narrow = compare_bits(x.k());
@@ -117,7 +124,9 @@ fn fill(x: &Masked, n: usize, m: usize, with: u64) -> Masked {
     let tokens = x.rows().tokens();
     let rows = Rows::ragged((0..tokens).map(|t| x.rows().row(t).len() / n * m));
     let with = if x.side() == crate::share::Side::Value { with } else { 0 };
-    x.map(x.f(), rows, |v| v.chunks(n).flat_map(|c| c.iter().copied().chain(std::iter::repeat_n(with, m - n))).collect())
+    x.map(x.f(), rows, |v| {
+        v.chunks(n).flat_map(|c| c.iter().copied().chain(std::iter::repeat_n(with, m - n))).collect()
+    })
 }
 
 /// `[x_i < x_j]` for all `i < j` of each group, as one masked bit each.
@@ -151,13 +160,15 @@ fn winners(s: &mut Session, scope: &Scope, bits: &Masked, radix: usize, k: u32) 
         .chunks(pairs)
         .flat_map(|b| {
             (0..radix).map(move |i| {
-                (0..radix).filter(|&j| j != i).enumerate().fold(0u32, |code, (at, j)| {
-                    code | (b[pair(i.min(j), i.max(j))] as u32) << at
-                })
+                (0..radix)
+                    .filter(|&j| j != i)
+                    .enumerate()
+                    .fold(0u32, |code, (at, j)| code | (b[pair(i.min(j), i.max(j))] as u32) << at)
             })
         })
         .collect();
-    // Candidate i wins if x_j < x_i for j > i is false to be "x_i < x_j" = 0, and for j < i "x_j < x_i" = 1.
+    // Bit (i, j) says x_i < x_j for i < j. Candidate i wins if all its bits with j > i are 0 (ties go to the lower index) and
+    // all with j < i are 1.
     let wins: Vec<u32> = (0..radix).map(|i| (1u32 << i) - 1).collect();
     let scope = scope.at("winner");
     let q = Query { rows: &rows, n_rows, words: 1, k };

@@ -148,7 +148,16 @@ pub fn cost(x: usize, new: usize, z: usize, k: u32) -> Cost {
 }
 
 #[allow(clippy::too_many_arguments)] // a stretch of tokens against a stretch of the cache
-fn batch(op: &dyn CausalBilinear, x: &[u64], x_rows: &Rows, from: usize, to: usize, cache: &[u64], first: usize, width: usize) -> Vec<u64> {
+fn batch(
+    op: &dyn CausalBilinear,
+    x: &[u64],
+    x_rows: &Rows,
+    from: usize,
+    to: usize,
+    cache: &[u64],
+    first: usize,
+    width: usize,
+) -> Vec<u64> {
     let mut out = Vec::new();
     let base = x_rows.row(from).start;
     for t in from..to {
@@ -163,7 +172,12 @@ fn batch(op: &dyn CausalBilinear, x: &[u64], x_rows: &Rows, from: usize, to: usi
 /// # Errors
 /// [`Error::Shape`], [`Error::Peer`], [`Error::Reuse`].
 pub fn product_cached(
-    s: &mut Session, scope: &Scope, x: &Masked, new: &Masked, cache: &mut Cached, op: Arc<dyn CausalBilinear>,
+    s: &mut Session,
+    scope: &Scope,
+    x: &Masked,
+    new: &Masked,
+    cache: &mut Cached,
+    op: Arc<dyn CausalBilinear>,
 ) -> Result<Pending<'static, Masked>> {
     let (k, first, tokens, width) = (cache.k, cache.tokens, x.rows().tokens(), cache.width);
     let rows_fit = (0..tokens).all(|t| new.rows().row(t).len() == width);

@@ -27,7 +27,17 @@ use crate::share::{Masked, Rows};
 
 /// Numbers of states: lowest, middle, top chunk.
 fn states(chunks: usize) -> Vec<u32> {
-    (0..chunks).map(|j| if j == 0 { 2 } else if j + 1 == chunks { 4 } else { 3 }).collect()
+    (0..chunks)
+        .map(|j| {
+            if j == 0 {
+                2
+            } else if j + 1 == chunks {
+                4
+            } else {
+                3
+            }
+        })
+        .collect()
 }
 
 /// Rows of the final lookup, rounded up to whole bytes.
@@ -105,8 +115,7 @@ pub fn is_negative(s: &mut Session, scope: &Scope, x: &Masked, k: u32) -> Result
     let n = states(chunks);
     let (rows, own) = (x.rows(), side(s));
     let wide = Rows::ragged((0..rows.tokens()).map(|t| rows.row(t).len() * chunks));
-    let nibbles: Vec<u32> =
-        x.raw().iter().flat_map(|w| (0..chunks).map(move |j| (w >> (4 * j) & 15) as u32)).collect();
+    let nibbles: Vec<u32> = x.raw().iter().flat_map(|w| (0..chunks).map(move |j| (w >> (4 * j) & 15) as u32)).collect();
     let first = Query { rows: &wide, n_rows: 16, words: 1, k: 2 };
     let last = Query { rows, n_rows: rows_of(chunks), words: 1, k };
     let radix = |digits: &[u32]| digits.iter().zip(&n).rev().fold(0, |v, (d, n)| v * n + d);

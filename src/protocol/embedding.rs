@@ -111,7 +111,12 @@ fn fold_rows(a: &[u64], width: usize, query: &[u8], s: &[u64], m: u64) -> Vec<u6
 /// # Errors
 /// [`Error::Peer`], [`Error::Reuse`]; [`Error::Model`] at the Client for a token beyond the table.
 pub fn embed(
-    s: &mut Session, scope: &Scope, table: &TableShare, tokens: usize, k: u32, source: Option<&InputSource>,
+    s: &mut Session,
+    scope: &Scope,
+    table: &TableShare,
+    tokens: usize,
+    k: u32,
+    source: Option<&InputSource>,
 ) -> Result<Masked> {
     let (vocabulary, width) = table.dim;
     let rows = Rows::even(tokens, width);
@@ -140,7 +145,8 @@ pub fn embed(
             for (i, pass) in s.passes().iter().enumerate() {
                 let (range, n) = (rows.range(&pass.tokens), pass.tokens.len());
                 let (sm, pad, a) = (Arc::clone(&sm), Arc::clone(&pad), Arc::clone(a));
-                let (from, to) = (scope.address(pass.number, "embed.query"), scope.address(pass.number, "embed.helper"));
+                let (from, to) =
+                    (scope.address(pass.number, "embed.query"), scope.address(pass.number, "embed.helper"));
                 s.leave(
                     i,
                     Box::new(move |links| {

@@ -46,7 +46,11 @@ pub enum Counts {
 
 /// `[d != e]` for each hypothesis `e` of the holders: element-major counts in ring `k`.
 fn mismatch(
-    s: &mut Session, scope: &Scope, q: &Query<'_>, index: &[u32], hypotheses: Vec<Vec<u32>>,
+    s: &mut Session,
+    scope: &Scope,
+    q: &Query<'_>,
+    index: &[u32],
+    hypotheses: Vec<Vec<u32>>,
 ) -> Result<Pending<'static, Masked>> {
     let Query { rows, n_rows: n, words, k } = *q;
     let wide = Rows::ragged((0..rows.tokens()).map(|t| rows.row(t).len() * words));
@@ -102,7 +106,12 @@ pub fn cost(n: usize, k: u32, b: u32, count_bits: u32) -> crate::plan::cost::Cos
 /// # Errors
 /// [`crate::Error::Peer`], [`crate::Error::Reuse`], [`crate::Error::Shape`].
 pub fn guard(
-    s: &mut Session, scope: &Scope, x: &Masked, b: u32, signed: bool, count_bits: u32,
+    s: &mut Session,
+    scope: &Scope,
+    x: &Masked,
+    b: u32,
+    signed: bool,
+    count_bits: u32,
 ) -> Result<Option<Pending<'static, Counts>>> {
     let k = x.k();
     if k <= b {
@@ -134,7 +143,8 @@ pub fn guard(
         let (index, hypotheses) = if s.is_owner() {
             (x.raw().iter().map(|w| cut(w >> top)).collect::<Vec<_>>(), Vec::new())
         } else {
-            let minus = |c: u64| x.raw().iter().map(|w| cut(0u64.wrapping_sub(w >> top).wrapping_sub(c) & upper)).collect();
+            let minus =
+                |c: u64| x.raw().iter().map(|w| cut(0u64.wrapping_sub(w >> top).wrapping_sub(c) & upper)).collect();
             (Vec::new(), vec![minus(0), minus(1)])
         };
         let q = Query { rows: x.rows(), n_rows: 1 << bits, words: 2, k: count_bits };

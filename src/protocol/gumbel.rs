@@ -33,7 +33,9 @@ impl Gumbel {
             return x;
         }
         let (k, f, rows) = (x.k(), x.f(), x.rows().clone());
-        x.map(f, rows, |v| v.iter().map(|w| w.wrapping_add(fixed::encode(self.temperature * self.draw(), f, k))).collect())
+        x.map(f, rows, |v| {
+            v.iter().map(|w| w.wrapping_add(fixed::encode(self.temperature * self.draw(), f, k))).collect()
+        })
     }
 
     fn draw(&mut self) -> f64 {

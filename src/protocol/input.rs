@@ -35,7 +35,14 @@ pub fn cost(n: usize, k: u32) -> Cost {
 ///
 /// # Errors
 /// [`Error::Peer`], [`Error::Reuse`].
-pub fn input(s: &mut Session, scope: &Scope, rows: &Rows, k: u32, f: u32, source: Option<&InputSource>) -> Result<Masked> {
+pub fn input(
+    s: &mut Session,
+    scope: &Scope,
+    rows: &Rows,
+    k: u32,
+    f: u32,
+    source: Option<&InputSource>,
+) -> Result<Masked> {
     match s.role() {
         Role::Owner => online(s, scope, rows, k, f),
         Role::Client | Role::Helper => masks(s, scope, rows, k, f, source),

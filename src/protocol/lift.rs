@@ -55,12 +55,12 @@ fn masks(s: &mut Session, scope: &Scope, x: &Masked, m: u32) -> Result<Masked> {
     let row = |i: usize, t: u64| (t | x.raw()[i] >> (k - 1)).wrapping_sub(rw[i]) & g;
     if s.role() == Role::Client {
         let pick = s.words(Pair::OwnerClient, scope, "lift.pick", rows, 1)?;
-        let reply: Vec<u64> =
-            (0..rows.len()).map(|i| pad[i] ^ row(i, 0) ^ if pick[i] == 1 { row(i, 0) ^ row(i, 1) } else { 0 }).collect();
+        let reply: Vec<u64> = (0..rows.len())
+            .map(|i| pad[i] ^ row(i, 0) ^ if pick[i] == 1 { row(i, 0) ^ row(i, 1) } else { 0 })
+            .collect();
         s.send_ahead(scope, "lift.client", rows, 1, gap, &reply)?;
     } else {
-        let both: Arc<Vec<(u64, u64)>> =
-            Arc::new((0..rows.len()).map(|i| (pad[i], row(i, 0) ^ row(i, 1))).collect());
+        let both: Arc<Vec<(u64, u64)>> = Arc::new((0..rows.len()).map(|i| (pad[i], row(i, 0) ^ row(i, 1))).collect());
         for (i, pass) in s.passes().iter().enumerate() {
             let (range, both) = (rows.range(&pass.tokens), Arc::clone(&both));
             let (from, to) = (scope.address(pass.number, "lift.query"), scope.address(pass.number, "lift.helper"));
@@ -94,11 +94,8 @@ fn online(s: &mut Session, scope: &Scope, x: &Masked, m: u32) -> Result<Pending<
     Ok(Pending::new(move |s| {
         let c = s.recv_words(Role::Client, Lane::Ahead, &scope, "lift.client", rows.len(), gap)?;
         let h = s.recv_words(Role::Helper, Lane::Online, &scope, "lift.helper", rows.len(), gap)?;
-        let v = d
-            .iter()
-            .zip(c.iter().zip(&h))
-            .map(|(d, (c, h))| d.wrapping_sub(bias).wrapping_sub((c ^ h) << k))
-            .collect();
+        let v =
+            d.iter().zip(c.iter().zip(&h)).map(|(d, (c, h))| d.wrapping_sub(bias).wrapping_sub((c ^ h) << k)).collect();
         Ok(Masked::new(v, Side::Value, m, f, rows))
     }))
 }

@@ -48,11 +48,20 @@ impl Plain {
 
 #[derive(Clone)]
 enum Part {
-    Owner { w: Plain, bias: Option<Arc<[f32]>> },
-    Client { seed: PreparationSeed },
-    Helper { a: Arc<[u64]> },
+    Owner {
+        w: Plain,
+        bias: Option<Arc<[f32]>>,
+    },
+    Client {
+        seed: PreparationSeed,
+    },
+    Helper {
+        a: Arc<[u64]>,
+    },
     /// Known to all three: a public linear map, to which each side applies what it holds. Nothing is sent.
-    Public { w: Plain },
+    Public {
+        w: Plain,
+    },
 }
 
 /// One party's part of a prepared matrix, `outputs x inputs`, with `f` fraction bits.
@@ -89,7 +98,14 @@ impl OwnerMatrix {
             return Err(Error::Model(format!("{name}: a weight beyond 2^{} cannot be represented", 31 - f)));
         };
         let (outputs, inputs) = w.dim();
-        Ok(OwnerMatrix { id, outputs, inputs, diagonal: false, f, part: Part::Owner { w: plain, bias: bias.map(Into::into) } })
+        Ok(OwnerMatrix {
+            id,
+            outputs,
+            inputs,
+            diagonal: false,
+            f,
+            part: Part::Owner { w: plain, bias: bias.map(Into::into) },
+        })
     }
 
     /// The Client's part.
@@ -284,7 +300,13 @@ fn masks(s: &mut Session, scope: &Scope, x: &Masked, rows: Rows, w: &OwnerMatrix
 }
 
 fn online<'a>(
-    s: &mut Session, scope: &Scope, x: &Masked, rows: Rows, w: &'a OwnerMatrix, plain: &'a Plain, bias: Option<&'a [f32]>,
+    s: &mut Session,
+    scope: &Scope,
+    x: &Masked,
+    rows: Rows,
+    w: &'a OwnerMatrix,
+    plain: &'a Plain,
+    bias: Option<&'a [f32]>,
 ) -> Result<Pending<'a, Masked>> {
     let (k, f, n) = (x.k(), x.f() + w.f, rows.len());
     s.declare(cost(n, k));

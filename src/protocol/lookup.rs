@@ -107,7 +107,12 @@ pub(crate) fn masks(s: &mut Session, scope: &Scope, q: &Query<'_>, answer: Answe
 }
 
 /// Sends the query for `index` and returns what receives the words.
-pub(crate) fn online(s: &mut Session, scope: &Scope, q: &Query<'_>, index: &[u32]) -> Result<Pending<'static, Vec<u64>>> {
+pub(crate) fn online(
+    s: &mut Session,
+    scope: &Scope,
+    q: &Query<'_>,
+    index: &[u32],
+) -> Result<Pending<'static, Vec<u64>>> {
     s.declare(cost(q.rows.len(), q.n_rows, q.words, q.k));
     let bytes = q.n_rows / 8;
     let mut query = s.bytes_each(Pair::OwnerClient, scope, "lookup.pick", q.rows, bytes)?;
@@ -137,7 +142,12 @@ fn check(digits: &Digits, rows: usize) -> Result<()> {
 /// # Errors
 /// [`Error::Shape`] for a digit that does not index the tables; [`Error::Peer`], [`Error::Reuse`].
 pub fn words(
-    s: &mut Session, scope: &Scope, digits: &Digits, tables: &[Table], f: &[u32], k: u32,
+    s: &mut Session,
+    scope: &Scope,
+    digits: &Digits,
+    tables: &[Table],
+    f: &[u32],
+    k: u32,
 ) -> Result<Pending<'static, Vec<Masked>>> {
     let n = tables.first().map_or(0, Table::rows);
     check(digits, n)?;
@@ -167,7 +177,11 @@ pub fn words(
 
 /// Splits element-major words into one masked value per column.
 fn columns(
-    raw: Pending<'static, Vec<u64>>, side: Side, rows: Rows, k: u32, f: Vec<u32>,
+    raw: Pending<'static, Vec<u64>>,
+    side: Side,
+    rows: Rows,
+    k: u32,
+    f: Vec<u32>,
 ) -> Pending<'static, Vec<Masked>> {
     raw.then(move |raw| {
         let w = f.len();
@@ -209,9 +223,7 @@ impl Indicator {
             let (lhs, rhs) = (format!("{} columns", steps.len()), "at most 63".into());
             return Err(Error::Shape { op: "indicator table", lhs, rhs });
         }
-        let bits = (0..entries)
-            .map(|i| (0..steps.len()).fold(PARITY, |w, j| w | u64::from(test(i, j)) << j))
-            .collect();
+        let bits = (0..entries).map(|i| (0..steps.len()).fold(PARITY, |w, j| w | u64::from(test(i, j)) << j)).collect();
         Ok(Indicator { bits, steps: steps.into() })
     }
 }
@@ -234,7 +246,12 @@ pub(crate) fn expand_bits(x: u64, parity: bool, steps: &[u64], rout: &[u64], m: 
 /// # Errors
 /// [`Error::Shape`] for a digit that does not index the table; [`Error::Peer`], [`Error::Reuse`].
 pub fn indicator(
-    s: &mut Session, scope: &Scope, digits: &Digits, table: &Indicator, f: u32, k: u32,
+    s: &mut Session,
+    scope: &Scope,
+    digits: &Digits,
+    table: &Indicator,
+    f: u32,
+    k: u32,
 ) -> Result<Pending<'static, Masked>> {
     let n = table.bits.len() / 2;
     check(digits, n)?;

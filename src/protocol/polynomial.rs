@@ -79,7 +79,10 @@ fn times(values: &[&[u64]], m: &[usize], i: usize) -> u64 {
 /// # Errors
 /// [`Error::Shape`] unless layouts agree and every monomial has the same total of fraction bits; [`Error::Peer`].
 pub fn polynomial(
-    s: &mut Session, scope: &Scope, operands: &[&Masked], monomials: &[&[usize]],
+    s: &mut Session,
+    scope: &Scope,
+    operands: &[&Masked],
+    monomials: &[&[usize]],
 ) -> Result<Pending<'static, Masked>> {
     let (Some(first), Some(m0)) = (operands.first(), monomials.first()) else {
         return Err(Error::Internal("an empty polynomial".into()));

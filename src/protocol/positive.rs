@@ -9,11 +9,11 @@
 
 use std::sync::Arc;
 
+use super::Pending;
 use super::lookup::{self, Table};
 use super::polynomial::polynomial;
 use super::product::{Elementwise, product};
 use super::window::Digits;
-use super::Pending;
 use crate::approx::PositiveTable;
 use crate::error::Result;
 use crate::plan::cost::Cost;
@@ -45,7 +45,8 @@ impl Positive {
     /// What it costs for `n` values, with or without counting faults.
     #[must_use]
     pub fn cost(&self, n: usize, count_bits: Option<u32>) -> Cost {
-        let lookups = lookup::cost(n, 1 << self.table.window, 3, 64).beside(lookup::cost(n, 1 << self.table.window2, 3, 64));
+        let lookups =
+            lookup::cost(n, 1 << self.table.window, 3, 64).beside(lookup::cost(n, 1 << self.table.window2, 3, 64));
         let mut rest = super::polynomial::cost(n, super::polynomial::cofactors(&MONOMIALS), 64);
         if let Some(k) = count_bits {
             rest = rest.beside(super::product::cost(n, n, n, k));

@@ -114,7 +114,11 @@ pub fn cost(x: usize, y: usize, z: usize, k: u32) -> Cost {
 /// # Errors
 /// [`Error::Shape`], [`Error::Peer`], [`Error::Reuse`].
 pub fn product(
-    s: &mut Session, scope: &Scope, x: &Masked, y: &Masked, op: Arc<dyn Bilinear>,
+    s: &mut Session,
+    scope: &Scope,
+    x: &Masked,
+    y: &Masked,
+    op: Arc<dyn Bilinear>,
 ) -> Result<Pending<'static, Masked>> {
     let k = x.k().min(y.k());
     let (x, y) = (x.narrow(k)?, y.narrow(k)?);
@@ -126,7 +130,13 @@ pub fn product(
 }
 
 fn masks(
-    s: &mut Session, scope: &Scope, x: Masked, y: Masked, op: Arc<dyn Bilinear>, out: Rows, k: u32,
+    s: &mut Session,
+    scope: &Scope,
+    x: Masked,
+    y: Masked,
+    op: Arc<dyn Bilinear>,
+    out: Rows,
+    k: u32,
 ) -> Result<Masked> {
     let rz = s.words(Pair::ClientHelper, scope, "product.rz", &out, k)?;
     let rho = s.words(Pair::ClientHelper, scope, "product.rho", &out, k)?;
@@ -146,7 +156,8 @@ fn masks(
         for (i, pass) in s.passes().iter().enumerate() {
             let [rx, ry, rz] = [x.rows(), y.rows(), &out].map(|r| r.range(&pass.tokens));
             let (x, y, rho, op) = (Arc::clone(&x), Arc::clone(&y), Arc::clone(&rho), Arc::clone(&op));
-            let (from, to) = (scope.address(pass.number, "product.shares"), scope.address(pass.number, "product.helper"));
+            let (from, to) =
+                (scope.address(pass.number, "product.shares"), scope.address(pass.number, "product.helper"));
             s.leave(
                 i,
                 Box::new(move |links| {
@@ -172,7 +183,13 @@ fn local_helper(op: &dyn Bilinear, x2: &[u64], y2: &[u64], rx: &[u64], ry: &[u64
 }
 
 fn online(
-    s: &mut Session, scope: &Scope, x: &Masked, y: &Masked, op: &dyn Bilinear, out: Rows, k: u32,
+    s: &mut Session,
+    scope: &Scope,
+    x: &Masked,
+    y: &Masked,
+    op: &dyn Bilinear,
+    out: Rows,
+    k: u32,
 ) -> Result<Pending<'static, Masked>> {
     s.declare(cost(x.raw().len(), y.raw().len(), out.len(), k));
     let m = ring::mask(k);
@@ -186,7 +203,13 @@ fn online(
 
 /// The Owner's second half of every product-like operation: its own term plus what the two others sent.
 pub(crate) fn receive(
-    scope: &Scope, client: &'static str, helper: &'static str, mut own: Vec<u64>, k: u32, f: u32, out: Rows,
+    scope: &Scope,
+    client: &'static str,
+    helper: &'static str,
+    mut own: Vec<u64>,
+    k: u32,
+    f: u32,
+    out: Rows,
 ) -> Pending<'static, Masked> {
     let scope = scope.clone();
     Pending::new(move |s| {

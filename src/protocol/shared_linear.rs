@@ -69,8 +69,14 @@ impl SharedMatrix {
     /// [`Error::Shape`] for a missing or different matrix; [`Error::Peer`], [`Error::Reuse`].
     #[allow(clippy::too_many_arguments)] // the public facts of a matrix
     pub fn share(
-        s: &mut Session, scope: &Scope, from: Role, w: Option<ArrayView2<'_, u64>>, outputs: usize, inputs: usize,
-        k: u32, f: u32,
+        s: &mut Session,
+        scope: &Scope,
+        from: Role,
+        w: Option<ArrayView2<'_, u64>>,
+        outputs: usize,
+        inputs: usize,
+        k: u32,
+        f: u32,
     ) -> Result<Self> {
         let wrong = |lhs: String| Error::Shape { op: "share a matrix", lhs, rhs: format!("{outputs} x {inputs}") };
         let n = outputs.checked_mul(inputs).filter(|n| n.checked_mul(64).is_some() && (1..=64).contains(&k));

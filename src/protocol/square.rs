@@ -41,10 +41,22 @@ pub struct Lifted {
 
 #[derive(Clone)]
 enum Part {
-    Owner { d: Arc<Vec<u64>>, t: Arc<Vec<u64>> },
-    Client { signed: Arc<Vec<u64>>, s: Arc<Vec<u64>>, d1: Arc<Vec<u64>>, t1: Arc<Vec<u64>> },
+    Owner {
+        d: Arc<Vec<u64>>,
+        t: Arc<Vec<u64>>,
+    },
+    Client {
+        signed: Arc<Vec<u64>>,
+        s: Arc<Vec<u64>>,
+        d1: Arc<Vec<u64>>,
+        t1: Arc<Vec<u64>>,
+    },
     /// `(D2, t2)` come in the online thread, a pass at a time.
-    Helper { signed: Arc<Vec<u64>>, s: Arc<Vec<u64>>, shares: Arc<Mutex<Received>> },
+    Helper {
+        signed: Arc<Vec<u64>>,
+        s: Arc<Vec<u64>>,
+        shares: Arc<Mutex<Received>>,
+    },
 }
 
 type Received = std::collections::HashMap<u64, (Vec<u64>, Vec<u64>)>;
@@ -79,7 +91,10 @@ fn holder(x: &Masked) -> (Vec<u64>, Vec<u64>) {
 /// # Errors
 /// [`Error::Shape`] for a ring above 61 bits or a group that does not divide; [`Error::Peer`], [`Error::Reuse`].
 pub fn square_sum(
-    s: &mut Session, scope: &Scope, x: &Masked, group: usize,
+    s: &mut Session,
+    scope: &Scope,
+    x: &Masked,
+    group: usize,
 ) -> Result<(Pending<'static, Masked>, Lifted)> {
     let (k, rows, tokens) = (x.k(), x.rows(), x.rows().tokens());
     if !(3..=61).contains(&k) || group == 0 || (0..tokens).any(|t| rows.row(t).len() % group != 0) {
@@ -143,7 +158,11 @@ pub fn square_sum(
                     let (b, c) = rest.split_at(lens[1]);
                     let parse = |bytes: &[u8], bits| {
                         pack::unpack(bytes, n, bits).ok_or_else(|| {
-                            crate::net::blame(Role::Owner, &from, crate::error::PeerFault::Malformed("padding bits set"))
+                            crate::net::blame(
+                                Role::Owner,
+                                &from,
+                                crate::error::PeerFault::Malformed("padding bits set"),
+                            )
                         })
                     };
                     let (d2, t2, td2) = (parse(a, 64)?, parse(b, kt)?, parse(c, ktd)?);
@@ -259,7 +278,15 @@ pub fn scale(s: &mut Session, scope: &Scope, x: Lifted, g: &Masked) -> Result<Pe
 /// `D r_g + R d_g - 2^k s (t d_g) - 2^k s t r_g` for one party's shares of `D`, `t`, `d_g`, `t d_g`.
 #[allow(clippy::too_many_arguments)] // the terms of one formula
 fn local_scale(
-    k: u32, width: usize, r: &[u64], s: &[u64], d: &[u64], t: &[u64], dg: &[u64], tg: &[u64], rg: &[u64],
+    k: u32,
+    width: usize,
+    r: &[u64],
+    s: &[u64],
+    d: &[u64],
+    t: &[u64],
+    dg: &[u64],
+    tg: &[u64],
+    rg: &[u64],
 ) -> Vec<u64> {
     (0..r.len())
         .map(|i| {

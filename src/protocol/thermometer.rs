@@ -55,7 +55,13 @@ pub struct Reference {
 /// # Errors
 /// [`Error::Shape`], [`Error::Peer`], [`Error::Reuse`].
 pub fn reference(
-    s: &mut Session, scope: &Scope, scores: &Masked, lengths: &[usize], c: u32, t: &Thermometer, count_bits: u32,
+    s: &mut Session,
+    scope: &Scope,
+    scores: &Masked,
+    lengths: &[usize],
+    c: u32,
+    t: &Thermometer,
+    count_bits: u32,
 ) -> Result<Reference> {
     let (k, rows, tokens) = (scores.k(), scores.rows(), scores.rows().tokens());
     let fits = lengths.len() == tokens
@@ -100,9 +106,7 @@ pub fn reference(
     let m = steps.finish(s)?.sum_groups(t.n - 1)?.offset((t.base << t.step_bits) as u64);
     let ends = ends.finish(s)?;
     // A group is at fault if nothing reaches the lowest threshold, or something the highest.
-    let faults = ends
-        .map(0, groups.clone(), |v| v.chunks(2).map(|e| e[1].wrapping_sub(e[0])).collect())
-        .offset(1);
+    let faults = ends.map(0, groups.clone(), |v| v.chunks(2).map(|e| e[1].wrapping_sub(e[0])).collect()).offset(1);
     Ok(Reference { m, faults })
 }
 
@@ -122,4 +126,3 @@ pub fn subtract(scores: &Masked, m: &Masked, lengths: &[usize]) -> Result<Masked
     });
     scores.sub(&spread)
 }
-

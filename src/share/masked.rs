@@ -130,7 +130,13 @@ impl Masked {
     /// Shape, ring and fraction bits, for errors.
     #[must_use]
     pub fn facts(&self) -> String {
-        format!("{} elements over {} tokens in Z_2^{} with {} fraction bits", self.v.len(), self.rows.tokens(), self.k, self.f)
+        format!(
+            "{} elements over {} tokens in Z_2^{} with {} fraction bits",
+            self.v.len(),
+            self.rows.tokens(),
+            self.k,
+            self.f
+        )
     }
 
     fn mismatch(&self, op: &'static str, other: &Masked) -> Error {

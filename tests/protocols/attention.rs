@@ -40,7 +40,8 @@ struct Attention {
 
 impl Attention {
     fn new(r: &mut Random, positions: usize) -> Attention {
-        let (q, k, v) = (r.words(positions * HEADS * DIM, K), r.words(positions * WIDTH, K), r.words(positions * WIDTH, K));
+        let (q, k, v) =
+            (r.words(positions * HEADS * DIM, K), r.words(positions * WIDTH, K), r.words(positions * WIDTH, K));
         Attention { q, k, v, p: (0..positions).map(|i| r.words(HEADS * (i + 1), K)).collect() }
     }
 
@@ -48,15 +49,15 @@ impl Attention {
     fn run(&self, world: &trefoil::world::World, step: &Step<'_>, keys: &Caches, values: &Caches) -> Ran {
         let tokens: usize = step.passes.iter().sum();
         let at = step.from..step.from + tokens;
-        let even = |v: &[u64], n: usize| {
-            Given::even(&v[at.start * n..at.end * n], step.passes, K, 3).starting_at(step.first)
-        };
+        let even =
+            |v: &[u64], n: usize| Given::even(&v[at.start * n..at.end * n], step.passes, K, 3).starting_at(step.first);
         let (q, k, v) = (even(&self.q, HEADS * DIM), even(&self.k, WIDTH), even(&self.v, WIDTH));
         let widths: Vec<usize> = at.clone().map(|i| HEADS * (i + 1)).collect();
         let p = Given::ragged(&self.p[at.clone()].concat(), step.passes, &widths, K, 3).starting_at(step.first);
         run_in(world, step.first, step.passes, |s| {
             let (q, k, p, v) = (q.share(s, "q")?, k.share(s, "k")?, p.share(s, "p")?, v.share(s, "v")?);
-            let (mut keys, mut values) = (keys[s.role().index()].lock().unwrap(), values[s.role().index()].lock().unwrap());
+            let (mut keys, mut values) =
+                (keys[s.role().index()].lock().unwrap(), values[s.role().index()].lock().unwrap());
             let (keys, values) = (keys.as_mut().unwrap(), values.as_mut().unwrap());
             let scores = Arc::new(Scores { heads: HEADS, kv_heads: KV_HEADS, dim: DIM });
             let context = Arc::new(Context { heads: HEADS, kv_heads: KV_HEADS, dim: DIM });
@@ -76,7 +77,10 @@ impl Attention {
         for h in 0..HEADS {
             for j in 0..=at {
                 let q = &self.q[(at * HEADS + h) * DIM..][..DIM];
-                let dot = q.iter().enumerate().fold(0u64, |a, (i, q)| a.wrapping_add(q.wrapping_mul(self.key(&self.k, j, h, i))));
+                let dot = q
+                    .iter()
+                    .enumerate()
+                    .fold(0u64, |a, (i, q)| a.wrapping_add(q.wrapping_mul(self.key(&self.k, j, h, i))));
                 qk.push(dot & m);
             }
             for i in 0..DIM {
@@ -148,7 +152,9 @@ fn scores(r: &mut Random, lengths: &[usize], k: u32, t: &Thermometer) -> Vec<u64
             }
             .clamp(floor, top - 1);
             let at = r.below(n);
-            out.extend((0..n).map(|i| if i == at { max } else { floor + (r.word() % (max - floor + 1) as u64) as i64 }));
+            out.extend(
+                (0..n).map(|i| if i == at { max } else { floor + (r.word() % (max - floor + 1) as u64) as i64 }),
+            );
         }
     }
     out.into_iter().map(|v| v as u64 & ring::mask(k)).collect()

@@ -125,8 +125,11 @@ fn noise_is_added_by_the_owner_only_and_within_its_clip() {
     });
     assert_eq!(ran.values[1], x, "no noise at temperature 0");
     assert_cost("gumbel", &ran, &[&given], Default::default());
-    let noise: Vec<f64> =
-        ran.values[0].iter().zip(&x).map(|(y, x)| ring::fixed::decode(y.wrapping_sub(*x), f, k) / temperature).collect();
+    let noise: Vec<f64> = ran.values[0]
+        .iter()
+        .zip(&x)
+        .map(|(y, x)| ring::fixed::decode(y.wrapping_sub(*x), f, k) / temperature)
+        .collect();
     assert!(noise.iter().all(|g| (-CLIP.ln() - 0.01..=CLIP + 0.01).contains(g)));
     let mean = noise.iter().sum::<f64>() / n as f64;
     assert!((mean - 0.577_215_66).abs() < 0.05, "mean {mean} is Euler's constant");

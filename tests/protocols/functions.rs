@@ -18,7 +18,8 @@ fn exponentials() {
         let tables = exp_tables(width, f, low, lo_bits, hi_bits, 4.0);
         let mut r = Random(u64::from(width));
         let (from, to) = [tables.min_x, 4.0].map(|v| (v * f64::from(1 << f)) as i64).into();
-        let values: Vec<i64> = (0..20_000).map(|i| from + i64::from(i > 0) * (r.word() % (to - from) as u64) as i64).collect();
+        let values: Vec<i64> =
+            (0..20_000).map(|i| from + i64::from(i > 0) * (r.word() % (to - from) as u64) as i64).collect();
         // The window ends shortly above the top, so the lowest values wrap around the sign.
         let x: Vec<u64> = values.iter().map(|&v| v as u64 & ring::mask(width)).collect();
         let (given, e) = (Given::even(&x, &[1], width, f), Exp::new(&tables, k, f_out));
@@ -37,7 +38,12 @@ fn exponentials() {
             let bound = want * tables.max_rel_error + lo_error + hi_error + (-f64::from(f_out)).exp2();
             assert!((got - want).abs() <= 1.01 * bound, "e^{x} gave {got} for {want}");
         }
-        assert_cost(&format!("exp, window {low} + {lo_bits} + {hi_bits}, 20000 values"), &ran, &[&given], e.cost(x.len()));
+        assert_cost(
+            &format!("exp, window {low} + {lo_bits} + {hi_bits}, 20000 values"),
+            &ran,
+            &[&given],
+            e.cost(x.len()),
+        );
     }
 }
 

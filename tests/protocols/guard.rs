@@ -46,7 +46,12 @@ fn accepts_the_inner_range_and_nothing_beyond_the_range() {
                 })
             });
             assert_eq!(ran.values.len(), if k - b + 4 <= 8 { 1 } else { 2 });
-            assert_cost(&format!("guard of {b} in {k} bits, {} values", x.len()), &ran, &[&given], cost(x.len(), k, b, 16));
+            assert_cost(
+                &format!("guard of {b} in {k} bits, {} values", x.len()),
+                &ran,
+                &[&given],
+                cost(x.len(), k, b, 16),
+            );
             let (low, half) = (1i128 << (b - 4), 1i128 << (b - 1));
             let (range, inner) =
                 if signed { (-half..half, -half + low..half - low) } else { (-low..2 * half, 0..2 * half - low) };
@@ -99,7 +104,8 @@ fn flags_name_layer_and_quantity() {
         .map(|(q, &(k, b, signed, width))| {
             let mut x: Vec<u64> = Vec::new();
             for t in 0..tokens {
-                let fine = r.signed(width, b - 1, k).into_iter().map(|v| if signed { v } else { v & ring::mask(b - 1) });
+                let fine =
+                    r.signed(width, b - 1, k).into_iter().map(|v| if signed { v } else { v & ring::mask(b - 1) });
                 x.extend(fine);
                 if BAD[pass_of[t]] == Some(q) {
                     let at = x.len() - 1 - r.below(width);

@@ -5,7 +5,7 @@ use std::sync::mpsc::channel;
 use proptest::prelude::*;
 use trefoil::party::Role;
 use trefoil::plan::cost::Cost;
-use trefoil::protocol::{input, lift::lift, lift, open, truncate::truncate, window::Window};
+use trefoil::protocol::{input, lift, lift::lift, open, truncate::truncate, window::Window};
 use trefoil::ring;
 use trefoil::session::Scope;
 use trefoil::{Error, share::Masked};

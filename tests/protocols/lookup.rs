@@ -103,7 +103,12 @@ fn costs_and_refusals() {
         let table = Indicator::cyclic(64, &[1; 31], |i, j| i > j)?;
         Ok(vec![lookup::indicator(s, &Scope::new("t"), &digits, &table, 0, 11)?.finish(s)?])
     });
-    assert_cost("indicator of 64 rows, 31 columns of 11 bits, 999 elements", &ran, &[&given], lookup::cost(999, 64, 31, 11));
+    assert_cost(
+        "indicator of 64 rows, 31 columns of 11 bits, 999 elements",
+        &ran,
+        &[&given],
+        lookup::cost(999, 64, 31, 11),
+    );
 
     let given = Given::even(&x, &[1], 20, 0);
     run(&[1], |s| {
@@ -111,7 +116,8 @@ fn costs_and_refusals() {
         let digits = Digits::cut(&x, 0, 7)?;
         let refused = lookup::words(s, &Scope::new("t"), &digits, &[Table::cyclic(&entries)], &[0], 20);
         assert!(matches!(refused, Err(Error::Shape { .. })), "7 bits do not index 256 rows");
-        let refused = lookup::words(s, &Scope::new("t"), &Digits::cut(&x, 0, 2)?, &[Table::cyclic(&entries[..4])], &[0], 20);
+        let refused =
+            lookup::words(s, &Scope::new("t"), &Digits::cut(&x, 0, 2)?, &[Table::cyclic(&entries[..4])], &[0], 20);
         assert!(matches!(refused, Err(Error::Shape { .. })), "a query has whole bytes");
         assert!(matches!(Digits::cut(&x, 13, 8), Err(Error::Shape { .. })), "a digit ends with its ring");
         assert!(Indicator::cyclic(8, &[1; 64], |_, _| true).is_err());

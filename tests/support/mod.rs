@@ -77,7 +77,14 @@ impl Given {
             (token, at) = (token + n, at + len);
         }
         assert_eq!(at, values.len());
-        Given { source: embedding::source(receive), first: FIRST, passes: passes.to_vec(), widths: widths.to_vec(), k, f }
+        Given {
+            source: embedding::source(receive),
+            first: FIRST,
+            passes: passes.to_vec(),
+            widths: widths.to_vec(),
+            k,
+            f,
+        }
     }
 
     /// For a run whose first pass has another number.
@@ -149,7 +156,10 @@ pub fn run(passes: &[usize], program: impl Fn(&mut Session) -> Result<Vec<Masked
 /// Runs `program` at all parties, reveals its results with either holder's masks, and asserts that every directed link
 /// carried exactly what the Owner's walk declared: bytes and messages of both lanes.
 pub fn run_in(
-    world: &World, first: u64, passes: &[usize], program: impl Fn(&mut Session) -> Result<Vec<Masked>> + Sync,
+    world: &World,
+    first: u64,
+    passes: &[usize],
+    program: impl Fn(&mut Session) -> Result<Vec<Masked>> + Sync,
 ) -> Ran {
     let before = totals(world);
     let out = world.run(first, passes, |s| Ok((program(s)?, s.declared()))).unwrap();
@@ -180,7 +190,14 @@ pub fn run_in(
         })
         .collect();
     let depth = Role::ALL.map(|r| world.meter(r).depth()).into_iter().max().unwrap();
-    Ran { values, k: client.iter().map(Masked::k).collect(), f: client.iter().map(Masked::f).collect(), declared, depth, sent }
+    Ran {
+        values,
+        k: client.iter().map(Masked::k).collect(),
+        f: client.iter().map(Masked::f).collect(),
+        declared,
+        depth,
+        sent,
+    }
 }
 
 /// Asserts that a run of ONE pass, whose inputs were one message each and given side by side, cost what the operation's

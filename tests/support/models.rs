@@ -39,7 +39,13 @@ pub fn greedy(local: &mut Local, prompt: &[u32], max_new: usize) -> Result<Gener
 }
 
 /// One request in a session of its own, and what the check says.
-pub fn once(w: &Weights, text: Option<Vec<u32>>, o: LocalOptions, prompt: &[u32], max_new: usize) -> Result<(Generation, Check)> {
+pub fn once(
+    w: &Weights,
+    text: Option<Vec<u32>>,
+    o: LocalOptions,
+    prompt: &[u32],
+    max_new: usize,
+) -> Result<(Generation, Check)> {
     let mut local = Local::start(w.clone(), text, o)?;
     match greedy(&mut local, prompt, max_new) {
         Ok(g) => {

@@ -12,6 +12,7 @@ use crate::approx::{PositiveTable, exp_tables};
 use crate::error::Result;
 use crate::model::prepare::PreparedLayer;
 use crate::plan::{AttentionPlan, F, F_ROPE, FW};
+use crate::protocol::Pending;
 use crate::protocol::cached::{Cached, Context as PV, Scores, product_cached};
 use crate::protocol::exp::{Exp, exp};
 use crate::protocol::guard::guard;
@@ -21,7 +22,6 @@ use crate::protocol::positive::{self, Positive};
 use crate::protocol::product::{Scale, product};
 use crate::protocol::thermometer::{self, Thermometer, counter_bits};
 use crate::protocol::truncate::truncate;
-use crate::protocol::Pending;
 use crate::session::{Scope, Session};
 use crate::share::{Masked, Rows};
 
@@ -88,8 +88,15 @@ fn to_ring(s: &mut Session, scope: &Scope, x: &Masked, k: u32) -> Result<Pending
 
 #[allow(clippy::too_many_arguments)] // the cache's two halves are borrowed apart from the model
 pub(super) fn attention(
-    c: &mut Context<'_>, x: &Masked, parts: &PreparedLayer, p: &AttentionPlan, t: &AttentionTables, frequencies: &[f64],
-    first: usize, keys: &mut Cached, values: &mut Cached,
+    c: &mut Context<'_>,
+    x: &Masked,
+    parts: &PreparedLayer,
+    p: &AttentionPlan,
+    t: &AttentionTables,
+    frequencies: &[f64],
+    first: usize,
+    keys: &mut Cached,
+    values: &mut Cached,
 ) -> Result<Masked> {
     let scope = c.scope.at("attn");
     let (heads, kv_heads, dim) = (c.config.num_heads, c.config.num_kv_heads, c.config.head_dim);

@@ -13,7 +13,13 @@ use crate::protocol::{last_tokens, open};
 use crate::session::{Scope, Session};
 use crate::share::Masked;
 
-pub(super) fn head(m: &SecureModel, s: &mut Session, h: &Masked, mut flags: RangeFlags, o: PassOptions<'_>) -> Result<()> {
+pub(super) fn head(
+    m: &SecureModel,
+    s: &mut Session,
+    h: &Masked,
+    mut flags: RangeFlags,
+    o: PassOptions<'_>,
+) -> Result<()> {
     let (scope, p) = (Scope::new("head"), &m.plan.head);
     let h = last_tokens(s, h);
     let x = {
@@ -22,7 +28,8 @@ pub(super) fn head(m: &SecureModel, s: &mut Session, h: &Masked, mut flags: Rang
     };
     let logits = owner_linear(s, &scope.at("lm_head"), &x, &m.parts.head)?;
     if o.open_logits {
-        // Fresh from the linear layer, hence fit to be opened; the truncated ones below are not.
+        // Before the truncation below, which would show its carry. (Of a public head, what is opened determines the final
+        // hidden state: one more reason why opening logits is an option with a name.)
         open::open(s, &scope.at("logits"), &logits, o.ports.and_then(|p| p.logits.as_ref()))?;
     }
     let logits = truncate(&logits, F + FW - p.f_logit)?.narrow(p.logit_k)?;

@@ -6,12 +6,12 @@ use crate::error::Result;
 use crate::model::prepare::PreparedLayer;
 use crate::plan::{F, FW, MlpPlan};
 use crate::protocol::guard::guard;
+use crate::protocol::lift::lift;
 use crate::protocol::linear::owner_linear;
 use crate::protocol::lookup::{self, Table};
 use crate::protocol::polynomial::polynomial;
 use crate::protocol::truncate::truncate;
 use crate::protocol::window::Window;
-use crate::protocol::lift::lift;
 use crate::ring::fixed;
 use crate::share::{Masked, Rows};
 
@@ -25,21 +25,24 @@ impl MlpTables {
     pub(super) fn new(p: &MlpPlan) -> Self {
         let hi_bits = p.gate_k - p.gate_lo_bits;
         let t = SignedTable::activation(Activation::Silu, p.gate_k, F, 0, p.gate_lo_bits, hi_bits);
-        let column = |v: &[f64]| {
-            Table::cyclic(&v.iter().map(|&v| fixed::encode(v, p.f_table, 64)).collect::<Vec<_>>())
-        };
+        let column = |v: &[f64]| Table::cyclic(&v.iter().map(|&v| fixed::encode(v, p.f_table, 64)).collect::<Vec<_>>());
         MlpTables { columns: [column(&t.a), column(&t.b)], hi_bits }
     }
 }
 
-pub(super) fn mlp(c: &mut Context<'_>, x: &Masked, parts: &PreparedLayer, p: &MlpPlan, t: &MlpTables) -> Result<Masked> {
+pub(super) fn mlp(
+    c: &mut Context<'_>,
+    x: &Masked,
+    parts: &PreparedLayer,
+    p: &MlpPlan,
+    t: &MlpTables,
+) -> Result<Masked> {
     let scope = c.scope.at("mlp");
     let m = c.config.intermediate_size;
     let both = truncate(&owner_linear(c.s, &scope.at("gate_up"), x, &parts.gate_up)?, FW)?;
     let tokens = both.rows().tokens();
-    let half = |j: usize| {
-        both.map(F, Rows::even(tokens, m), |v| v.chunks(m).skip(j).step_by(2).flatten().copied().collect())
-    };
+    let half =
+        |j: usize| both.map(F, Rows::even(tokens, m), |v| v.chunks(m).skip(j).step_by(2).flatten().copied().collect());
     let (gate, up) = (half(0).narrow(p.gate_proven)?, half(1));
     let count_bits = c.flags.count_bits();
     let g = guard(c.s, &scope.at("guard"), &gate, p.gate_k, true, count_bits)?;

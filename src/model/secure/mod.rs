@@ -172,7 +172,12 @@ impl SecureModel {
     /// # Errors
     /// [`crate::Error::Peer`], [`crate::Error::Reuse`], [`crate::Error::Shape`].
     pub fn layer(
-        &self, s: &mut Session, index: usize, h: Masked, cache: &mut KvCache, flags: &mut RangeFlags,
+        &self,
+        s: &mut Session,
+        index: usize,
+        h: Masked,
+        cache: &mut KvCache,
+        flags: &mut RangeFlags,
     ) -> Result<Masked> {
         let (plan, tables, parts) = (&self.plan.layers[index], &self.layers[index], &self.parts.layers[index]);
         let layer = self.plan.first_private + index;
@@ -183,7 +188,15 @@ impl SecureModel {
         let first = cache.positions;
         let (keys, values) = &mut cache.layers[index];
         let a = attention::attention(
-            &mut ctx, &x, parts, &plan.attention, &tables.attention, &self.frequencies, first, keys, values,
+            &mut ctx,
+            &x,
+            parts,
+            &plan.attention,
+            &tables.attention,
+            &self.frequencies,
+            first,
+            keys,
+            values,
         )?;
         let h = h.add(&a.narrow(self.plan.residual_k)?)?;
         let x = tables.post_norm.apply(&mut ctx, "norm2", "sum of squares before the MLP", &h, &plan.post_norm)?;

@@ -26,7 +26,14 @@ impl Norm {
     }
 
     /// `h / rms(h)` of every group of `n` elements, in ring `64 - f_gain` with `F` fraction bits.
-    pub(super) fn apply(&self, c: &mut Context<'_>, name: &str, quantity: &'static str, h: &Masked, p: &NormPlan) -> Result<Masked> {
+    pub(super) fn apply(
+        &self,
+        c: &mut Context<'_>,
+        name: &str,
+        quantity: &'static str,
+        h: &Masked,
+        p: &NormPlan,
+    ) -> Result<Masked> {
         let scope = c.scope.at(name);
         let count_bits = c.flags.count_bits();
         let coarse = match p.coarse {

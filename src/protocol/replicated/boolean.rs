@@ -50,7 +50,12 @@ pub fn input_bits_cost(from: Role, n: usize, width: u32) -> Cost {
 /// # Errors
 /// As [`super::input`].
 pub fn input_bits(
-    s: &mut Session, scope: &Scope, from: Role, x: Option<&ArrayD<u64>>, shape: &[usize], width: u32,
+    s: &mut Session,
+    scope: &Scope,
+    from: Role,
+    x: Option<&ArrayD<u64>>,
+    shape: &[usize],
+    width: u32,
 ) -> Result<Bits> {
     check_width("input", width)?;
     let n = elements("input", shape)?;
@@ -256,7 +261,11 @@ fn give_monomials(s: &mut Session, scope: &Scope, monomials: &[(&'static str, &[
 
 /// A holder's shares of the Owner's monomials: the Client's from its streams, the Helper's from the message.
 fn take_monomials<const N: usize>(
-    s: &mut Session, scope: &Scope, labels: [&'static str; N], n: usize, k: u32,
+    s: &mut Session,
+    scope: &Scope,
+    labels: [&'static str; N],
+    n: usize,
+    k: u32,
 ) -> Result<[Vec<u64>; N]> {
     let pass = s.the_pass()?;
     let mut shares = [const { Vec::new() }; N];

@@ -188,7 +188,12 @@ fn open_words(s: &Session, scope: &Scope, next: &[u64], prev: &[u64], group: Gro
 
 /// Opens to one party.
 fn open_words_to(
-    s: &Session, scope: &Scope, next: &[u64], prev: &[u64], group: Group, to: Role,
+    s: &Session,
+    scope: &Scope,
+    next: &[u64],
+    prev: &[u64],
+    group: Group,
+    to: Role,
 ) -> Result<Option<Vec<u64>>> {
     let (role, k) = (s.role(), group.bits());
     let step = scope.address(s.the_pass()?, "open.x");
@@ -207,7 +212,13 @@ fn open_words_to(
 /// A giver's share of what only it knows: a stream with the next party, the difference sent to the party before, and
 /// zero for the component that the giver lacks. `x` is there at the giver only.
 fn give_words(
-    s: &mut Session, scope: &Scope, labels: &Labels, from: Role, x: Option<Vec<u64>>, n: usize, group: Group,
+    s: &mut Session,
+    scope: &Scope,
+    labels: &Labels,
+    from: Role,
+    x: Option<Vec<u64>>,
+    n: usize,
+    group: Group,
 ) -> Result<(Vec<u64>, Vec<u64>)> {
     let (role, k) = (s.role(), group.bits());
     let step = scope.address(s.the_pass()?, labels.message);
@@ -304,7 +315,13 @@ fn round(mut c: Cost) -> Cost {
 /// [`Error::Shape`] for a missing value, another shape or a ring that does not exist; [`Error::Peer`],
 /// [`Error::Reuse`].
 pub fn input(
-    s: &mut Session, scope: &Scope, from: Role, x: Option<&ArrayD<u64>>, shape: &[usize], k: u32, f: u32,
+    s: &mut Session,
+    scope: &Scope,
+    from: Role,
+    x: Option<&ArrayD<u64>>,
+    shape: &[usize],
+    k: u32,
+    f: u32,
 ) -> Result<Replicated> {
     check_width("input", k)?;
     let n = elements("input", shape)?;

@@ -184,7 +184,10 @@ struct Given {
 /// The first round. Gives shares of the Owner's bits, and `r` as a sharing that needs no message because both its
 /// holders know it.
 fn operands<'a>(
-    s: &mut Session, scope: &Scope, x: &'a Replicated, plan: Plan,
+    s: &mut Session,
+    scope: &Scope,
+    x: &'a Replicated,
+    plan: Plan,
 ) -> Result<(Given, impl Fn(usize) -> Word + 'a)> {
     let (n, k, pairs, role) = (x.len(), plan.k, plan.pairs(), s.role());
     let pass = s.the_pass()?;

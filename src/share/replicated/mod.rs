@@ -107,7 +107,11 @@ impl Replicated {
 
     /// From what this party holds of each component, by the pair that holds it.
     pub(crate) fn from_pairs(
-        role: Role, k: u32, f: u32, shape: Vec<usize>, mut component: impl FnMut(Pair) -> Result<Vec<u64>>,
+        role: Role,
+        k: u32,
+        f: u32,
+        shape: Vec<usize>,
+        mut component: impl FnMut(Pair) -> Result<Vec<u64>>,
     ) -> Result<Self> {
         let (next, prev) = (component(with_next(role))?, component(with_prev(role))?);
         Ok(Replicated::new(role, next, prev, k, f, shape))
