@@ -105,6 +105,7 @@ impl Trio {
     }
 
     /// One run: what `receiver` got, and what was opened to the Client (tokens, flags, logits; pass by pass).
+    #[allow(clippy::type_complexity)] // what each of the three saw
     fn run(
         &self,
         receiver: Role,
