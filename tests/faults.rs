@@ -234,7 +234,7 @@ fn a_row_that_calibration_has_not_seen() {
         }
     }
     // The score of the rare token with itself, to about value^2 / sqrt(24).
-    for value in [5.0, 12.0, 25.0, 50.0, 100.0, 1000.0] {
+    for value in [12.0, 25.0, 50.0, 1000.0] {
         for layer in [0, 2] {
             let mut planted = w.clone();
             answer(&mut planted, layer, "q", 5, value);
@@ -275,7 +275,7 @@ fn values_at_the_edge_of_what_is_proven() {
     let prompt = around_the_rare_token();
     // Calibration sees the rare token, so that only proofs stand between it and a wrong result.
     let text: Vec<u32> = prompt.iter().copied().cycle().take(2 * CONTEXT).collect();
-    for times in [1.0, 30.0, 300.0, 2000.0] {
+    for times in [1.0, 300.0, 2000.0] {
         // Large embeddings leave little room behind the norms.
         let mut large = with_rare(&w, 1.0);
         large.embed *= times;
@@ -288,7 +288,7 @@ fn values_at_the_edge_of_what_is_proven() {
             &prompt,
         );
         for name in ["q", "k", "v", "up", "gate"] {
-            for value in [40.0, 700.0, 12_000.0] {
+            for value in [700.0, 12_000.0] {
                 let mut planted = large.clone();
                 answer(&mut planted, 1, name, 5, value);
                 if name == "up" || name == "gate" {
@@ -315,7 +315,7 @@ fn head_norms_and_prompts_unlike_the_calibration() {
     let dir = fixture("qwen3-qknorm");
     let w = load(&dir);
     let ids: Vec<u32> = (3..23).collect();
-    for by in [30.0, 4000.0, 1e5, 1e6] {
+    for by in [30.0, 4000.0, 1e6] {
         for name in ["q", "k"] {
             let planted = scaled(&w, 1, name, 3, by);
             table.case(

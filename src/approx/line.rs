@@ -27,7 +27,8 @@ impl Line {
             return Line { a: f(x0), b: 0.0, max_error: 0.0 };
         }
         let points = GRID.min(last + 1);
-        let lo = |i: u64| (i as u128 * last as u128 / (points as u128 - 1)) as f64;
+        // No overflow: a grid has at most 129 points and a window at most 24 row bits.
+        let lo = |i: u64| (i * last / (points - 1)) as f64;
         let grid: Vec<(f64, f64)> = (0..points).map(lo).map(|lo| (lo, f(x0 + lo * unit))).collect();
         let mut line = exchange(&grid);
         if points <= last {
