@@ -70,8 +70,7 @@ fn session(keys: Option<Keys>, private_layers: Option<usize>) -> Vec<Taken> {
         (last, from) = (passes.into_iter().max().unwrap(), log.len());
     }
     local.finish().unwrap();
-    let log = log.lock().unwrap().clone();
-    log
+    log.lock().unwrap().clone()
 }
 
 /// What each party took: nothing twice, and where two took the same address of a pair, the same stream.

@@ -81,7 +81,8 @@ fn program(s: &mut Session, parts: &Parts, caches: &[Mutex<Cached>; 3]) -> Resul
         let mut cache = caches[me].lock().unwrap();
         product_cached(s, &at("cached"), &a, &b, &mut cache, Arc::new(Scores { heads: 1, kv_heads: 1, dim: 4 }))?
     };
-    (x.finish(s)?, y.finish(s)?);
+    x.finish(s)?;
+    y.finish(s)?;
     let lo = Digits::cut(&a, 0, 5)?.integer(44, 0);
     polynomial::polynomial(s, &at("polynomial"), &[&a, &b, &lo], &[&[0, 1], &[0, 1, 2]])?.finish(s)?;
     let (sum, lifted) = square::square_sum(s, &at("square"), &c, 4)?;
