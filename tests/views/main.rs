@@ -10,8 +10,12 @@
 //! | Helper | Owner-Client key, seed | every message (queries, second shares, `A = W - B`) and all differences: uniform |
 //! | Client | Owner-Helper key | embedding replies and their XOR: uniform. What is opened to it is NOT uniform, because it holds the mask: it must be `output - mask`, hence the same for every re-draw, and between any two sets of weights it must differ by exactly what the outputs differ |
 //!
+//! In the base protocols every party receives from the one before it, under the same rule; see `base.rs`. Operations one
+//! by one are in `zoo.rs`, whole models in `model.rs`.
+//!
 //! Messages about public facts (request, control byte, plan) are compared between prompts and weights in `facts.rs`.
 
+mod base;
 mod facts;
 mod model;
 mod tally;
@@ -61,7 +65,23 @@ const LABELS: [&str; 27] = [
     "square.helper",
     "scale.shares",
 ];
-const MORE: [&str; 2] = ["scale.client", "scale.helper"];
+/// And those of the base and the delegation.
+const MORE: [&str; 14] = [
+    "scale.client",
+    "scale.helper",
+    "input.x",
+    "input_bits.x",
+    "reshare.z",
+    "open.x",
+    "materialise.x2",
+    "monomials",
+    "msb.bits",
+    "shared.d",
+    "shared.w2",
+    "shared.x2",
+    "shared.client",
+    "shared.helper",
+];
 
 /// Message names by tag.
 #[derive(Default)]
@@ -119,6 +139,9 @@ fn others(receiver: Role) -> Pair {
 /// Number of the first pass.
 const FIRST: u64 = 3;
 
+/// What a party received, in order: tags and bytes.
+type Got = Vec<(u64, Vec<u8>)>;
+
 /// Runs `program` and returns what `receiver` got, in order; the log is filled if there is one.
 fn observe(
     receiver: Role,
@@ -126,7 +149,7 @@ fn observe(
     passes: &[usize],
     log: Option<&AddressLog>,
     program: impl Fn(&mut Session) -> Result<()> + Sync,
-) -> Vec<(u64, Vec<u8>)> {
+) -> Got {
     let view = Arc::new(Mutex::new(Vec::new()));
     let mut setup = Setup { addresses: log.cloned(), ..Setup::default() };
     setup.views[receiver.index()] = Some(Arc::clone(&view));
@@ -136,7 +159,7 @@ fn observe(
 }
 
 /// With their names; `width` knows the elements of some.
-fn named(names: &Names, got: Vec<(u64, Vec<u8>)>, width: impl Fn(&Address) -> Option<u32>) -> Vec<Message> {
+fn named(names: &Names, got: Got, width: impl Fn(&Address) -> Option<u32>) -> Vec<Message> {
     got.into_iter()
         .map(|(tag, bytes)| {
             let step = names.0.get(&tag).expect("a message of unknown kind: add its label to the list").clone();
@@ -158,6 +181,7 @@ fn combined(run: &[Message]) -> Vec<Message> {
             "polynomial.client" => ("polynomial.helper", "polynomial, both", false),
             "square.client" => ("square.helper", "square, both", false),
             "scale.client" => ("scale.helper", "scale, both", false),
+            "shared.client" => ("shared.helper", "shared, both", false),
             "embed.owner" => ("embed.helper", "embed, both", true),
             _ => continue,
         };

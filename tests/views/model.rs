@@ -16,7 +16,7 @@ use trefoil::ring::{self, fixed, pack};
 use trefoil::world::Keys;
 
 use crate::tally::{Message, Residues, Tally};
-use crate::{Draw, Names, combined, named, observe, others};
+use crate::{Draw, Got, Names, combined, named, observe, others};
 
 /// A prefill of three tokens and two decode passes.
 const PASSES: [usize; 3] = [3, 1, 1];
@@ -81,7 +81,8 @@ impl Trio {
     fn new(w: &Weights, plan: &Plan, seed: &PreparationSeed) -> Trio {
         let owner = Prepared::owner(w, plan, seed).unwrap();
         let words = helper_words(&owner, seed);
-        let client = Prepared::client(&w.config, plan, seed, &mut |_| unreachable!("the head is private")).unwrap();
+        // The Client gets words only of a public head, which this one is not.
+        let client = Prepared::client(&w.config, plan, seed, &mut |_| unreachable!()).unwrap();
         let mut next = words.iter();
         let helper = Prepared::helper(&w.config, plan, &mut |_| Ok(next.next().unwrap().clone())).unwrap();
         let model = |parts| SecureModel::new(w.config.clone(), plan.clone(), parts);
@@ -105,14 +106,13 @@ impl Trio {
     }
 
     /// One run: what `receiver` got, and what was opened to the Client (tokens, flags, logits; pass by pass).
-    #[allow(clippy::type_complexity)] // what each of the three saw
     fn run(
         &self,
         receiver: Role,
         keys: &Keys,
         open_logits: bool,
         log: Option<&AddressLog>,
-    ) -> (Vec<(u64, Vec<u8>)>, [Vec<Vec<u64>>; 3]) {
+    ) -> (Got, [Vec<Vec<u64>>; 3]) {
         let (input, source_end) = channel();
         self.inputs().into_iter().for_each(|x| input.send(x).unwrap());
         let ((token, tokens), (flag, flags), (logit, logits)) = (channel(), channel(), channel());
