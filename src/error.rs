@@ -92,6 +92,14 @@ pub enum PeerFault {
     /// Bits set where the packing has none, or a value beyond its type.
     #[error("sent a malformed value ({0})")]
     Malformed(&'static str),
+    /// It ended the session and said why.
+    #[error("ended the session: {}{code}", blamed.map_or(String::new(), |r| format!("it blames the {r}: ")))]
+    Aborted {
+        /// Whom it blames, if not itself.
+        blamed: Option<Role>,
+        /// The code of its error.
+        code: String,
+    },
     /// More messages ahead of their time than the agreed buffer holds.
     #[error("sent more run-ahead data than the agreed {0} bytes")]
     Flood(usize),
@@ -218,6 +226,7 @@ impl PeerFault {
             PeerFault::Timeout(_) => "timeout",
             PeerFault::Length { .. } => "length",
             PeerFault::Malformed(_) => "malformed",
+            PeerFault::Aborted { .. } => "aborted",
             PeerFault::Flood(_) => "flood",
             PeerFault::Oversize { .. } => "oversize",
             PeerFault::Unreachable { .. } => "unreachable",

@@ -68,6 +68,9 @@ impl Scope {
     }
 }
 
+/// The error of an online thread whose walker has ended with an error of its own.
+pub const WALK_ENDED: &str = "the run-ahead thread ended early";
+
 /// What to do online for a pass that was walked ahead.
 pub type Job = Box<dyn FnOnce(&Links) -> Result<()> + Send>;
 
@@ -123,7 +126,7 @@ impl JobQueue {
                         }
                     }
                     if q.ended {
-                        return Err(Error::Internal("the run-ahead thread ended early".into()));
+                        return Err(Error::Internal(WALK_ENDED.into()));
                     }
                     q = self.0.1.wait(q).unwrap_or_else(PoisonError::into_inner);
                 }

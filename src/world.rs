@@ -196,8 +196,8 @@ impl World {
             return Err(Error::Reuse(format!("pass {first_pass} of this world")));
         }
         let end = |result: Result<T>, role: Role| {
-            if result.is_err() {
-                self.links[role.index()].close();
+            if let Err(e) = &result {
+                self.links[role.index()].abort(e);
             }
             result
         };
@@ -214,8 +214,8 @@ impl World {
                     out
                 });
                 let online = (0..tokens.len()).try_for_each(|i| jobs.run_pass(first_pass + i as u64, &links));
-                if online.is_err() {
-                    links.close();
+                if let Err(e) = &online {
+                    links.abort(e);
                 }
                 let walked = match (join(walker), online) {
                     (walked, Ok(())) => walked?,
@@ -243,8 +243,8 @@ impl World {
             let client = scope.spawn(|| end(holder(Role::Client), Role::Client));
             let helper = scope.spawn(|| end(holder(Role::Helper), Role::Helper));
             let owner = owner();
-            if owner.is_err() {
-                self.links[Role::Owner.index()].close();
+            if let Err(e) = &owner {
+                self.links[Role::Owner.index()].abort(e);
             }
             root_cause(owner, join(client), join(helper))
         })
@@ -261,12 +261,15 @@ fn root_cause<T>(owner: Result<Vec<T>>, client: Result<T>, helper: Result<T>) ->
     }
 }
 
-/// The error that the others follow from: a closed link is a consequence.
+/// The error that the others follow from: a closed link is a consequence, an ended session hearsay.
 #[must_use]
 pub fn first_cause(errors: impl IntoIterator<Item = Error>) -> Error {
     let consequence = |e: &Error| match e {
-        Error::Peer { kind: PeerFault::Closed, .. } => 2,
-        Error::Internal(_) => 1,
+        Error::Peer { kind: PeerFault::Closed, .. } => 3,
+        // Said by a walk's online half: the walk has its own error.
+        Error::Internal(what) if what == crate::session::WALK_ENDED => 4,
+        Error::Internal(_) => 2,
+        Error::Peer { kind: PeerFault::Aborted { .. }, .. } => 1,
         _ => 0,
     };
     errors

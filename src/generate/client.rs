@@ -207,8 +207,8 @@ impl Client {
             let online = online();
             stop.store(true, Ordering::Relaxed);
             jobs.release(online.is_err());
-            if online.is_err() {
-                links.close();
+            if let Err(e) = &online {
+                links.abort(e);
             }
             worst(join(walker), online)
         })?;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use ndarray::Array1;
 use serde::Serialize;
 
-use super::{Client, Generation, OwnerReport, helper, lost, owner};
+use super::{Client, Generation, Grant, OwnerReport, helper, lost, owner};
 use crate::error::{Error, PeerFault, Result};
 use crate::model::calibrate;
 use crate::model::prepare::Prepared;
@@ -153,7 +153,7 @@ impl Local {
             None => Keys::fresh()?,
         };
         let setup = Setup { addresses: options.addresses.clone(), ..options.setup.clone() };
-        let world = World::new(keys, &setup);
+        let (world, idle) = (World::new(keys, &setup), setup.timeout);
         let begun = Instant::now();
         let (ready, prepared) = channel();
         let owner = spawn(&world, Role::Owner, {
@@ -162,7 +162,7 @@ impl Local {
                 let model =
                     prepare_owner(&mut session, weights, (first, private_embedding, public_head), text.as_deref())?;
                 ready.send(model.plan().clone()).map_err(|_| lost("the client"))?;
-                owner(&mut session, &model)
+                owner(&mut session, &model, &Grant::all(idle))
             }
         });
         let helper = spawn(&world, Role::Helper, {
@@ -171,7 +171,7 @@ impl Local {
                 let plan = receive_plan(&session, &config)?;
                 let parts = receive_parts(&session, &config, &plan)?;
                 let model = SecureModel::new(config, plan, parts);
-                helper(&mut session, &model)
+                helper(&mut session, &model, &Grant::all(idle))
             }
         });
         let session = world.session(Role::Client);
@@ -297,8 +297,8 @@ fn spawn<T: Send + 'static>(
     std::thread::spawn(move || {
         let out = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run))
             .unwrap_or_else(|_| Err(Error::Internal(format!("the {role}'s thread panicked"))));
-        if out.is_err() {
-            links.close();
+        if let Err(e) = &out {
+            links.abort(e);
         }
         out
     })

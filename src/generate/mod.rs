@@ -12,7 +12,7 @@ mod server;
 pub use check::{Check, check};
 pub use client::{Client, Generation, Stop};
 pub use local::{LinkReport, Local, LocalOptions, split_layers};
-pub use server::{OwnerReport, helper, owner};
+pub use server::{Grant, OwnerReport, helper, owner};
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -56,7 +56,13 @@ impl Request {
     }
 
     /// Parses and checks what the Client sent.
-    fn decode(bytes: &[u8], model: &SecureModel, next_pass: u64, step: &crate::prf::Address) -> Result<Request> {
+    fn decode(
+        bytes: &[u8],
+        model: &SecureModel,
+        next_pass: u64,
+        grant: &Grant,
+        step: &crate::prf::Address,
+    ) -> Result<Request> {
         let bad = |what| blame(Role::Client, step, PeerFault::Malformed(what));
         let word = |at: usize| -> Result<[u8; 8]> {
             bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).ok_or_else(|| bad("a short request"))
@@ -76,6 +82,12 @@ impl Request {
         let positions = u64::from(r.prompt) + u64::from(r.max_new);
         if bytes[16] > 1 || r.max_new == 0 || positions > model.plan().max_positions as u64 + 1 {
             return Err(bad("a request beyond the model's context"));
+        }
+        if r.prompt as usize > grant.prompt {
+            return Err(bad("a prompt longer than this server takes"));
+        }
+        if r.open_logits && !grant.open_logits {
+            return Err(bad("a request for logits, which this server does not open"));
         }
         if r.first_pass < next_pass || r.first_pass > u64::MAX / 2 {
             return Err(bad("a pass number used before"));

@@ -1,6 +1,7 @@
 //! What Owner and Helper do for a session: serve requests until the Client ends it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use super::{REQUEST_BYTES, Request, control, end_walk, request_scope, walk, worst};
 use crate::error::Result;
@@ -20,19 +21,42 @@ pub struct OwnerReport {
     pub discarded_passes: u64,
     /// Run-ahead bytes that were dropped with them.
     pub discarded_bytes: u64,
+    /// Requests served.
+    pub requests: u64,
+    /// Tokens given out.
+    pub tokens: u64,
+}
+
+/// What a server grants a session.
+#[derive(Clone, Copy, Debug)]
+pub struct Grant {
+    /// How long it waits for the next request.
+    pub idle: Duration,
+    /// The longest prompt, in tokens.
+    pub prompt: usize,
+    /// Whether the logits may be opened to the Client, which are more than the tokens.
+    pub open_logits: bool,
+}
+
+impl Grant {
+    /// For a process that plays all three parties.
+    #[must_use]
+    pub fn all(idle: Duration) -> Grant {
+        Grant { idle, prompt: usize::MAX, open_logits: true }
+    }
 }
 
 /// The Owner's side of a session.
 ///
 /// # Errors
 /// [`crate::Error::Peer`] with the peer that failed.
-pub fn owner(s: &mut Session, model: &SecureModel) -> Result<OwnerReport> {
+pub fn owner(s: &mut Session, model: &SecureModel, grant: &Grant) -> Result<OwnerReport> {
     let mut report = OwnerReport::default();
     let mut next_pass = 0;
     for index in 0.. {
         let step = request_scope().address(index, "request.open");
-        let bytes = s.links().recv(Role::Client, Lane::Online, &step, REQUEST_BYTES)?;
-        let r = Request::decode(&bytes, model, next_pass, &step)?;
+        let bytes = s.links().within(grant.idle).recv(Role::Client, Lane::Online, &step, REQUEST_BYTES)?;
+        let r = Request::decode(&bytes, model, next_pass, grant, &step)?;
         if r.prompt == 0 {
             break;
         }
@@ -58,6 +82,8 @@ pub fn owner(s: &mut Session, model: &SecureModel) -> Result<OwnerReport> {
             report.layer_messages = depths.windows(2).skip(1).map(|d| d[1] - d[0]).collect();
             used += 1;
         }
+        report.requests += 1;
+        report.tokens += used;
         next_pass = r.first_pass;
         for from in [Role::Client, Role::Helper] {
             let step = request_scope().address(index, "request.walked");
@@ -77,13 +103,13 @@ pub fn owner(s: &mut Session, model: &SecureModel) -> Result<OwnerReport> {
 ///
 /// # Errors
 /// [`crate::Error::Peer`] with the peer that failed.
-pub fn helper(s: &mut Session, model: &SecureModel) -> Result<()> {
+pub fn helper(s: &mut Session, model: &SecureModel, grant: &Grant) -> Result<()> {
     let mut next_pass = 0;
     let (jobs, links) = (s.jobs(), s.links().clone());
     for index in 0.. {
         let step = request_scope().address(index, "request.open");
-        let bytes = links.recv(Role::Client, Lane::Online, &step, REQUEST_BYTES)?;
-        let r = Request::decode(&bytes, model, next_pass, &step)?;
+        let bytes = links.within(grant.idle).recv(Role::Client, Lane::Online, &step, REQUEST_BYTES)?;
+        let r = Request::decode(&bytes, model, next_pass, grant, &step)?;
         if r.prompt == 0 {
             break;
         }
@@ -111,8 +137,8 @@ pub fn helper(s: &mut Session, model: &SecureModel) -> Result<()> {
             let online = online();
             stop.store(true, Ordering::Relaxed);
             jobs.release(online.is_err());
-            if online.is_err() {
-                links.close();
+            if let Err(e) = &online {
+                links.abort(e);
             }
             worst(join(walker), online)
         })?;

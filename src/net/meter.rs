@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::{Channel, FRAME_HEADER, Frame, Lane};
+use super::{Abort, Channel, FRAME_HEADER, Frame, Lane};
 use crate::error::PeerFault;
 use crate::party::Role;
 
@@ -122,8 +122,8 @@ impl<C: Channel> Channel for Metered<C> {
         self.inner.drain(lane, tag, len, timeout)
     }
 
-    fn close(&self) {
-        self.inner.close();
+    fn end(&self, reason: Option<&Abort>) {
+        self.inner.end(reason);
     }
 }
 

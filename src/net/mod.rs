@@ -5,10 +5,12 @@
 //! names the tag that it waits for, and messages of other tags that came first are kept for later. Wrappers compose:
 //! [`meter`] counts, [`shape`] simulates a network, [`tamper`] plays the adversary in tests.
 
+pub mod inbox;
 pub mod memory;
 pub mod meter;
 pub mod shape;
 pub mod tamper;
+pub mod tls;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -62,8 +64,64 @@ pub trait Channel: Send + Sync {
     /// As [`Channel::recv`].
     fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Frame, u64), PeerFault>;
 
-    /// Ends the link in both directions; waiting calls return [`PeerFault::Closed`].
-    fn close(&self);
+    /// Ends the link in both directions; waiting calls return [`PeerFault::Closed`], at the peer with the reason, if there
+    /// is one.
+    fn end(&self, reason: Option<&Abort>);
+}
+
+/// Why a party ends a session before its time, in its own words: whom it blames and for what.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Abort {
+    /// The party to blame; `None` if it is the one that speaks, or nobody.
+    pub blamed: Option<Role>,
+    /// [`Error::code`].
+    pub code: String,
+}
+
+/// The longest code that is taken from a peer.
+const CODE_LIMIT: usize = 24;
+
+impl Abort {
+    /// The peer's words for `error`.
+    #[must_use]
+    pub fn of(error: &Error) -> Abort {
+        let (blamed, code) = match error {
+            // Hearsay is passed on as it was heard.
+            Error::Peer { kind: PeerFault::Aborted { blamed: Some(role), code }, .. } => (Some(*role), code.as_str()),
+            Error::Peer { role, kind, .. } => (Some(*role), kind.code()),
+            other => (None, other.code()),
+        };
+        Abort { blamed, code: code.to_string() }
+    }
+
+    /// What it is to the peer that hears it.
+    #[must_use]
+    pub fn fault(&self) -> PeerFault {
+        PeerFault::Aborted { blamed: self.blamed, code: self.code.clone() }
+    }
+
+    /// On the wire: a byte for the role, then the code.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = vec![self.blamed.map_or(3, |r| r.index() as u8)];
+        out.extend(self.code.bytes().take(CODE_LIMIT));
+        out
+    }
+
+    /// From the wire; `None` for what is not one.
+    #[must_use]
+    pub fn decode(bytes: &[u8]) -> Option<Abort> {
+        let (&role, code) = bytes.split_first()?;
+        let blamed = match role {
+            3 => None,
+            i => Some(*Role::ALL.get(usize::from(i))?),
+        };
+        let plain = |b: &u8| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-';
+        if code.len() > CODE_LIMIT || !code.iter().all(plain) {
+            return None;
+        }
+        Some(Abort { blamed, code: String::from_utf8(code.to_vec()).ok()? })
+    }
 }
 
 /// One party's links to its two peers. Cheap to clone.
@@ -138,7 +196,23 @@ impl Links {
 
     /// Closes all links of this party.
     pub fn close(&self) {
-        self.peers.iter().flatten().for_each(|c| c.close());
+        self.peers.iter().flatten().for_each(|c| c.end(None));
+    }
+
+    /// Closes all links of this party and tells the peers why; the one to blame is told as well.
+    pub fn abort(&self, error: &Error) {
+        self.end(&Abort::of(error));
+    }
+
+    /// Closes all links of this party, for the reason given.
+    pub fn end(&self, reason: &Abort) {
+        self.peers.iter().flatten().for_each(|c| c.end(Some(reason)));
+    }
+
+    /// The same links with another limit on every wait.
+    #[must_use]
+    pub fn within(&self, timeout: Duration) -> Links {
+        Links { timeout, ..self.clone() }
     }
 }
 

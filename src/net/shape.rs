@@ -9,7 +9,7 @@ use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Channel, FRAME_HEADER, Frame, Lane};
+use super::{Abort, Channel, FRAME_HEADER, Frame, Lane};
 use crate::error::{Error, PeerFault};
 
 /// Round-trip time and bandwidth of every link.
@@ -128,8 +128,8 @@ impl<C: Channel> Channel for Shaped<C> {
         self.inner.drain(lane, tag, len, timeout)
     }
 
-    fn close(&self) {
-        self.inner.close();
+    fn end(&self, reason: Option<&Abort>) {
+        self.inner.end(reason);
     }
 }
 

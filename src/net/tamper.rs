@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::{Channel, Frame, Lane};
+use super::{Abort, Channel, Frame, Lane};
 use crate::error::PeerFault;
 
 /// What a receiver saw: lane, tag and bytes, in order of reception.
@@ -46,7 +46,7 @@ impl<C: Channel> Channel for Tampered<C> {
         self.inner.drain(lane, tag, len, timeout)
     }
 
-    fn close(&self) {
-        self.inner.close();
+    fn end(&self, reason: Option<&Abort>) {
+        self.inner.end(reason);
     }
 }

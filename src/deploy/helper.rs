@@ -1,0 +1,290 @@
+//! The Helper as a daemon: keeps its halves of prepared models, and brings Owner and Client of a session together.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+
+use super::config::Config;
+use super::engine::{self, Agreed, Peer};
+use super::party::{Served, Shared, refuse};
+use super::tls::Secured;
+use super::wire::{self, Digest, Go, Nonce, Refusal, Reply, SessionFacts};
+use crate::error::{Error, PeerFault, Result};
+use crate::generate;
+use crate::model::secure::SecureModel;
+use crate::model::store::{HelperStore, PreparationId, PublicManifest};
+use crate::party::Role;
+
+/// A preparation in memory.
+struct Loaded {
+    agreed: Digest,
+    model: Arc<SecureModel>,
+}
+
+/// A Client that has come for its session, or is awaited.
+struct Meeting {
+    since: Instant,
+    give: Option<oneshot::Sender<Secured>>,
+    take: Option<oneshot::Receiver<Secured>>,
+}
+
+/// The Helper's part of a daemon.
+pub(super) struct Helper {
+    store: Arc<HelperStore>,
+    loaded: Mutex<BTreeMap<String, Arc<Loaded>>>,
+    meetings: Mutex<HashMap<Nonce, Meeting>>,
+    patience: Duration,
+}
+
+/// What the Owner says of a session.
+pub(super) struct Pair {
+    pub client_nonce: Nonce,
+    pub owner_nonce: Nonce,
+    pub client: String,
+    pub preparation: String,
+    pub agreed: Digest,
+    pub ahead_capacity: u64,
+}
+
+/// Clients that wait for an Owner, at most.
+const MEETINGS: usize = 1024;
+/// More run-ahead buffer than any Owner has.
+const MOST_AHEAD: u64 = 1 << 40;
+
+fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Helper {
+    pub fn open(config: &Config) -> Result<Helper> {
+        let helper = Helper {
+            store: Arc::new(HelperStore::open(&config.model.store)?),
+            loaded: Mutex::default(),
+            meetings: Mutex::default(),
+            patience: config.limits.handshake_timeout,
+        };
+        for id in helper.store.ids()? {
+            // One that cannot be read does not keep the others from being served.
+            if let Err(error) = helper.load(&id) {
+                tracing::warn!(preparation = %id, code = error.code(), %error, "a stored preparation cannot be used");
+            }
+        }
+        Ok(helper)
+    }
+
+    pub fn preparations(&self) -> Vec<String> {
+        lock(&self.loaded).keys().cloned().collect()
+    }
+
+    fn load(&self, id: &PreparationId) -> Result<Arc<Loaded>> {
+        let (manifest, model) = self.store.load(id)?;
+        let loaded = Arc::new(Loaded { agreed: wire::digest(&manifest.to_json()?), model: Arc::new(model) });
+        lock(&self.loaded).insert(id.to_string(), Arc::clone(&loaded));
+        tracing::info!(preparation = %id, "preparation loaded");
+        Ok(loaded)
+    }
+
+    /// The end of a meeting that `which` takes; whoever comes first makes it.
+    fn meeting<T>(&self, nonce: &Nonce, which: impl FnOnce(&mut Meeting) -> Option<T>) -> Option<T> {
+        let mut meetings = lock(&self.meetings);
+        meetings.retain(|_, m| m.since.elapsed() < 2 * self.patience);
+        if meetings.len() >= MEETINGS && !meetings.contains_key(nonce) {
+            return None;
+        }
+        let m = meetings.entry(*nonce).or_insert_with(|| {
+            let (give, take) = oneshot::channel();
+            Meeting { since: Instant::now(), give: Some(give), take: Some(take) }
+        });
+        which(m)
+    }
+
+    /// A Client comes for its session. The Owner's task takes it from here.
+    pub async fn join(&self, c: Secured, nonce: Nonce) -> Served {
+        let Some(give) = self.meeting(&nonce, |m| m.give.take()) else {
+            let blamed = c.blame("joining a session", PeerFault::Replay);
+            let _ = refuse(c, "joining a session", Refusal::Replay).await;
+            return Err(blamed);
+        };
+        // If nobody waits any more, the connection closes.
+        let _ = give.send(c);
+        Ok(())
+    }
+
+    /// The Owner announces a session.
+    pub async fn pair(&self, shared: &Arc<Shared>, mut o: Secured, p: Pair) -> Served {
+        let step = "pairing a session";
+        // The Client's connection, whatever comes of it: it hears what the Owner hears.
+        let meeting = self.meeting(&p.client_nonce, |m| m.take.take());
+        let client = async {
+            let waited = tokio::time::timeout(self.patience, meeting?).await;
+            waited.ok()?.ok()
+        };
+        let place = match self.admit(shared, &p) {
+            Ok(place) => place,
+            Err((why, blame)) => {
+                let code = blame.as_ref().map_or("refused", |k| k.code());
+                let blamed = blame.map(|kind| o.blame(step, kind));
+                let _ = refuse(o, step, why).await;
+                if let Some(c) = client.await {
+                    let _ = refuse(c, step, Refusal::Third { role: Role::Owner, code: code.into() }).await;
+                }
+                return blamed.map_or(Ok(()), Err);
+            }
+        };
+        let (place, loaded) = place;
+        let Some(mut c) = client.await else {
+            let why = Refusal::Third { role: Role::Client, code: "timeout".into() };
+            return refuse(o, step, why).await;
+        };
+        if c.peer.fingerprint.to_string() != p.client {
+            let blamed = c.blame(step, Refusal::Session.fault());
+            let _ = refuse(c, step, Refusal::Session).await;
+            let _ = refuse(o, step, Refusal::Session).await;
+            return Err(blamed);
+        }
+        let helper_nonce = wire::nonce()?;
+        let own = shared.tls.current().own().fingerprint.to_string();
+        let owner = o.peer.fingerprint.to_string();
+        let facts = SessionFacts {
+            nonces: [&p.owner_nonce, &p.client_nonce, &helper_nonce],
+            agreed: &loaded.agreed,
+            fingerprints: [&owner, &p.client, &own],
+        };
+        let session = facts.id();
+        if !shared.seen.insert(&session)? {
+            let blamed = o.blame(step, PeerFault::Replay);
+            let _ = refuse(o, step, Refusal::Replay).await;
+            return Err(blamed);
+        }
+        let expected = shared.expect_ahead(session, &owner);
+        let joined =
+            Reply::Joined { helper_nonce, owner_nonce: p.owner_nonce, owner, agreed: loaded.agreed, session };
+        let joined = wire::encode(&joined)?;
+        o.send(step, &joined).await?;
+        c.send(step, &joined).await?;
+        // The Client goes on when the Owner has welcomed it.
+        c.timeout = 2 * self.patience;
+        let go = wire::decode::<Go>(&c.recv(step, wire::SHORT).await?);
+        if go.is_none_or(|g| g.session != session) {
+            return Err(c.blame(step, PeerFault::Malformed("no agreement on the session")));
+        }
+        let Ok(Ok(ahead)) = tokio::time::timeout(self.patience, expected).await else {
+            return Err(o.blame("run-ahead lane", PeerFault::Timeout(self.patience.as_millis() as u64)));
+        };
+        let limits = &shared.config.limits;
+        let agreed = Agreed {
+            role: Role::Helper,
+            id: session,
+            ahead_capacity: p.ahead_capacity as usize,
+            timeout: limits.timeout,
+        };
+        let client = c.peer.name.clone();
+        let peers = vec![Peer { online: o, ahead: Some(ahead) }, Peer { online: c, ahead: None }];
+        let connected = engine::connect(&agreed, peers, &shared.options)?;
+        let (model, grant) = (Arc::clone(&loaded.model), engine::grant(limits));
+        // Logits are the Owner's to open.
+        let grant = generate::Grant { open_logits: true, ..grant };
+        engine::spawn(connected, session, client, place, move |s, _| generate::helper(s, &model, &grant))
+    }
+
+    #[allow(clippy::type_complexity)]
+    fn admit(
+        &self,
+        shared: &Arc<Shared>,
+        p: &Pair,
+    ) -> Result<(super::party::Place, Arc<Loaded>), (Refusal, Option<PeerFault>)> {
+        let place = shared.place().map_err(|why| (why, None))?;
+        let fresh = shared.seen.insert(&p.client_nonce).and_then(|a| Ok(a && shared.seen.insert(&p.owner_nonce)?));
+        match fresh {
+            Ok(true) => {}
+            Ok(false) => return Err((Refusal::Replay, Some(PeerFault::Replay))),
+            Err(error) => {
+                tracing::error!(code = error.code(), %error, "the list of session ids cannot be written");
+                return Err((Refusal::Local, None));
+            }
+        }
+        if p.ahead_capacity > MOST_AHEAD {
+            return Err((Refusal::Malformed, Some(PeerFault::Malformed("an impossible run-ahead buffer"))));
+        }
+        let Some(loaded) = lock(&self.loaded).get(&p.preparation).cloned() else {
+            let why = Refusal::Preparation { wanted: p.preparation.clone(), known: self.preparations() };
+            let fault = why.fault();
+            return Err((why, Some(fault)));
+        };
+        if loaded.agreed != p.agreed {
+            let why = Refusal::Manifest { ours: loaded.agreed, theirs: p.agreed };
+            let fault = why.fault();
+            return Err((why, Some(fault)));
+        }
+        Ok((place, loaded))
+    }
+
+    /// The Owner offers a half: what is missing is received, verified chunk by chunk, and loaded.
+    pub async fn receive(
+        &self,
+        shared: &Arc<Shared>,
+        mut o: Secured,
+        manifest: Vec<u8>,
+        chunks: Vec<Digest>,
+    ) -> Served {
+        let step = "receiving a preparation";
+        o.timeout = shared.config.limits.timeout;
+        let manifest = match PublicManifest::from_json(&manifest) {
+            Ok(manifest) => manifest,
+            Err(error) => {
+                tracing::warn!(code = error.code(), %error, "the owner offers a preparation that is none");
+                let blamed = o.blame(step, PeerFault::Malformed("a manifest that is none"));
+                let _ = refuse(o, step, Refusal::Malformed).await;
+                return Err(blamed);
+            }
+        };
+        let id = manifest.id();
+        let count = chunks.len() as u64;
+        if lock(&self.loaded).contains_key(&id.to_string()) {
+            o.send(step, &wire::encode(&Reply::Have { next: count })?).await?;
+            o.send(step, &wire::encode(&Reply::Stored)?).await?;
+            return Ok(());
+        }
+        let store = Arc::clone(&self.store);
+        let incoming = blocking(move || store.incoming(&manifest, &chunks)).await;
+        let mut incoming = match incoming {
+            Ok(incoming) => incoming,
+            Err(error) => {
+                let _ = refuse(o, step, Refusal::Local).await;
+                return Err(error);
+            }
+        };
+        let next = incoming.next_chunk();
+        o.send(step, &wire::encode(&Reply::Have { next })?).await?;
+        for index in next..count {
+            let bytes = o.recv(step, wire::LONG).await?;
+            let (back, stored) = blocking(move || {
+                let stored = incoming.put(index, &bytes);
+                Ok((incoming, stored))
+            })
+            .await?;
+            incoming = back;
+            if let Err(error) = stored {
+                let why = match &error {
+                    Error::Io { .. } => Refusal::Local,
+                    _ => Refusal::Corrupt { chunk: index },
+                };
+                let _ = refuse(o, step, why).await;
+                return Err(error);
+            }
+        }
+        blocking(move || incoming.finish()).await?;
+        self.load(&id)?;
+        o.send(step, &wire::encode(&Reply::Stored)?).await?;
+        o.close().await;
+        Ok(())
+    }
+}
+
+/// Work that waits for a disk.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|_| Error::Internal("a thread of the preparation store panicked".into()))?
+}

@@ -1,0 +1,385 @@
+//! The long-running party: an Owner or a Helper that listens, lets in whom it can verify, and serves sessions side by side.
+//!
+//! A session has its own connections, keys and threads. What happens to one of them, happens to no other.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
+
+use super::config::Config;
+use super::helper::Helper;
+use super::owner::Owner;
+use super::seen::Seen;
+use super::tls::{self, Reloading, Secured};
+use super::wire::{self, Digest, ECHO_LIMIT, Echo, Hello, Refusal, Reply, Status};
+use crate::error::{Error, PeerFault, Result};
+use crate::net::{Abort, Links};
+use crate::party::Role;
+use crate::prf::AddressLog;
+
+/// What tests want of a party beyond its configuration.
+#[derive(Clone, Default)]
+pub struct Options {
+    /// Records every PRF address taken.
+    pub addresses: Option<AddressLog>,
+}
+
+/// What all tasks of a party share.
+pub(super) struct Shared {
+    pub config: Config,
+    pub tls: Reloading,
+    pub seen: Seen,
+    pub options: Options,
+    permits: Arc<Semaphore>,
+    running: Mutex<BTreeMap<u64, Links>>,
+    numbers: AtomicU64,
+    waiting: Mutex<HashMap<Digest, (String, oneshot::Sender<Secured>)>>,
+    draining: AtomicBool,
+    part: Part,
+}
+
+enum Part {
+    Owner(Owner),
+    Helper(Helper),
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An ordinary end of a connection task: what was wrong has been told to the peer, and goes to the log.
+pub(super) type Served = Result<()>;
+
+/// A place among the sessions; given back when dropped.
+pub(super) struct Place {
+    _permit: OwnedSemaphorePermit,
+    shared: Arc<Shared>,
+    number: u64,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        lock(&self.shared.running).remove(&self.number);
+    }
+}
+
+impl Place {
+    /// The session runs on `links` now: a shutdown ends them.
+    pub fn occupy(&self, links: &Links) {
+        lock(&self.shared.running).insert(self.number, links.clone());
+    }
+}
+
+impl Shared {
+    pub fn handshake_timeout(&self) -> Duration {
+        self.config.limits.handshake_timeout
+    }
+
+    /// A place for one more session.
+    pub fn place(self: &Arc<Self>) -> Result<Place, Refusal> {
+        if self.draining.load(Ordering::Relaxed) {
+            return Err(Refusal::Draining);
+        }
+        let busy = Refusal::Busy { sessions: self.config.limits.sessions as u64 };
+        let permit = Arc::clone(&self.permits).try_acquire_owned().map_err(|_| busy)?;
+        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+        Ok(Place { _permit: permit, shared: Arc::clone(self), number })
+    }
+
+    /// The connection for the run-ahead lane of `session`, which the party with this certificate will open.
+    pub fn expect_ahead(&self, session: Digest, fingerprint: &str) -> oneshot::Receiver<Secured> {
+        let (send, receive) = oneshot::channel();
+        let mut waiting = lock(&self.waiting);
+        waiting.retain(|_, (_, sender)| !sender.is_closed());
+        waiting.insert(session, (fingerprint.to_string(), send));
+        receive
+    }
+
+    async fn attach(&self, mut c: Secured, session: Digest) -> Served {
+        let sender = {
+            let mut waiting = lock(&self.waiting);
+            match waiting.get(&session) {
+                Some((owner, _)) if *owner == c.peer.fingerprint.to_string() => waiting.remove(&session),
+                _ => None,
+            }
+        };
+        let Some((_, sender)) = sender else { return refuse(c, "run-ahead lane", Refusal::Session).await };
+        c.send("run-ahead lane", &wire::encode(&Reply::Attached)?).await?;
+        // If the session has given up meanwhile, the connection goes with it.
+        let _ = sender.send(c);
+        Ok(())
+    }
+
+    async fn serve(self: Arc<Self>, tcp: TcpStream, address: SocketAddr) -> Served {
+        let tls = self.tls.current();
+        let mut c = tls::accept(&tls, tcp, address.to_string(), self.handshake_timeout()).await?;
+        let limit = if c.peer.role == Role::Owner { wire::LONG } else { wire::SHORT };
+        let bytes = c.recv("hello", limit).await?;
+        let Some(hello) = wire::decode::<Hello>(&bytes) else {
+            let blamed = c.blame("hello", PeerFault::Malformed("a control message that is none"));
+            let _ = refuse(c, "hello", Refusal::Malformed).await;
+            return Err(blamed);
+        };
+        match (&self.part, c.peer.role, hello) {
+            (_, _, Hello::Probe) => self.probe(c).await,
+            (Part::Owner(_), Role::Client, Hello::Ahead { session })
+            | (Part::Helper(_), Role::Owner, Hello::Ahead { session }) => self.attach(c, session).await,
+            (Part::Owner(owner), Role::Client, Hello::Open { nonce }) => owner.open_session(&self, c, nonce).await,
+            (Part::Helper(helper), Role::Client, Hello::Join { nonce }) => helper.join(c, nonce).await,
+            (Part::Helper(helper), Role::Owner, Hello::Pair { client_nonce, owner_nonce, client, preparation, agreed, ahead_capacity }) => {
+                let pair = super::helper::Pair { client_nonce, owner_nonce, client, preparation, agreed, ahead_capacity };
+                helper.pair(&self, c, pair).await
+            }
+            (Part::Helper(helper), Role::Owner, Hello::Offer { manifest, chunks }) => {
+                helper.receive(&self, c, manifest, chunks).await
+            }
+            _ => {
+                let want = if self.config.role == Role::Owner { Role::Client } else { Role::Owner };
+                let kind = crate::error::CertificateFault::Role { want, got: c.peer.role };
+                let blamed = c.blame("hello", PeerFault::Certificate(kind));
+                let _ = refuse(c, "hello", Refusal::Role).await;
+                Err(blamed)
+            }
+        }
+    }
+
+    fn status(&self) -> Status {
+        let (preparations, provisioned) = match &self.part {
+            Part::Owner(owner) => (vec![owner.preparation().to_string()], owner.provisioned()),
+            Part::Helper(helper) => (helper.preparations(), false),
+        };
+        let limit = self.config.limits.sessions;
+        let clock = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        Status {
+            release: env!("CARGO_PKG_VERSION").into(),
+            preparations,
+            sessions: (limit - self.permits.available_permits().min(limit)) as u64,
+            limit: limit as u64,
+            clock,
+            provisioned,
+        }
+    }
+
+    async fn probe(&self, mut c: Secured) -> Served {
+        c.send("probe", &wire::encode(&Reply::Status(self.status()))?).await?;
+        // As many echoes as a measurement needs, and no more work than that for whoever asks.
+        for _ in 0..256 {
+            let bytes = match c.recv("probe", ECHO_LIMIT + wire::SHORT).await {
+                Ok(bytes) => bytes,
+                Err(Error::Peer { kind: PeerFault::Closed, .. }) => return Ok(()),
+                Err(e) => return Err(e),
+            };
+            let Some(echo) = wire::decode::<Echo>(&bytes).filter(|e| e.want <= ECHO_LIMIT) else {
+                return refuse(c, "probe", Refusal::Malformed).await;
+            };
+            c.send("probe", &vec![0; echo.want as usize]).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Says no, and goes. The refusal is the caller's to log.
+pub(super) async fn refuse(mut c: Secured, step: &'static str, why: Refusal) -> Served {
+    tracing::info!(peer = %c.peer, address = %c.address, step, refusal = ?why, "refused");
+    c.send(step, &wire::encode(&Reply::Refused(why))?).await?;
+    c.close().await;
+    Ok(())
+}
+
+/// Reads a reply; a refusal becomes the error that it is.
+pub(super) async fn reply(c: &mut Secured, step: &'static str, limit: u32) -> Result<Reply> {
+    let bytes = c.recv(step, limit).await?;
+    match wire::decode(&bytes) {
+        Some(Reply::Refused(why)) => Err(c.blame(step, why.fault())),
+        Some(reply) => Ok(reply),
+        None => Err(c.blame(step, PeerFault::Malformed("a control message that is none"))),
+    }
+}
+
+/// A reply of another kind than the one expected.
+pub(super) fn unexpected(c: &Secured, step: &'static str) -> Error {
+    c.blame(step, PeerFault::Malformed("a control message out of turn"))
+}
+
+/// A running Owner or Helper.
+pub struct Daemon {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    stop: Arc<Notify>,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+/// Connections that are not sessions yet.
+const HANDSHAKES: usize = 128;
+
+impl Daemon {
+    /// Starts the party that the file `path` configures.
+    ///
+    /// # Errors
+    /// [`Error::Config`], [`Error::Model`], [`Error::Io`]: whatever keeps it from serving.
+    pub fn start(path: &Path, options: Options) -> Result<Daemon> {
+        let config = Config::load(path)?;
+        let Some(listen) = config.listen.as_ref().map(|l| l.address) else {
+            return Err(Error::Config(format!(
+                "{}: role = \"client\" does not listen; the client is `trefoil generate --config`",
+                path.display()
+            )));
+        };
+        let tls = Reloading::new(path, &config)?;
+        let seen = Seen::open(&config.model.store)?;
+        let part = match config.role {
+            Role::Owner => Part::Owner(Owner::open(&config)?),
+            _ => Part::Helper(Helper::open(&config)?),
+        };
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("net")
+            .enable_all()
+            .build()
+            .map_err(|e| Error::io("starting threads", e))?;
+        let listener = runtime
+            .block_on(TcpListener::bind(listen))
+            .map_err(|e| Error::io(format!("[listen] address = \"{listen}\""), e))?;
+        let address = listener.local_addr().map_err(|e| Error::io("the listening socket", e))?;
+        let shared = Arc::new(Shared {
+            permits: Arc::new(Semaphore::new(config.limits.sessions)),
+            config,
+            tls,
+            seen,
+            options,
+            running: Mutex::default(),
+            numbers: AtomicU64::new(0),
+            waiting: Mutex::default(),
+            draining: AtomicBool::new(false),
+            part,
+        });
+        let stop = Arc::new(Notify::new());
+        runtime.spawn(listen_on(listener, Arc::clone(&shared), Arc::clone(&stop)));
+        if let Part::Owner(owner) = &shared.part {
+            runtime.spawn(owner.provision(Arc::clone(&shared)));
+        }
+        tracing::info!(role = %shared.config.role, %address, identity = %shared.tls.current().own(), "listening");
+        Ok(Daemon { address, shared, stop, runtime: Some(runtime) })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Sessions being served.
+    #[must_use]
+    pub fn sessions(&self) -> usize {
+        self.shared.status().sessions as usize
+    }
+
+    /// Whether the Helper has all of this Owner's preparation.
+    #[must_use]
+    pub fn provisioned(&self) -> bool {
+        self.shared.status().provisioned
+    }
+
+    /// Blocks until SIGTERM or Ctrl-C, then drains; a second signal ends at once.
+    ///
+    /// # Errors
+    /// If signals cannot be waited for.
+    pub fn run(self) -> Result<()> {
+        let Some(runtime) = &self.runtime else { return Ok(()) };
+        let drain = self.shared.config.limits.drain;
+        let wait = async {
+            use tokio::signal::unix::{SignalKind, signal};
+            let mut term = signal(SignalKind::terminate())?;
+            let mut int = signal(SignalKind::interrupt())?;
+            tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+            self.close_doors();
+            let sessions = self.sessions();
+            tracing::info!(sessions, limit_s = drain.as_secs_f64(), "draining; signal again to end at once");
+            tokio::select! { _ = term.recv() => {}, _ = int.recv() => {}, () = self.empty(drain) => {} }
+            Ok(())
+        };
+        runtime.block_on(wait).map_err(|e: std::io::Error| Error::io("waiting for signals", e))?;
+        self.end_rest();
+        Ok(())
+    }
+
+    /// Stops listening, lets sessions end for at most `limit`, then ends them.
+    pub fn stop(self, limit: Duration) {
+        self.close_doors();
+        if let Some(runtime) = &self.runtime {
+            runtime.block_on(self.empty(limit));
+        }
+        self.end_rest();
+    }
+
+    fn close_doors(&self) {
+        self.shared.draining.store(true, Ordering::Relaxed);
+        self.stop.notify_waiters();
+    }
+
+    async fn empty(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        while self.sessions() > 0 && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    fn end_rest(&self) {
+        let left: Vec<Links> = lock(&self.shared.running).values().cloned().collect();
+        if !left.is_empty() {
+            tracing::warn!(sessions = left.len(), "ending sessions that did not end by themselves");
+        }
+        let reason = Abort { blamed: None, code: "shutdown".into() };
+        left.iter().for_each(|links| links.end(&reason));
+        let deadline = Instant::now() + Duration::from_secs(2);
+        while self.sessions() > 0 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        tracing::info!("stopped");
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.stop.notify_waiters();
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+async fn listen_on(listener: TcpListener, shared: Arc<Shared>, stop: Arc<Notify>) {
+    let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
+    loop {
+        let accepted = tokio::select! {
+            () = stop.notified() => return,
+            accepted = listener.accept() => accepted,
+        };
+        let (tcp, address) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of file descriptors, mostly: others may free some.
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let Ok(permit) = Arc::clone(&handshakes).try_acquire_owned() else {
+            tracing::warn!(%address, "too many connections at once: dropped");
+            continue;
+        };
+        let shared = Arc::clone(&shared);
+        tokio::spawn(async move {
+            if let Err(error) = shared.serve(tcp, address).await {
+                tracing::warn!(%address, code = error.code(), %error, "connection refused or lost");
+            }
+            drop(permit);
+        });
+    }
+}

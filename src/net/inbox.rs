@@ -1,0 +1,215 @@
+//! What has arrived at one end of a link and waits for its turn: two lanes, each with a bounded queue and a bounded store
+//! of messages that came before they were asked for.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::{FRAME_HEADER, Frame, Lane};
+use crate::error::PeerFault;
+
+#[derive(Default)]
+struct Queue {
+    frames: VecDeque<Frame>,
+    bytes: usize,
+    written: u64,
+    ended: Option<PeerFault>,
+}
+
+/// One lane.
+struct Pipe {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+    capacity: usize,
+}
+
+impl Pipe {
+    fn new(capacity: usize) -> Self {
+        Pipe { queue: Mutex::new(Queue::default()), changed: Condvar::new(), capacity }
+    }
+
+    // A poisoned lock means that a thread died while it held a queue of plain bytes; the queue itself is still whole.
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, frame: Frame) -> Result<(), PeerFault> {
+        let mut q = self.lock();
+        // A frame larger than the whole buffer goes through alone: holding it back would be a deadlock.
+        while q.ended.is_none() && q.bytes > 0 && q.bytes + frame.payload.len() > self.capacity {
+            q = self.changed.wait(q).unwrap_or_else(PoisonError::into_inner);
+        }
+        if let Some(fault) = &q.ended {
+            return Err(fault.clone());
+        }
+        q.bytes += frame.payload.len();
+        q.written += (frame.payload.len() + FRAME_HEADER) as u64;
+        q.frames.push_back(frame);
+        drop(q);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    fn pop(&self, timeout: Duration) -> Result<Frame, PeerFault> {
+        let deadline = Instant::now() + timeout;
+        let mut q = self.lock();
+        loop {
+            if let Some(frame) = q.frames.pop_front() {
+                q.bytes -= frame.payload.len();
+                drop(q);
+                self.changed.notify_all();
+                return Ok(frame);
+            }
+            if let Some(fault) = &q.ended {
+                return Err(fault.clone());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(PeerFault::Timeout(timeout.as_millis() as u64));
+            }
+            q = self.changed.wait_timeout(q, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn end(&self, fault: PeerFault) {
+        // The first reason is the cause.
+        self.lock().ended.get_or_insert(fault);
+        self.changed.notify_all();
+    }
+}
+
+/// Frames that came before their turn, by tag.
+#[derive(Default)]
+struct Early {
+    frames: HashMap<u64, VecDeque<Frame>>,
+    bytes: usize,
+    count: usize,
+}
+
+/// One end's inbox.
+pub struct Inbox {
+    pipes: [Pipe; 2],
+    early: [Mutex<Early>; 2],
+    /// More out-of-turn bytes than this is a fault of the peer.
+    early_limit: usize,
+}
+
+fn index(lane: Lane) -> usize {
+    match lane {
+        Lane::Online => 0,
+        Lane::Ahead => 1,
+    }
+}
+
+impl Inbox {
+    /// Lanes of `online_capacity` and `ahead_capacity` bytes, plus at most twice the latter that came out of turn (a batch of
+    /// run-ahead slots arrives operation by operation and is consumed slot by slot).
+    #[must_use]
+    pub fn new(online_capacity: usize, ahead_capacity: usize) -> Self {
+        Inbox {
+            pipes: [Pipe::new(online_capacity), Pipe::new(ahead_capacity)],
+            early: Default::default(),
+            early_limit: early_limit(ahead_capacity),
+        }
+    }
+
+    /// Appends what has arrived; blocks while the lane is full.
+    ///
+    /// # Errors
+    /// Why the inbox has ended.
+    pub fn push(&self, lane: Lane, frame: Frame) -> Result<(), PeerFault> {
+        self.pipes[index(lane)].push(frame)
+    }
+
+    /// See [`super::Channel::recv`].
+    ///
+    /// # Errors
+    /// Those of [`super::Channel::recv`].
+    pub fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Frame, PeerFault> {
+        let i = index(lane);
+        let mut early = self.early[i].lock().unwrap_or_else(PoisonError::into_inner);
+        let found = early.frames.get_mut(&tag).and_then(VecDeque::pop_front);
+        let frame = if let Some(frame) = found {
+            early.bytes -= frame.payload.len();
+            early.count -= 1;
+            if early.frames.get(&tag).is_some_and(VecDeque::is_empty) {
+                early.frames.remove(&tag);
+            }
+            frame
+        } else {
+            let deadline = Instant::now() + timeout;
+            loop {
+                // One deadline for the message asked for: others that trickle in do not extend it.
+                let left = deadline.saturating_duration_since(Instant::now());
+                let frame = self.pipes[i].pop(left).map_err(|fault| match fault {
+                    PeerFault::Timeout(_) => PeerFault::Timeout(timeout.as_millis() as u64),
+                    other => other,
+                })?;
+                if frame.tag == tag {
+                    break frame;
+                }
+                early.bytes += frame.payload.len();
+                early.count += 1;
+                // Empty messages take memory as well.
+                if early.bytes + early.count * 64 > self.early_limit {
+                    return Err(PeerFault::Flood(self.early_limit));
+                }
+                early.frames.entry(frame.tag).or_default().push_back(frame);
+            }
+        };
+        if frame.payload.len() != len {
+            return Err(PeerFault::Length { want: len, got: frame.payload.len() });
+        }
+        Ok(frame)
+    }
+
+    /// See [`super::Channel::drain`].
+    ///
+    /// # Errors
+    /// Those of [`super::Channel::drain`].
+    pub fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Frame, u64), PeerFault> {
+        let i = index(lane);
+        let mut early = self.early[i].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut found = early.frames.remove(&tag).and_then(|mut q| q.pop_front());
+        let mut dropped = (early.bytes - found.as_ref().map_or(0, |f| f.payload.len())) as u64;
+        *early = Early::default();
+        while found.is_none() {
+            let frame = self.pipes[i].pop(timeout)?;
+            if frame.tag == tag {
+                found = Some(frame);
+            } else {
+                dropped += frame.payload.len() as u64;
+            }
+        }
+        match found {
+            Some(frame) if frame.payload.len() == len => Ok((frame, dropped)),
+            Some(frame) => Err(PeerFault::Length { want: len, got: frame.payload.len() }),
+            None => Err(PeerFault::Closed),
+        }
+    }
+
+    /// Nothing more will come, and why; what has arrived can still be taken.
+    pub fn end(&self, fault: &PeerFault) {
+        self.pipes.iter().for_each(|p| p.end(fault.clone()));
+    }
+
+    /// Why the online lane has ended, waiting up to `limit` for it to end.
+    #[must_use]
+    pub fn ended_within(&self, limit: Duration) -> Option<PeerFault> {
+        let pipe = &self.pipes[0];
+        let wait = pipe.changed.wait_timeout_while(pipe.lock(), limit, |q| q.ended.is_none());
+        wait.unwrap_or_else(PoisonError::into_inner).0.ended.clone()
+    }
+
+    /// Bytes that were ever pushed, frame headers included, per lane (online, ahead).
+    #[must_use]
+    pub fn pushed(&self) -> [u64; 2] {
+        [self.pipes[0].lock().written, self.pipes[1].lock().written]
+    }
+}
+
+/// The most bytes that are kept out of turn, and the longest single message that is taken from a network.
+#[must_use]
+pub fn early_limit(ahead_capacity: usize) -> usize {
+    ahead_capacity.saturating_mul(2).max(1 << 20)
+}
