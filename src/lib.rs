@@ -39,6 +39,7 @@
 //! model           Hugging Face checkpoints, float twin, calibration, preparation, the private model
 //! world           three connected parties in one process
 //! generate        requests: what each party does, and all three in one process
+//! deploy          three hosts: certificates, configuration
 //! ```
 //!
 //! # Use
@@ -65,6 +66,7 @@
 #![warn(missing_docs)]
 
 pub mod approx;
+pub mod deploy;
 pub mod error;
 pub mod generate;
 pub mod model;

@@ -1,6 +1,9 @@
 //! The three parties. A closed enum: no integer stands for a party anywhere else.
 
 use std::fmt;
+use std::str::FromStr;
+
+use crate::error::Error;
 
 /// One of the three parties of a Trefoil session.
 ///
@@ -57,5 +60,16 @@ impl fmt::Display for Role {
             Role::Client => "client",
             Role::Helper => "helper",
         })
+    }
+}
+
+impl FromStr for Role {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Role, Error> {
+        Role::ALL
+            .into_iter()
+            .find(|role| role.to_string() == text)
+            .ok_or_else(|| Error::Config(format!("{text:?} is no role: expected owner, client or helper")))
     }
 }
