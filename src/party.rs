@@ -1,6 +1,8 @@
 //! The three parties. A closed enum: no integer stands for a party anywhere else.
 
 use std::fmt;
+
+use serde::{Deserialize, Serialize};
 use std::str::FromStr;
 
 use crate::error::Error;
@@ -12,7 +14,8 @@ use crate::error::Error;
 /// | `Owner` | the model provider | the private weights | most |
 /// | `Client` | the user; runs the public layers in plaintext | prompt and tokens | inputs and outputs only |
 /// | `Helper` | a third, non-colluding server near the Owner | nothing | answers the Owner |
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Role {
     /// The model provider; holds the masked values `d` and the plaintext weights.
     Owner,

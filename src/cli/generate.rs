@@ -1,16 +1,19 @@
-//! `trefoil generate`: the three parties in one process.
+//! `trefoil generate`: the three parties in one process, or the Client of a deployment.
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Serialize;
+use trefoil::deploy::client::Remote;
+use trefoil::deploy::config::{Config, Party};
+use trefoil::deploy::party::Options;
 use trefoil::error::{Error, Result};
-use trefoil::generate::{Check, LinkReport, Local, LocalOptions, Stop, check};
-use trefoil::model::{Checkpoint, TextCodec, Weights};
+use trefoil::generate::{Check, Generation, LinkReport, Local, LocalOptions, Stop, check};
+use trefoil::model::{Checkpoint, TextCodec, TextStream, Weights};
 use trefoil::net::shape::Profile;
-use trefoil::plan::MAX_TEMPERATURE;
+use trefoil::plan::{MAX_TEMPERATURE, Plan};
 
 /// Options of `trefoil generate`.
 #[derive(clap::Args)]
@@ -18,6 +21,10 @@ pub struct Args {
     /// The text to continue.
     #[arg(long)]
     prompt: String,
+    /// The client of a deployment: its configuration (trefoil init client). Owner and helper run elsewhere. Without it all
+    /// three run in this process.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "base", "private_layers", "net", "context", "calibration_text", "check"])]
+    config: Option<PathBuf>,
     /// A Hugging Face directory: config.json, model.safetensors (or a sharded index), tokenizer.json.
     #[arg(long, default_value = "models/quill-4m")]
     model: PathBuf,
@@ -60,6 +67,16 @@ struct Decode {
     p95: f64,
 }
 
+/// Whom a Client of a deployment has talked to.
+#[derive(Serialize)]
+struct SessionFacts {
+    id: String,
+    owner: String,
+    helper: String,
+    preparation: String,
+    setup_ms: f64,
+}
+
 #[derive(Serialize)]
 struct Report {
     text: String,
@@ -72,8 +89,12 @@ struct Report {
     private_head: bool,
     net: String,
     threads: usize,
-    preparation_ms: f64,
-    preparation_bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    session: Option<SessionFacts>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    preparation_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    preparation_bytes: Option<u64>,
     prefill_ms: f64,
     decode_ms: Decode,
     messages_per_private_layer: u32,
@@ -103,12 +124,76 @@ fn peak_memory() -> u64 {
     line.trim().trim_end_matches("kB").trim().parse::<u64>().unwrap_or(0) * 1024
 }
 
+/// Shows tokens as they come.
+struct Speaker {
+    codec: TextCodec,
+    stream: TextStream,
+    eos: Vec<u32>,
+    json: bool,
+    shown: String,
+    failed: Option<Error>,
+}
+
+impl Speaker {
+    fn new(a: &Args, codec: TextCodec, prompt: &[u32], eos: &[u32]) -> Result<Self> {
+        let stream = codec.stream(prompt)?;
+        Ok(Speaker { codec, stream, eos: eos.to_vec(), json: a.json, shown: String::new(), failed: None })
+    }
+
+    fn begin(&self, prompt: &str) -> Result<()> {
+        if self.json { Ok(()) } else { say(prompt) }
+    }
+
+    fn token(&mut self, id: u32) -> bool {
+        if self.eos.contains(&id) {
+            return true;
+        }
+        match self.stream.push(&self.codec, id) {
+            Ok(piece) => {
+                self.shown.push_str(&piece);
+                let said = if self.json { Ok(()) } else { say(&piece) };
+                self.failed = said.err();
+                self.failed.is_none()
+            }
+            Err(e) => {
+                self.failed = Some(e);
+                false
+            }
+        }
+    }
+
+    /// Ends the line after a failure.
+    fn break_off(&self) -> Result<()> {
+        if self.json { Ok(()) } else { say("\n") }
+    }
+
+    /// All the text.
+    fn finish(mut self) -> Result<String> {
+        if let Some(e) = self.failed {
+            return Err(e);
+        }
+        let rest = self.stream.finish(&self.codec)?;
+        self.shown.push_str(&rest);
+        if !self.json {
+            say(&format!("{rest}\n"))?;
+        }
+        Ok(self.shown)
+    }
+}
+
+fn encode(codec: &TextCodec, prompt: &str) -> Result<Vec<u32>> {
+    let ids = codec.encode(prompt)?;
+    if prompt.is_empty() || ids.is_empty() {
+        return Err(Error::Config("--prompt is empty: give some text to continue".into()));
+    }
+    Ok(ids)
+}
+
 /// Runs the command.
 ///
 /// # Errors
 /// Whatever the options, the checkpoint or a party got wrong.
 pub fn run(a: &Args) -> Result<()> {
-    let profile: Profile = a.net.parse()?;
     // Before the model is prepared, which takes a while.
     if a.max_new_tokens == 0 {
         return Err(Error::Config("--max-new-tokens 0: ask for at least one token".into()));
@@ -119,6 +204,63 @@ pub fn run(a: &Args) -> Result<()> {
             a.temperature
         )));
     }
+    let report = match &a.config {
+        Some(config) => remote(a, config)?,
+        None => local(a)?,
+    };
+    if a.json {
+        let json = serde_json::to_string_pretty(&report).map_err(|e| Error::Internal(format!("writing JSON: {e}")))?;
+        say(&format!("{json}\n"))?;
+    } else {
+        summary(&report);
+    }
+    Ok(())
+}
+
+/// The Client of a deployment.
+fn remote(a: &Args, path: &Path) -> Result<Report> {
+    let config = Config::load(path)?;
+    let Party::Client { public, .. } = config.party() else {
+        return Err(Error::Config(format!(
+            "{}: this is the {}'s configuration; `trefoil generate` is the client (the {0} runs with `trefoil party --config`)",
+            path.display(),
+            config.role()
+        )));
+    };
+    let codec = TextCodec::open(public)?;
+    let prompt = encode(&codec, &a.prompt)?;
+    let mut remote = Remote::open(path, Options::default())?;
+    let facts = remote.facts().clone();
+    let mut speaker = Speaker::new(a, codec, &prompt, &facts.config.eos_ids)?;
+    speaker.begin(&a.prompt)?;
+    let out = remote.generate(&prompt, a.max_new_tokens, a.temperature, a.seed, &mut |id| speaker.token(id));
+    let g = match out {
+        Ok(g) => g,
+        Err(e) => {
+            speaker.break_off()?;
+            return Err(e);
+        }
+    };
+    let text = speaker.finish()?;
+    let (sums, links) = remote.finish()?;
+    let session = SessionFacts {
+        id: facts.session,
+        owner: facts.owner.to_string(),
+        helper: facts.helper.to_string(),
+        preparation: facts.preparation,
+        setup_ms: ms(facts.setup),
+    };
+    let mut report = Report::new(text, prompt.len(), g, &facts.plan, links);
+    report.net = "as it is".into();
+    report.session = Some(session);
+    report.messages_per_private_layer = u32::try_from(sums.layer_messages).unwrap_or(u32::MAX);
+    (report.discarded_slots, report.discarded_bytes) = (sums.discarded_passes, sums.discarded_bytes);
+    Ok(report)
+}
+
+/// All three parties here.
+fn local(a: &Args) -> Result<Report> {
+    let profile: Profile = a.net.parse()?;
     let checkpoint = Checkpoint::open(&a.model)?;
     let config = checkpoint.config().clone();
     drop(checkpoint);
@@ -130,10 +272,7 @@ pub fn run(a: &Args) -> Result<()> {
         })?),
     };
     let codec = TextCodec::open(&a.model)?;
-    let prompt = codec.encode(&a.prompt)?;
-    if a.prompt.is_empty() || prompt.is_empty() {
-        return Err(Error::Config("--prompt is empty: give some text to continue".into()));
-    }
+    let prompt = encode(&codec, &a.prompt)?;
     let limit = a.context.unwrap_or(usize::MAX).min(config.max_positions);
     if prompt.len() > limit {
         return Err(Error::Config(format!(
@@ -154,48 +293,17 @@ pub fn run(a: &Args) -> Result<()> {
         eprintln!("preparing {} (calibration, fixed point, shares of the weights) ...", a.model.display());
     }
     let mut local = Local::open(&a.model, options)?;
-
-    let mut stream = codec.stream(&prompt)?;
-    let mut shown = String::new();
-    let mut failed = None;
-    if !a.json {
-        say(&a.prompt)?;
-    }
-    let mut on_token = |id: u32| {
-        if config.eos_ids.contains(&id) {
-            return true;
-        }
-        match stream.push(&codec, id) {
-            Ok(piece) => {
-                shown.push_str(&piece);
-                let said = if a.json { Ok(()) } else { say(&piece) };
-                failed = said.err();
-                failed.is_none()
-            }
-            Err(e) => {
-                failed = Some(e);
-                false
-            }
-        }
-    };
-    let out = local.generate(&prompt, a.max_new_tokens, a.temperature, a.seed, a.check, &mut on_token);
+    let mut speaker = Speaker::new(a, codec, &prompt, &config.eos_ids)?;
+    speaker.begin(&a.prompt)?;
+    let out = local.generate(&prompt, a.max_new_tokens, a.temperature, a.seed, a.check, &mut |id| speaker.token(id));
     let g = match out {
         Ok(g) => g,
         Err(e) => {
-            if !a.json {
-                say("\n")?;
-            }
+            speaker.break_off()?;
             return Err(local.root_cause(e));
         }
     };
-    if let Some(e) = failed {
-        return Err(e);
-    }
-    let rest = stream.finish(&codec)?;
-    shown.push_str(&rest);
-    if !a.json {
-        say(&format!("{rest}\n"))?;
-    }
+    let text = speaker.finish()?;
     let links = local.links();
     let (preparation_bytes, preparation) = local.preparation();
     let plan = local.plan().clone();
@@ -204,41 +312,54 @@ pub fn run(a: &Args) -> Result<()> {
         false => None,
         true => Some(check(&Weights::load(&Checkpoint::open(&a.model)?)?, &prompt, &g, a.temperature > 0.0)),
     };
-    let mut decode: Vec<f64> = g.decode.iter().copied().map(ms).collect();
-    decode.sort_by(f64::total_cmp);
-    let report = Report {
-        text: shown,
-        tokens: g.tokens,
-        prompt_tokens: prompt.len(),
-        stop: match g.stop {
-            Stop::EndToken => "end_token",
-            Stop::Length => "length",
-            Stop::Caller => "caller",
-        },
-        public_layers: plan.first_private,
-        private_layers: plan.layers.len(),
-        private_embedding: plan.private_embedding,
-        private_head: !plan.head.public,
-        net: profile.to_string(),
-        threads: std::thread::available_parallelism().map_or(1, usize::from),
-        preparation_ms: ms(preparation),
-        preparation_bytes,
-        prefill_ms: ms(g.prefill),
-        decode_ms: Decode { median: quantile(&decode, 0.5), p95: quantile(&decode, 0.95) },
-        messages_per_private_layer: owner.layer_messages.iter().copied().max().unwrap_or(0),
-        links,
-        discarded_slots: owner.discarded_passes,
-        discarded_bytes: owner.discarded_bytes,
-        peak_memory_bytes: peak_memory(),
-        check,
-    };
-    if a.json {
-        let json = serde_json::to_string_pretty(&report).map_err(|e| Error::Internal(format!("writing JSON: {e}")))?;
-        say(&format!("{json}\n"))?;
-    } else {
-        summary(&report);
+    let mut report = Report::new(text, prompt.len(), g, &plan, links);
+    report.net = profile.to_string();
+    report.preparation_ms = Some(ms(preparation));
+    report.preparation_bytes = Some(preparation_bytes);
+    report.messages_per_private_layer = owner.layer_messages.iter().copied().max().unwrap_or(0);
+    (report.discarded_slots, report.discarded_bytes) = (owner.discarded_passes, owner.discarded_bytes);
+    report.check = check;
+    Ok(report)
+}
+
+impl Report {
+    fn new(
+        text: String,
+        prompt_tokens: usize,
+        g: Generation,
+        plan: &Plan,
+        links: BTreeMap<String, LinkReport>,
+    ) -> Report {
+        let mut decode: Vec<f64> = g.decode.iter().copied().map(ms).collect();
+        decode.sort_by(f64::total_cmp);
+        Report {
+            text,
+            tokens: g.tokens,
+            prompt_tokens,
+            stop: match g.stop {
+                Stop::EndToken => "end_token",
+                Stop::Length => "length",
+                Stop::Caller => "caller",
+            },
+            public_layers: plan.first_private,
+            private_layers: plan.layers.len(),
+            private_embedding: plan.private_embedding,
+            private_head: !plan.head.public,
+            net: String::new(),
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            session: None,
+            preparation_ms: None,
+            preparation_bytes: None,
+            prefill_ms: ms(g.prefill),
+            decode_ms: Decode { median: quantile(&decode, 0.5), p95: quantile(&decode, 0.95) },
+            messages_per_private_layer: 0,
+            links,
+            discarded_slots: 0,
+            discarded_bytes: 0,
+            peak_memory_bytes: peak_memory(),
+            check: None,
+        }
     }
-    Ok(())
 }
 
 /// To standard output, at once. A pipe that nobody reads any more ends the output, not the generation's bookkeeping.
@@ -260,8 +381,17 @@ fn summary(r: &Report) {
         if r.private_embedding { " and the embedding" } else { "" },
         if r.private_head { "private" } else { "public, as in the base" }
     );
-    eprintln!("network       {}; {} threads for all three parties", r.net, r.threads);
-    eprintln!("preparation   {:.0} ms, {:.1} MB, once per model", r.preparation_ms, mb(r.preparation_bytes));
+    match &r.session {
+        None => eprintln!("network       {}; {} threads for all three parties", r.net, r.threads),
+        Some(s) => {
+            eprintln!("owner         {}", s.owner);
+            eprintln!("helper        {}", s.helper);
+            eprintln!("session       {}, set up in {:.0} ms, preparation {}", s.id, s.setup_ms, s.preparation);
+        }
+    }
+    if let (Some(ms), Some(bytes)) = (r.preparation_ms, r.preparation_bytes) {
+        eprintln!("preparation   {ms:.0} ms, {:.1} MB, once per model", mb(bytes));
+    }
     eprintln!("prefill       {:.1} ms for {} tokens", r.prefill_ms, r.prompt_tokens);
     eprintln!(
         "decode        {:.1} ms per token median, {:.1} p95, over {} tokens",
@@ -279,7 +409,8 @@ fn summary(r: &Report) {
         );
     }
     eprintln!("left over     {} slots walked ahead and dropped, {:.3} MB", r.discarded_slots, mb(r.discarded_bytes));
-    eprintln!("peak memory   {:.0} MB for all three parties", mb(r.peak_memory_bytes));
+    let whose = if r.session.is_some() { "this client" } else { "all three parties" };
+    eprintln!("peak memory   {:.0} MB for {whose}", mb(r.peak_memory_bytes));
     if let Some(c) = &r.check {
         eprintln!(
             "check         logits opened to the client for this check only: {} of {} tokens agree, max KL {:.2e}, max logit error {:.4}",

@@ -44,8 +44,8 @@ pub(super) fn connect(agreed: &Agreed, peers: Vec<Peer>, options: &Options) -> R
     let mut links: Vec<(Role, Arc<dyn Channel>)> = Vec::new();
     for peer in peers {
         let role = peer.online.peer.role;
-        let pair = Pair::of(agreed.role, role)
-            .ok_or_else(|| Error::Internal(format!("a link of the {role} with itself")))?;
+        let pair =
+            Pair::of(agreed.role, role).ok_or_else(|| Error::Internal(format!("a link of the {role} with itself")))?;
         keys.push((pair, peer.online.key(&agreed.id)?));
         let online = peer.online.into_stream(Some(agreed.timeout))?;
         // Run-ahead waits as long as the Owner's buffer is full, which ends with the session at the latest.
@@ -113,7 +113,16 @@ pub(super) struct Connection {
 impl Connection {
     /// Bytes received from `peer`, frame headers included: online, ahead.
     pub fn received(&self, peer: Role) -> [u64; 2] {
-        self.channels.iter().find(|(role, _)| *role == peer).map_or([0; 2], |(_, c)| c.received())
+        self.channel(peer).map_or([0; 2], |c| c.received())
+    }
+
+    /// Messages received from `peer`.
+    pub fn received_messages(&self, peer: Role) -> u64 {
+        self.channel(peer).map_or(0, |c| c.received_messages())
+    }
+
+    fn channel(&self, peer: Role) -> Option<&Arc<TlsChannel>> {
+        self.channels.iter().find(|(role, _)| *role == peer).map(|(_, c)| c)
     }
 }
 
@@ -130,9 +139,11 @@ pub struct SessionReport {
     pub owner_to_helper: [u64; 2],
     /// Helper to Owner: online bytes, run-ahead bytes.
     pub helper_to_owner: [u64; 2],
+    /// Messages of both kinds.
+    pub helper_to_owner_messages: u64,
 }
 
-const REPORT_WORDS: usize = 7;
+const REPORT_WORDS: usize = 8;
 
 fn report_step() -> Address {
     Scope::new("session").address(0, "session.report")
@@ -141,7 +152,7 @@ fn report_step() -> Address {
 impl SessionReport {
     fn words(&self) -> [u64; REPORT_WORDS] {
         let ([a, b], [c, d]) = (self.owner_to_helper, self.helper_to_owner);
-        [self.layer_messages, self.discarded_passes, self.discarded_bytes, a, b, c, d]
+        [self.layer_messages, self.discarded_passes, self.discarded_bytes, a, b, c, d, self.helper_to_owner_messages]
     }
 
     /// Owner's side.
@@ -153,9 +164,9 @@ impl SessionReport {
     /// Client's side.
     pub(super) fn receive(links: &Links) -> Result<SessionReport> {
         let bytes = links.recv(Role::Owner, Lane::Online, &report_step(), 8 * REPORT_WORDS)?;
-        let words: Vec<u64> =
-            bytes.chunks_exact(8).filter_map(|c| c.try_into().ok()).map(u64::from_le_bytes).collect();
-        let [layer_messages, discarded_passes, discarded_bytes, a, b, c, d] = words[..] else {
+        let words: Vec<u64> = bytes.chunks_exact(8).filter_map(|c| c.try_into().ok()).map(u64::from_le_bytes).collect();
+        let [layer_messages, discarded_passes, discarded_bytes, a, b, c, d, helper_to_owner_messages] = words[..]
+        else {
             let kind = PeerFault::Malformed("a report that is none");
             return Err(crate::net::blame(Role::Owner, &report_step(), kind));
         };
@@ -165,6 +176,7 @@ impl SessionReport {
             discarded_bytes,
             owner_to_helper: [a, b],
             helper_to_owner: [c, d],
+            helper_to_owner_messages,
         })
     }
 }

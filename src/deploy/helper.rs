@@ -1,6 +1,7 @@
 //! The Helper as a daemon: keeps its halves of prepared models, and brings Owner and Client of a session together.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -60,10 +61,10 @@ fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 impl Helper {
     pub fn open(config: &Config) -> Result<Helper> {
         let helper = Helper {
-            store: Arc::new(HelperStore::open(&config.model.store)?),
+            store: Arc::new(HelperStore::open(config.store().unwrap_or(Path::new(".")))?),
             loaded: Mutex::default(),
             meetings: Mutex::default(),
-            patience: config.limits.handshake_timeout,
+            patience: config.limits().handshake_timeout,
         };
         for id in helper.store.ids()? {
             // One that cannot be read does not keep the others from being served.
@@ -159,8 +160,7 @@ impl Helper {
             return Err(blamed);
         }
         let expected = shared.expect_ahead(session, &owner);
-        let joined =
-            Reply::Joined { helper_nonce, owner_nonce: p.owner_nonce, owner, agreed: loaded.agreed, session };
+        let joined = Reply::Joined { helper_nonce, owner_nonce: p.owner_nonce, owner, agreed: loaded.agreed, session };
         let joined = wire::encode(&joined)?;
         o.send(step, &joined).await?;
         c.send(step, &joined).await?;
@@ -173,7 +173,7 @@ impl Helper {
         let Ok(Ok(ahead)) = tokio::time::timeout(self.patience, expected).await else {
             return Err(o.blame("run-ahead lane", PeerFault::Timeout(self.patience.as_millis() as u64)));
         };
-        let limits = &shared.config.limits;
+        let limits = shared.config.limits();
         let agreed = Agreed {
             role: Role::Helper,
             id: session,
@@ -230,7 +230,7 @@ impl Helper {
         chunks: Vec<Digest>,
     ) -> Served {
         let step = "receiving a preparation";
-        o.timeout = shared.config.limits.timeout;
+        o.timeout = shared.config.limits().timeout;
         let manifest = match PublicManifest::from_json(&manifest) {
             Ok(manifest) => manifest,
             Err(error) => {

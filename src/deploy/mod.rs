@@ -1,5 +1,16 @@
-//! Three organisations on three hosts: who they are (certificates), and what each is told (configuration).
+//! Three organisations on three hosts: who they are (certificates), what each is told (configuration), how they meet (TLS,
+//! sessions), and the parties that run for long.
 
 pub mod certs;
+pub mod client;
 pub mod config;
+mod engine;
+mod helper;
 pub mod init;
+mod owner;
+pub mod party;
+mod seen;
+pub mod tls;
+pub mod wire;
+
+pub use engine::SessionReport;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::config::Config;
+use super::config::{Address, Config, Party};
 use super::engine::{self, Agreed, Peer, SessionReport};
 use super::party::{Served, Shared, refuse, reply, unexpected};
 use super::tls::{self, Secured};
@@ -19,7 +19,7 @@ pub(super) struct Owner {
     preparation: Arc<OwnerPreparation>,
     manifest: Vec<u8>,
     agreed: Digest,
-    helper: String,
+    helper: Address,
     /// Chunks of the Helper's half that it has; `u64::MAX` once it has all.
     sent: Arc<AtomicU64>,
 }
@@ -28,15 +28,13 @@ const ALL: u64 = u64::MAX;
 
 impl Owner {
     pub fn open(config: &Config) -> Result<Owner> {
-        let preparation = Arc::new(OwnerPreparation::open(&config.model.preparation()?)?);
+        let Party::Owner { helper, preparation, .. } = config.party() else {
+            return Err(Error::Internal("an owner of another role".into()));
+        };
+        let helper = helper.clone();
+        let preparation = Arc::new(OwnerPreparation::open(preparation)?);
         let manifest = preparation.manifest().to_json()?;
-        Ok(Owner {
-            agreed: wire::digest(&manifest),
-            manifest,
-            preparation,
-            helper: config.peers.helper()?.to_string(),
-            sent: Arc::default(),
-        })
+        Ok(Owner { agreed: wire::digest(&manifest), manifest, preparation, helper, sent: Arc::default() })
     }
 
     pub fn preparation(&self) -> String {
@@ -98,7 +96,7 @@ impl Owner {
         };
         let Ready { online, ahead, helper_nonce, owner_nonce, session } = ready;
         let expected = shared.expect_ahead(session, &c.peer.fingerprint.to_string());
-        let limits = &shared.config.limits;
+        let limits = shared.config.limits();
         let welcome = Reply::Welcome {
             owner_nonce,
             helper_nonce,
@@ -120,12 +118,8 @@ impl Owner {
             return Err(c.blame("run-ahead lane", PeerFault::Timeout(waited)));
         };
         let client = c.peer.name.clone();
-        let agreed = Agreed {
-            role: Role::Owner,
-            id: session,
-            ahead_capacity: limits.run_ahead_bytes,
-            timeout: limits.timeout,
-        };
+        let agreed =
+            Agreed { role: Role::Owner, id: session, ahead_capacity: limits.run_ahead_bytes, timeout: limits.timeout };
         let peers = vec![Peer { online: c, ahead: Some(client_ahead) }, Peer { online, ahead: Some(ahead) }];
         let connected = engine::connect(&agreed, peers, &shared.options)?;
         let (model, grant) = (self.preparation.model(), engine::grant(limits));
@@ -138,6 +132,7 @@ impl Owner {
                 discarded_bytes: report.discarded_bytes,
                 owner_to_helper: [to_helper.online_bytes, to_helper.messages],
                 helper_to_owner: connection.received(Role::Helper),
+                helper_to_owner_messages: connection.received_messages(Role::Helper),
             };
             sums.send(s.links())?;
             tracing::info!(requests = report.requests, tokens = report.tokens, ?sums, "served");
@@ -156,7 +151,7 @@ impl Owner {
             client: c.peer.fingerprint.to_string(),
             preparation: self.preparation(),
             agreed: self.agreed,
-            ahead_capacity: shared.config.limits.run_ahead_bytes as u64,
+            ahead_capacity: shared.config.limits().run_ahead_bytes as u64,
         };
         online.send(step, &wire::encode(&pair)?).await?;
         // The Helper waits for the Client meanwhile.
@@ -206,14 +201,14 @@ async fn offer(
     shared: &Arc<Shared>,
     preparation: &Arc<OwnerPreparation>,
     manifest: &[u8],
-    helper: &str,
+    helper: &Address,
     sent: &AtomicU64,
 ) -> Result<()> {
     let step = "sending the model to the helper";
     let tls = shared.tls.current();
     let mut c = tls::connect(&tls, helper, Role::Helper, shared.handshake_timeout()).await?;
     // The Helper verifies what it has, which takes as long as reading it from disk.
-    c.timeout = shared.config.limits.timeout;
+    c.timeout = shared.config.limits().timeout;
     let hello = Hello::Offer { manifest: manifest.to_vec(), chunks: preparation.chunk_hashes().to_vec() };
     c.send(step, &wire::encode(&hello)?).await?;
     let Reply::Have { next } = reply(&mut c, step, wire::SHORT).await? else { return Err(unexpected(&c, step)) };

@@ -78,7 +78,7 @@ impl Place {
 
 impl Shared {
     pub fn handshake_timeout(&self) -> Duration {
-        self.config.limits.handshake_timeout
+        self.config.limits().handshake_timeout
     }
 
     /// A place for one more session.
@@ -86,7 +86,7 @@ impl Shared {
         if self.draining.load(Ordering::Relaxed) {
             return Err(Refusal::Draining);
         }
-        let busy = Refusal::Busy { sessions: self.config.limits.sessions as u64 };
+        let busy = Refusal::Busy { sessions: self.config.limits().sessions as u64 };
         let permit = Arc::clone(&self.permits).try_acquire_owned().map_err(|_| busy)?;
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         Ok(Place { _permit: permit, shared: Arc::clone(self), number })
@@ -132,15 +132,20 @@ impl Shared {
             | (Part::Helper(_), Role::Owner, Hello::Ahead { session }) => self.attach(c, session).await,
             (Part::Owner(owner), Role::Client, Hello::Open { nonce }) => owner.open_session(&self, c, nonce).await,
             (Part::Helper(helper), Role::Client, Hello::Join { nonce }) => helper.join(c, nonce).await,
-            (Part::Helper(helper), Role::Owner, Hello::Pair { client_nonce, owner_nonce, client, preparation, agreed, ahead_capacity }) => {
-                let pair = super::helper::Pair { client_nonce, owner_nonce, client, preparation, agreed, ahead_capacity };
+            (
+                Part::Helper(helper),
+                Role::Owner,
+                Hello::Pair { client_nonce, owner_nonce, client, preparation, agreed, ahead_capacity },
+            ) => {
+                let pair =
+                    super::helper::Pair { client_nonce, owner_nonce, client, preparation, agreed, ahead_capacity };
                 helper.pair(&self, c, pair).await
             }
             (Part::Helper(helper), Role::Owner, Hello::Offer { manifest, chunks }) => {
                 helper.receive(&self, c, manifest, chunks).await
             }
             _ => {
-                let want = if self.config.role == Role::Owner { Role::Client } else { Role::Owner };
+                let want = if self.config.role() == Role::Owner { Role::Client } else { Role::Owner };
                 let kind = crate::error::CertificateFault::Role { want, got: c.peer.role };
                 let blamed = c.blame("hello", PeerFault::Certificate(kind));
                 let _ = refuse(c, "hello", Refusal::Role).await;
@@ -154,7 +159,7 @@ impl Shared {
             Part::Owner(owner) => (vec![owner.preparation().to_string()], owner.provisioned()),
             Part::Helper(helper) => (helper.preparations(), false),
         };
-        let limit = self.config.limits.sessions;
+        let limit = self.config.limits().sessions;
         let clock = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         Status {
             release: env!("CARGO_PKG_VERSION").into(),
@@ -225,15 +230,15 @@ impl Daemon {
     /// [`Error::Config`], [`Error::Model`], [`Error::Io`]: whatever keeps it from serving.
     pub fn start(path: &Path, options: Options) -> Result<Daemon> {
         let config = Config::load(path)?;
-        let Some(listen) = config.listen.as_ref().map(|l| l.address) else {
+        let Some(listen) = config.listen() else {
             return Err(Error::Config(format!(
                 "{}: role = \"client\" does not listen; the client is `trefoil generate --config`",
                 path.display()
             )));
         };
         let tls = Reloading::new(path, &config)?;
-        let seen = Seen::open(&config.model.store)?;
-        let part = match config.role {
+        let seen = Seen::open(config.store().unwrap_or(Path::new(".")))?;
+        let part = match config.role() {
             Role::Owner => Part::Owner(Owner::open(&config)?),
             _ => Part::Helper(Helper::open(&config)?),
         };
@@ -248,7 +253,7 @@ impl Daemon {
             .map_err(|e| Error::io(format!("[listen] address = \"{listen}\""), e))?;
         let address = listener.local_addr().map_err(|e| Error::io("the listening socket", e))?;
         let shared = Arc::new(Shared {
-            permits: Arc::new(Semaphore::new(config.limits.sessions)),
+            permits: Arc::new(Semaphore::new(config.limits().sessions)),
             config,
             tls,
             seen,
@@ -264,7 +269,7 @@ impl Daemon {
         if let Part::Owner(owner) = &shared.part {
             runtime.spawn(owner.provision(Arc::clone(&shared)));
         }
-        tracing::info!(role = %shared.config.role, %address, identity = %shared.tls.current().own(), "listening");
+        tracing::info!(role = %shared.config.role(), %address, identity = %shared.tls.current().own(), "listening");
         Ok(Daemon { address, shared, stop, runtime: Some(runtime) })
     }
 
@@ -292,7 +297,7 @@ impl Daemon {
     /// If signals cannot be waited for.
     pub fn run(self) -> Result<()> {
         let Some(runtime) = &self.runtime else { return Ok(()) };
-        let drain = self.shared.config.limits.drain;
+        let drain = self.shared.config.limits().drain;
         let wait = async {
             use tokio::signal::unix::{SignalKind, signal};
             let mut term = signal(SignalKind::terminate())?;

@@ -23,8 +23,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
-use super::certs::{self, Details};
-use super::config::{Config, TlsConfig};
+use super::certs::{self, Details, Fingerprint, Key};
+use super::config::{Address, Config, Tls as TlsConfig};
 use crate::error::{CertificateFault, Error, PeerFault, Result};
 use crate::net::tls::Stream;
 use crate::party::Role;
@@ -43,7 +43,7 @@ pub struct Identity {
     /// Its name, for people.
     pub name: String,
     /// SHA-256 of its certificate.
-    pub fingerprint: String,
+    pub fingerprint: Fingerprint,
 }
 
 impl fmt::Display for Identity {
@@ -70,7 +70,7 @@ thread_local! {
 /// Decides on certificates, at both ends.
 struct Verifier {
     pinned: Vec<CertificateDer<'static>>,
-    revoked: Vec<String>,
+    revoked: Vec<Fingerprint>,
     roots: Option<Arc<RootCertStore>>,
     clients: Option<Arc<dyn ClientCertVerifier>>,
     algorithms: WebPkiSupportedAlgorithms,
@@ -113,7 +113,7 @@ impl Verifier {
     ) -> Result<(), CertificateFault> {
         let d = Details::parse_der(der).map_err(|e| CertificateFault::Invalid(e.to_string()))?;
         if self.revoked.contains(&d.fingerprint) {
-            return Err(CertificateFault::Revoked(d.fingerprint));
+            return Err(CertificateFault::Revoked(d.fingerprint.to_string()));
         }
         // Before the chain: an expired certificate is told as such whoever signed it, since its owner can only renew it.
         let now = now.as_secs() as i64;
@@ -126,15 +126,15 @@ impl Verifier {
         if self.pinned.iter().any(|p| p == der) {
             return Ok(());
         }
-        let unknown = CertificateFault::UnknownIssuer { fingerprint: d.fingerprint };
+        let unknown = CertificateFault::UnknownIssuer { fingerprint: d.fingerprint.to_string() };
         if self.roots.is_none() {
             return Err(unknown);
         }
         chain().map_err(|e| match e {
             rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => unknown,
-            rustls::Error::InvalidCertificate(
-                CertificateError::Expired | CertificateError::ExpiredContext { .. },
-            ) => CertificateFault::Expired("some day (its issuer's certificate)".into()),
+            rustls::Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. }) => {
+                CertificateFault::Expired("some day (its issuer's certificate)".into())
+            }
             other => CertificateFault::Invalid(other.to_string()),
         })
     }
@@ -269,8 +269,7 @@ impl Tls {
                 own.role
             )));
         }
-        certs::check_key_file(&config.key)?;
-        let key = PrivateKeyDer::from_pem_file(&config.key)
+        let key = PrivateKeyDer::from_pem_slice(Key::load(&config.key)?.pem().as_bytes())
             .map_err(|e| Error::Config(format!("{}: no private key in PEM form ({e})", config.key.display())))?;
         let pinned = config.pinned.iter().map(|p| read_certificates(p)).collect::<Result<Vec<_>>>()?.concat();
         let roots = match &config.ca {
@@ -472,11 +471,7 @@ impl Secured {
         Ok(bytes)
     }
 
-    fn outcome(
-        &self,
-        step: &'static str,
-        out: Result<std::io::Result<()>, tokio::time::error::Elapsed>,
-    ) -> Result<()> {
+    fn outcome(&self, step: &'static str, out: Result<std::io::Result<()>, tokio::time::error::Elapsed>) -> Result<()> {
         match out {
             Ok(Ok(())) => Ok(()),
             Ok(Err(e)) => Err(self.blame(step, fault(&e))),
@@ -556,23 +551,23 @@ async fn exchange_versions(secured: &mut Secured) -> Result<String> {
     Ok(theirs.iter().filter(|b| b.is_ascii_graphic()).map(|&b| char::from(b)).collect())
 }
 
-/// Dials `address` (host:port), where a party of role `want` is expected.
+/// Dials `address`, where a party of role `want` is expected.
 ///
 /// # Errors
 /// [`Error::Peer`] blaming that role.
-pub async fn connect(tls: &Tls, address: &str, want: Role, timeout: Duration) -> Result<Secured> {
+pub async fn connect(tls: &Tls, address: &Address, want: Role, timeout: Duration) -> Result<Secured> {
     let failed = |step: &str, kind| Error::Peer { role: want, step: format!("{step} ({address})"), kind };
     let slow = || PeerFault::Timeout(timeout.as_millis() as u64);
     let unreachable = |cause: String| PeerFault::Unreachable { address: address.to_string(), cause };
-    let tcp = match tokio::time::timeout(timeout, TcpStream::connect(address)).await {
-        Err(_) => return Err(failed("connecting", unreachable(format!("no answer within {} s", timeout.as_secs_f64())))),
+    let tcp = match tokio::time::timeout(timeout, TcpStream::connect(address.to_string())).await {
+        Err(_) => {
+            return Err(failed("connecting", unreachable(format!("no answer within {} s", timeout.as_secs_f64()))));
+        }
         Ok(Err(e)) => return Err(failed("connecting", unreachable(e.to_string()))),
         Ok(Ok(tcp)) => tcp,
     };
     let _ = tcp.set_nodelay(true);
-    let host = address.rsplit_once(':').map_or(address, |(host, _)| host).trim_matches(['[', ']']);
-    let name = ServerName::try_from(host.to_string())
-        .map_err(|_| Error::Config(format!("[peers] {want} = \"{address}\": `{host}` is neither a DNS name nor an IP address")))?;
+    let name = address.host.server_name()?;
     let connector = TlsConnector::from(Arc::clone(&tls.client));
     let handshake = async { connector.connect(name, tcp).await.map_err(|e| fault(&e)) };
     let stream = match tokio::time::timeout(timeout, handshake).await {
@@ -580,8 +575,8 @@ pub async fn connect(tls: &Tls, address: &str, want: Role, timeout: Duration) ->
         Ok(Err(kind)) => return Err(failed("TLS handshake", kind)),
         Ok(Ok(stream)) => stream,
     };
-    let (mut secured, same) = Secured::finish(stream.into(), address.to_string(), timeout)
-        .map_err(|kind| failed("TLS handshake", kind))?;
+    let (mut secured, same) =
+        Secured::finish(stream.into(), address.to_string(), timeout).map_err(|kind| failed("TLS handshake", kind))?;
     if secured.peer.role != want {
         let kind = PeerFault::Certificate(CertificateFault::Role { want, got: secured.peer.role });
         return Err(failed("TLS handshake", kind));
@@ -607,10 +602,10 @@ impl Reloading {
     /// # Errors
     /// As [`Tls::load`].
     pub fn new(path: &Path, config: &Config) -> Result<Reloading> {
-        let tls = config.tls.clone();
+        let tls = config.tls().clone();
         let stamps = stamps(path, &tls);
-        let loaded = Arc::new(Tls::load(&tls, config.role)?);
-        Ok(Reloading { path: path.to_path_buf(), role: config.role, state: Mutex::new((stamps, tls, loaded)) })
+        let loaded = Arc::new(Tls::load(&tls, config.role())?);
+        Ok(Reloading { path: path.to_path_buf(), role: config.role(), state: Mutex::new((stamps, tls, loaded)) })
     }
 
     /// The current one. If the new files are not good, the old ones stay in force and the log says why.
@@ -618,7 +613,7 @@ impl Reloading {
     pub fn current(&self) -> Arc<Tls> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if stamps(&self.path, &state.1) != state.0 {
-            let fresh = Config::load(&self.path).and_then(|c| Ok((Tls::load(&c.tls, self.role)?, c.tls)));
+            let fresh = Config::load(&self.path).and_then(|c| Ok((Tls::load(c.tls(), self.role)?, c.tls().clone())));
             match fresh {
                 Ok((tls, config)) => {
                     tracing::info!("certificates and lists read again");

@@ -249,7 +249,9 @@ impl Refusal {
             }
             Refusal::Role => "this is not for a party of our role: are the addresses in [peers] swapped?".into(),
             Refusal::Busy { sessions } => {
-                format!("it already serves {sessions} sessions, its limit: try again later, or raise [limits] sessions there")
+                format!(
+                    "it already serves {sessions} sessions, its limit: try again later, or raise [limits] sessions there"
+                )
             }
             Refusal::Memory => {
                 "no memory left for another session: try again later, or raise [limits] memory_gb there".into()

@@ -12,6 +12,7 @@ mod mmap;
 mod observe;
 pub mod prepare;
 pub mod secure;
+pub mod store;
 pub mod text;
 pub mod weights;
 

@@ -13,6 +13,7 @@ struct Queue {
     frames: VecDeque<Frame>,
     bytes: usize,
     written: u64,
+    messages: u64,
     ended: Option<PeerFault>,
 }
 
@@ -44,6 +45,7 @@ impl Pipe {
         }
         q.bytes += frame.payload.len();
         q.written += (frame.payload.len() + FRAME_HEADER) as u64;
+        q.messages += 1;
         q.frames.push_back(frame);
         drop(q);
         self.changed.notify_all();
@@ -191,6 +193,12 @@ impl Inbox {
     /// Nothing more will come, and why; what has arrived can still be taken.
     pub fn end(&self, fault: &PeerFault) {
         self.pipes.iter().for_each(|p| p.end(fault.clone()));
+    }
+
+    /// Messages that were ever pushed, both lanes.
+    #[must_use]
+    pub fn messages(&self) -> u64 {
+        self.pipes.iter().map(|p| p.lock().messages).sum()
     }
 
     /// Why the online lane has ended, waiting up to `limit` for it to end.

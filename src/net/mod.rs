@@ -69,6 +69,24 @@ pub trait Channel: Send + Sync {
     fn end(&self, reason: Option<&Abort>);
 }
 
+impl<C: Channel + ?Sized> Channel for Arc<C> {
+    fn send(&self, lane: Lane, frame: Frame) -> Result<(), PeerFault> {
+        (**self).send(lane, frame)
+    }
+
+    fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Frame, PeerFault> {
+        (**self).recv(lane, tag, len, timeout)
+    }
+
+    fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Frame, u64), PeerFault> {
+        (**self).drain(lane, tag, len, timeout)
+    }
+
+    fn end(&self, reason: Option<&Abort>) {
+        (**self).end(reason);
+    }
+}
+
 /// Why a party ends a session before its time, in its own words: whom it blames and for what.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Abort {

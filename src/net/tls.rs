@@ -64,9 +64,7 @@ impl Stream {
         payload: &[u8],
     ) -> io::Result<()> {
         let (first, rest) = payload.split_at(payload.len().min(CHUNK - FRAME_HEADER));
-        for (head, chunk) in
-            std::iter::once((header, first)).chain(rest.chunks(CHUNK).map(|c| (&[] as &[u8], c)))
-        {
+        for (head, chunk) in std::iter::once((header, first)).chain(rest.chunks(CHUNK).map(|c| (&[] as &[u8], c))) {
             out.clear();
             {
                 // Encryption holds the connection; the socket does not, so that reading goes on meanwhile.
@@ -116,8 +114,7 @@ impl Stream {
         if !raw.is_empty() {
             tls.read_tls(raw).map_err(|e| PeerFault::Handshake(e.to_string()))?;
         }
-        tls.process_new_packets()
-            .map_err(|_| PeerFault::Malformed("a TLS record that is damaged or not authentic"))?;
+        tls.process_new_packets().map_err(|_| PeerFault::Malformed("a TLS record that is damaged or not authentic"))?;
         loop {
             match tls.reader().read(plain) {
                 Ok(0) => return Err(PeerFault::Closed),
@@ -282,6 +279,18 @@ impl TlsChannel {
             readers.push(reader);
         }
         Ok(TlsChannel { inbox, online, ahead, readers })
+    }
+
+    /// Bytes received so far, frame headers included: online, ahead.
+    #[must_use]
+    pub fn received(&self) -> [u64; 2] {
+        self.inbox.pushed()
+    }
+
+    /// Messages received so far, both lanes.
+    #[must_use]
+    pub fn received_messages(&self) -> u64 {
+        self.inbox.messages()
     }
 
     /// Ends sending and waits, at most `limit`, until the peer has ended too: so nothing that was sent gets lost.
