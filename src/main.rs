@@ -2,8 +2,12 @@
 
 use clap::{Parser, Subcommand};
 
+#[path = "cli/certs.rs"]
+mod certs;
 #[path = "cli/generate.rs"]
 mod generate;
+#[path = "cli/init.rs"]
+mod init;
 
 /// Private LLM inference between three parties: the prompt stays with the client, the weights with the provider.
 #[derive(Parser)]
@@ -17,11 +21,17 @@ struct Cli {
 enum Command {
     /// Generate text with owner, client and helper in this process.
     Generate(generate::Args),
+    /// Make, sign and show the certificates by which parties on different hosts know each other.
+    Certs(certs::Args),
+    /// Write a commented configuration for a party.
+    Init(init::Args),
 }
 
 fn main() -> std::process::ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => generate::run(&args),
+        Command::Certs(args) => certs::run(&args),
+        Command::Init(args) => init::run(&args),
     };
     match result {
         Ok(()) => std::process::ExitCode::SUCCESS,
