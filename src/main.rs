@@ -2,8 +2,12 @@
 
 use clap::{Parser, Subcommand};
 
+#[path = "cli/certs.rs"]
+mod certs;
 #[path = "cli/generate.rs"]
 mod generate;
+#[path = "cli/init.rs"]
+mod init;
 #[path = "cli/party.rs"]
 mod party;
 
@@ -21,12 +25,18 @@ enum Command {
     Generate(Box<generate::Args>),
     /// Run as owner or helper until SIGTERM or Ctrl-C.
     Party(party::Args),
+    /// Make, sign and show the certificates by which parties on different hosts know each other.
+    Certs(certs::Args),
+    /// Write a commented configuration for a party.
+    Init(init::Args),
 }
 
 fn main() -> std::process::ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => generate::run(&args),
         Command::Party(args) => party::run(&args),
+        Command::Certs(args) => certs::run(&args),
+        Command::Init(args) => init::run(&args),
     };
     match result {
         Ok(()) => std::process::ExitCode::SUCCESS,

@@ -9,6 +9,8 @@ mod authority;
 mod details;
 mod key;
 mod request;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::net::IpAddr;

@@ -3,6 +3,8 @@
 
 mod read;
 mod source;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::fs::File;
