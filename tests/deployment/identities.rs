@@ -1,0 +1,88 @@
+//! Certificates that are not good: each fault by its own name at both ends, and the daemons go on serving.
+
+use trefoil::deploy::certs::{Authority, Validity, now};
+use trefoil::party::Role;
+
+use crate::support::*;
+
+/// What a Client with this identity hears and the Owner logs.
+fn refused(trio: &Trio, identity: &str, here: &str, there: &str) {
+    let config = trio.site.config(identity, Role::Client, identity, "", &trio.owner.address, &trio.helper.address);
+    let out = run(&mut trio.generate(&config, 4));
+    let text = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success());
+    assert!(text.contains(here) && (text.contains("owner") || text.contains("helper")), "{text}");
+    // Both daemons are dialled; whichever came first.
+    let line = trio.owner.wait_code(there);
+    assert!(line["error"].as_str().unwrap().contains("127.0.0.1"), "{line}");
+}
+
+#[test]
+fn bad_certificates_are_refused_by_name() {
+    let trio = Trio::new();
+    let other = Authority::new("Another authority", Validity::days(30, now())).unwrap();
+    trio.site.certify("stranger", Role::Client, &other, Validity::days(10, now()));
+    refused(&trio, "stranger", "refused our certificate (it does not know who signed it)", "unknown-issuer");
+
+    let past = Validity { not_before: day(-20), not_after: day(-1) };
+    trio.site.certify("late", Role::Client, &trio.site.ca, past);
+    refused(&trio, "late", "refused our certificate (by its clock the certificate is not valid now)", "expired");
+
+    let coming = Validity { not_before: day(2), not_after: day(20) };
+    trio.site.certify("early", Role::Client, &trio.site.ca, coming);
+    refused(&trio, "early", "refused our certificate", "not-yet-valid");
+
+    // Revoked while the owner runs: its configuration is read again.
+    let fingerprint = trio.site.certify("mallory", Role::Client, &trio.site.ca, Validity::days(10, now()));
+    let config = trio.site.config("mallory", Role::Client, "mallory", "", &trio.owner.address, &trio.helper.address);
+    assert_eq!(tokens(&run(&mut trio.generate(&config, 4))), expected(4));
+    for config in [&trio.owner_config, &trio.helper_config] {
+        let text = std::fs::read_to_string(config).unwrap();
+        let text = text.replace("ca = \"ca.pem\"", &format!("ca = \"ca.pem\"\nrevoked = [\"{fingerprint}\"]"));
+        std::fs::write(config, text).unwrap();
+    }
+    refused(&trio, "mallory", "refused our certificate (it is on the peer's list of revoked certificates)", "revoked");
+    trio.works();
+}
+
+#[test]
+fn the_role_is_the_certificates_not_the_callers() {
+    let trio = Trio::new();
+    // An owner's certificate in the client's hands: seen before anything is dialled.
+    let config = trio.site.config("thief", Role::Client, "owner", "", &trio.owner.address, &trio.helper.address);
+    let out = run(&mut trio.generate(&config, 4));
+    let text = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(text.contains("this is the certificate of a owner") || text.contains("certificate of"), "{text}");
+    // Addresses swapped: the helper is found where the owner should be.
+    let config = trio.site.config("swapped", Role::Client, "client", "", &trio.helper.address, &trio.owner.address);
+    let out = run(&mut trio.generate(&config, 4));
+    let text = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(text.contains("its certificate is the helper's where the owner's belongs"), "{text}");
+    trio.works();
+}
+
+#[test]
+fn a_client_refuses_servers_that_it_cannot_verify() {
+    let trio = Trio::new();
+    let other = Authority::new("Another authority", Validity::days(30, now())).unwrap();
+    std::fs::write(trio.site.path("other.pem"), other.certificate_pem()).unwrap();
+    let config = trio.site.config("wary", Role::Client, "client", "", &trio.owner.address, &trio.helper.address);
+    let text = std::fs::read_to_string(&config).unwrap().replace("ca = \"ca.pem\"", "ca = \"other.pem\"");
+    std::fs::write(&config, text).unwrap();
+    let out = run(&mut trio.generate(&config, 4));
+    let text = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(text.contains("neither pinned nor signed by our CA"), "{text}");
+    // With the peers' certificates pinned instead, no authority is needed.
+    let pinned = std::fs::read_to_string(&config)
+        .unwrap()
+        .replace("ca = \"other.pem\"", "pinned = [\"owner.pem\", \"helper.pem\"]");
+    std::fs::write(&config, pinned).unwrap();
+    assert_eq!(tokens(&run(&mut trio.generate(&config, 4))), expected(4));
+    // A name that is not in the certificate.
+    let port = trio.owner.address.rsplit(':').next().unwrap();
+    let config =
+        trio.site.config("named", Role::Client, "client", "", &format!("localhost:{port}"), &trio.helper.address);
+    let out = run(&mut trio.generate(&config, 4));
+    let text = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(text.contains("its certificate is not for localhost"), "{text}");
+}

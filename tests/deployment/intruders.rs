@@ -1,0 +1,192 @@
+//! Peers that send what they should not, or nothing: each fault is named in the log within the timeout, and the next session
+//! works.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use trefoil::deploy::wire::{Refusal, Reply};
+use trefoil::net::{Channel, Frame, Lane};
+use trefoil::party::Role;
+use trefoil::session::Scope;
+
+use crate::attacker::{Attacker, dial, open};
+use crate::support::*;
+
+fn raw(address: &str, bytes: &[u8]) -> TcpStream {
+    let mut tcp = TcpStream::connect(address).unwrap();
+    tcp.write_all(bytes).unwrap();
+    tcp.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    tcp
+}
+
+/// Reads until the other side hangs up, which it must.
+fn hangs_up(mut tcp: TcpStream) {
+    let mut rest = Vec::new();
+    match tcp.read_to_end(&mut rest) {
+        Ok(_) => {}
+        Err(e) => assert!(e.kind() == std::io::ErrorKind::ConnectionReset, "{e}"),
+    }
+}
+
+/// A ClientHello as of TLS 1.2: without the extension that names newer versions.
+fn tls12() -> Vec<u8> {
+    let extensions: &[u8] = &[
+        0, 10, 0, 4, 0, 2, 0, 23, // supported groups: P-256
+        0, 11, 0, 2, 1, 0, // point formats
+        0, 13, 0, 6, 0, 4, 4, 3, 8, 4, // signature algorithms
+    ];
+    let mut body = vec![3, 3];
+    body.extend([7; 32]);
+    body.push(0);
+    body.extend([0, 2, 0xc0, 0x2b]); // ECDHE-ECDSA with AES-128-GCM
+    body.extend([1, 0]);
+    body.extend((extensions.len() as u16).to_be_bytes());
+    body.extend(extensions);
+    let mut hello = vec![1];
+    hello.extend(&(body.len() as u32).to_be_bytes()[1..]);
+    hello.extend(body);
+    let mut record = vec![22, 3, 1];
+    record.extend((hello.len() as u16).to_be_bytes());
+    record.extend(hello);
+    record
+}
+
+#[test]
+fn strangers_on_the_port() {
+    let trio = Trio::new();
+    for party in [&trio.owner, &trio.helper] {
+        hangs_up(raw(&party.address, b"GET / HTTP/1.1\r\nHost: trefoil\r\n\r\n"));
+        let line = party.wait_code("not-tls");
+        assert!(line["error"].as_str().unwrap().contains("does not speak TLS"), "{line}");
+        let noise: Vec<u8> = (0..4096u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        hangs_up(raw(&party.address, &noise));
+        hangs_up(raw(&party.address, &tls12()));
+        party.wait_code("old-tls");
+        // Says nothing at all: two seconds are configured.
+        let begun = Instant::now();
+        hangs_up(raw(&party.address, b""));
+        assert!(begun.elapsed() < Duration::from_secs(4));
+        party.wait_code("timeout");
+    }
+    trio.works();
+}
+
+#[test]
+fn garbage_after_a_good_handshake() {
+    let trio = Trio::new();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        // A message that is none; one longer than any; one that never ends.
+        let mut c = dial(&trio.client, Role::Owner).await.unwrap();
+        c.send("test", &[0xff; 40]).await.unwrap();
+        trio.owner.wait_code("malformed");
+        let mut c = dial(&trio.client, Role::Owner).await.unwrap();
+        c.send("test", &vec![0; 1 << 20]).await.unwrap();
+        trio.owner.wait_code("oversize");
+        let _silent = dial(&trio.client, Role::Owner).await.unwrap();
+        trio.owner.wait_code("timeout");
+    });
+    trio.works();
+}
+
+fn request() -> Frame {
+    // A prompt of 4 tokens, 4 new ones, greedy.
+    let mut payload = 1u64.to_le_bytes().to_vec();
+    payload.extend(4u32.to_le_bytes());
+    payload.extend(4u32.to_le_bytes());
+    payload.push(0);
+    payload.extend(0f64.to_le_bytes());
+    payload.extend(0u64.to_le_bytes());
+    frame(Scope::new("request").address(0, "request.open").tag(), payload)
+}
+
+fn frame(tag: u64, payload: Vec<u8>) -> Frame {
+    Frame { tag, depth: 1, not_before: None, payload }
+}
+
+fn session(trio: &Trio) -> Attacker {
+    let mut nonce = [0; 32];
+    nonce[..16].copy_from_slice(&std::time::SystemTime::now().elapsed().unwrap().as_nanos().to_le_bytes());
+    nonce[16..24].copy_from_slice(&(std::ptr::from_ref(trio) as u64 ^ u64::from(rand())).to_le_bytes());
+    open(&trio.client, nonce).unwrap_or_else(|refused| panic!("{refused:?}"))
+}
+
+fn rand() -> u32 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(0) as u32
+}
+
+fn blames_the_client(trio: &Trio, code: &str) {
+    for party in [&trio.owner, &trio.helper] {
+        let line = party.wait("failed session", |l| l["message"] == "session failed");
+        let error = line["error"].as_str().unwrap();
+        // The one who saw it says what; the other heard of it, or saw the client go.
+        assert!(error.contains("client"), "{line}");
+    }
+    trio.owner.wait("the fault", |l| l["message"] == "session failed" && l["code"] == code);
+    trio.works();
+}
+
+#[test]
+fn an_oversize_frame() {
+    let trio = Trio::new();
+    let a = session(&trio);
+    a.owner.send(Lane::Online, request()).unwrap();
+    a.helper.send(Lane::Online, request()).unwrap();
+    a.owner.send_raw_header(77, u32::MAX - 5).unwrap();
+    blames_the_client(&trio, "oversize");
+}
+
+#[test]
+fn a_frame_one_byte_short() {
+    let trio = Trio::new();
+    let a = session(&trio);
+    let mut short = request();
+    short.payload.pop();
+    a.owner.send(Lane::Online, short).unwrap();
+    a.helper.send(Lane::Online, request()).unwrap();
+    blames_the_client(&trio, "length");
+}
+
+#[test]
+fn one_that_stalls() {
+    let trio = Trio::new();
+    let a = session(&trio);
+    a.owner.send(Lane::Online, request()).unwrap();
+    a.helper.send(Lane::Online, request()).unwrap();
+    // And says nothing more; five seconds are configured.
+    blames_the_client(&trio, "timeout");
+    drop(a);
+}
+
+#[test]
+fn one_that_closes_in_the_middle_of_a_layer() {
+    let trio = Trio::new();
+    let a = session(&trio);
+    a.owner.send(Lane::Online, request()).unwrap();
+    a.helper.send(Lane::Online, request()).unwrap();
+    let width = 4 * 256 * 28 / 8;
+    let input = Scope::new("input").address(1, "input.d").tag();
+    a.owner.send(Lane::Online, frame(input, vec![0; width])).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    drop(a);
+    blames_the_client(&trio, "closed");
+}
+
+#[test]
+fn a_nonce_used_before() {
+    let mut trio = Trio::new();
+    let nonce = [42; 32];
+    drop(open(&trio.client, nonce).unwrap_or_else(|refused| panic!("{refused:?}")));
+    let Err(Reply::Refused(why)) = open(&trio.client, nonce) else { panic!("a replay was let in") };
+    assert_eq!(why, Refusal::Replay);
+    trio.owner.wait_code("replay");
+    // Not even after a restart.
+    trio.owner.kill();
+    trio.owner = Party::start(&trio.owner_config);
+    trio.provisioned();
+    let Err(Reply::Refused(why)) = open(&trio.client, nonce) else { panic!("a replay was let in") };
+    assert_eq!(why, Refusal::Replay);
+    trio.works();
+}
