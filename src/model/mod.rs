@@ -10,8 +10,12 @@ mod files;
 pub mod float;
 mod mmap;
 mod observe;
+pub mod preparation;
 pub mod prepare;
+mod public;
+pub mod sections;
 pub mod secure;
+pub mod store;
 pub mod text;
 pub mod weights;
 
