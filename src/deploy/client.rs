@@ -78,7 +78,7 @@ impl Remote {
             let met = meet(&tls, (owner, helper), nonce, config.limits().handshake_timeout).await?;
             let Met { mut owner, mut helper, welcome, session } = met;
             let step = "agreeing on a session";
-            let manifest = PublicManifest::from_json(&welcome.manifest)
+            let manifest = PublicManifest::parse(&welcome.manifest, "the owner's manifest")
                 .map_err(|_| owner.blame(step, PeerFault::Malformed("a manifest that is none")))?;
             let seed = PreparationSeed::from_bytes(welcome.seed);
             let secure = model.secure_model(&manifest, &seed).map_err(|e| match e {
@@ -98,7 +98,7 @@ impl Remote {
                 helper: helper.peer.clone(),
                 config: secure.config().clone(),
                 plan: secure.plan().clone(),
-                preparation: manifest.id().to_string(),
+                preparation: manifest.id.to_string(),
                 session: engine::short(&session),
                 prompt_tokens: usize::try_from(welcome.prompt_tokens).unwrap_or(usize::MAX),
                 setup: begun.elapsed(),
@@ -112,7 +112,7 @@ impl Remote {
             let peers = vec![Peer { online: owner, ahead: Some(ahead) }, Peer { online: helper, ahead: None }];
             let connected = engine::connect(&agreed, peers, &options)?;
             let links = connected.session.links().clone();
-            let client = Client::new(connected.session, secure, model.into_public_weights());
+            let client = Client::new(connected.session, secure, model.into_public());
             Ok(Remote { client, meter: connected.meter, channels: connected.channels, links, facts })
         })
     }

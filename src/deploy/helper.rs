@@ -49,6 +49,8 @@ pub(super) struct Pair {
     pub ahead_capacity: u64,
 }
 
+/// Preparations kept in memory beyond those in use.
+const IN_MEMORY: usize = 2;
 /// Clients that wait for an Owner, at most.
 const MEETINGS: usize = 1024;
 /// More run-ahead buffer than any Owner has.
@@ -61,12 +63,14 @@ fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 impl Helper {
     pub fn open(config: &Config) -> Result<Helper> {
         let helper = Helper {
-            store: Arc::new(HelperStore::open(config.store().unwrap_or(Path::new(".")))?),
+            store: Arc::new(
+                HelperStore::open(config.store().unwrap_or(Path::new(".")))?.with_limit(config.limits().memory_bytes),
+            ),
             loaded: Mutex::default(),
             meetings: Mutex::default(),
             patience: config.limits().handshake_timeout,
         };
-        for id in helper.store.ids()? {
+        for id in helper.store.ids()?.into_iter().take(IN_MEMORY) {
             // One that cannot be read does not keep the others from being served.
             if let Err(error) = helper.load(&id) {
                 tracing::warn!(preparation = %id, code = error.code(), %error, "a stored preparation cannot be used");
@@ -75,16 +79,43 @@ impl Helper {
         Ok(helper)
     }
 
+    /// Ids of the complete ones.
     pub fn preparations(&self) -> Vec<String> {
-        lock(&self.loaded).keys().cloned().collect()
+        self.store.ids().unwrap_or_default().iter().map(ToString::to_string).collect()
     }
 
-    fn load(&self, id: &PreparationId) -> Result<Arc<Loaded>> {
+    fn load(&self, id: &PreparationId) -> Result<()> {
         let (manifest, model) = self.store.load(id)?;
+        self.keep(id, &manifest, model)
+    }
+
+    fn keep(&self, id: &PreparationId, manifest: &PublicManifest, model: SecureModel) -> Result<()> {
         let loaded = Arc::new(Loaded { agreed: wire::digest(&manifest.to_json()?), model: Arc::new(model) });
-        lock(&self.loaded).insert(id.to_string(), Arc::clone(&loaded));
+        let mut all = lock(&self.loaded);
+        all.insert(id.to_string(), loaded);
+        // Older ones stay on disk; in memory only as long as a session uses them.
+        let (name, mut spare) = (id.to_string(), all.len().saturating_sub(IN_MEMORY));
+        all.retain(|other, l| {
+            let goes = spare > 0 && *other != name && Arc::strong_count(l) == 1 && Arc::strong_count(&l.model) == 1;
+            spare -= usize::from(goes);
+            !goes
+        });
+        drop(all);
         tracing::info!(preparation = %id, "preparation loaded");
-        Ok(loaded)
+        Ok(())
+    }
+
+    /// Loads a preparation that is on disk but not in memory.
+    async fn fetch(&self, name: &str) {
+        let Ok(id) = name.parse::<PreparationId>() else { return };
+        if lock(&self.loaded).contains_key(name) || !self.store.has(&id) {
+            return;
+        }
+        let store = Arc::clone(&self.store);
+        let loaded = blocking(move || store.load(&id)).await;
+        if let Err(error) = loaded.and_then(|(manifest, model)| self.keep(&id, &manifest, model)) {
+            tracing::warn!(preparation = %id, code = error.code(), %error, "a stored preparation cannot be used");
+        }
     }
 
     /// The end of a meeting that `which` takes; whoever comes first makes it.
@@ -122,8 +153,9 @@ impl Helper {
             let waited = tokio::time::timeout(self.patience, meeting?).await;
             waited.ok()?.ok()
         };
-        let place = match self.admit(shared, &p) {
-            Ok(place) => place,
+        self.fetch(&p.preparation).await;
+        let (place, loaded) = match self.admit(shared, &p) {
+            Ok(admitted) => admitted,
             Err((why, blame)) => {
                 let code = blame.as_ref().map_or("refused", |k| k.code());
                 let blamed = blame.map(|kind| o.blame(step, kind));
@@ -134,7 +166,6 @@ impl Helper {
                 return blamed.map_or(Ok(()), Err);
             }
         };
-        let (place, loaded) = place;
         let Some(mut c) = client.await else {
             let why = Refusal::Third { role: Role::Client, code: "timeout".into() };
             return refuse(o, step, why).await;
@@ -222,16 +253,10 @@ impl Helper {
     }
 
     /// The Owner offers a half: what is missing is received, verified chunk by chunk, and loaded.
-    pub async fn receive(
-        &self,
-        shared: &Arc<Shared>,
-        mut o: Secured,
-        manifest: Vec<u8>,
-        chunks: Vec<Digest>,
-    ) -> Served {
+    pub async fn receive(&self, shared: &Arc<Shared>, mut o: Secured, manifest: Vec<u8>, chunks: Vec<u8>) -> Served {
         let step = "receiving a preparation";
         o.timeout = shared.config.limits().timeout;
-        let manifest = match PublicManifest::from_json(&manifest) {
+        let manifest = match PublicManifest::parse(&manifest, "the owner's manifest") {
             Ok(manifest) => manifest,
             Err(error) => {
                 tracing::warn!(code = error.code(), %error, "the owner offers a preparation that is none");
@@ -240,8 +265,9 @@ impl Helper {
                 return Err(blamed);
             }
         };
-        let id = manifest.id();
-        let count = chunks.len() as u64;
+        let id = manifest.id;
+        let count = manifest.half.chunks;
+        self.fetch(&id.to_string()).await;
         if lock(&self.loaded).contains_key(&id.to_string()) {
             o.send(step, &wire::encode(&Reply::Have { next: count })?).await?;
             o.send(step, &wire::encode(&Reply::Stored)?).await?;
@@ -275,8 +301,12 @@ impl Helper {
                 return Err(error);
             }
         }
-        blocking(move || incoming.finish()).await?;
-        self.load(&id)?;
+        let store = Arc::clone(&self.store);
+        let loaded = blocking(move || incoming.finish().and_then(|()| store.load(&id))).await;
+        if let Err(error) = loaded.and_then(|(manifest, model)| self.keep(&id, &manifest, model)) {
+            let _ = refuse(o, step, Refusal::Local).await;
+            return Err(error);
+        }
         o.send(step, &wire::encode(&Reply::Stored)?).await?;
         o.close().await;
         Ok(())

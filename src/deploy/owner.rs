@@ -38,7 +38,7 @@ impl Owner {
     }
 
     pub fn preparation(&self) -> String {
-        self.preparation.manifest().id().to_string()
+        self.preparation.manifest().id.to_string()
     }
 
     pub fn provisioned(&self) -> bool {
@@ -55,7 +55,7 @@ impl Owner {
                 match offer(&shared, &preparation, &manifest, &helper, &sent).await {
                     Ok(()) => {
                         if sent.swap(ALL, Ordering::Relaxed) != ALL {
-                            tracing::info!(preparation = %preparation.manifest().id(), "the helper has the model");
+                            tracing::info!(preparation = %preparation.manifest().id, "the helper has the model");
                         }
                         pause = Duration::from_secs(20);
                     }
@@ -209,7 +209,7 @@ async fn offer(
     let mut c = tls::connect(&tls, helper, Role::Helper, shared.handshake_timeout()).await?;
     // The Helper verifies what it has, which takes as long as reading it from disk.
     c.timeout = shared.config.limits().timeout;
-    let hello = Hello::Offer { manifest: manifest.to_vec(), chunks: preparation.chunk_hashes().to_vec() };
+    let hello = Hello::Offer { manifest: manifest.to_vec(), chunks: preparation.hashes().to_vec() };
     c.send(step, &wire::encode(&hello)?).await?;
     let Reply::Have { next } = reply(&mut c, step, wire::SHORT).await? else { return Err(unexpected(&c, step)) };
     let count = preparation.chunk_count();

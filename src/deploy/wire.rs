@@ -59,8 +59,8 @@ pub enum Hello {
     Offer {
         /// The public manifest, JSON.
         manifest: Vec<u8>,
-        /// SHA-256 of every chunk of the Helper's half.
-        chunks: Vec<Digest>,
+        /// SHA-256 of every chunk of the Helper's half, 32 bytes each.
+        chunks: Vec<u8>,
     },
     /// `trefoil doctor`: who are you, and how far away?
     Probe,

@@ -12,14 +12,14 @@ use serde::Serialize;
 
 use super::{Client, Generation, Grant, OwnerReport, helper, lost, owner};
 use crate::error::{Error, PeerFault, Result};
-use crate::model::calibrate;
+use crate::model::preparation::{self, Loaded, Preparation};
 use crate::model::prepare::Prepared;
 use crate::model::secure::SecureModel;
-use crate::model::{Checkpoint, ModelConfig, TextCodec, Weights};
+use crate::model::{ModelConfig, Weights};
 use crate::net::shape::Profile;
 use crate::net::{Lane, blame};
 use crate::party::Role;
-use crate::plan::{self, Plan};
+use crate::plan::Plan;
 use crate::prf::{Address, AddressLog, PreparationSeed};
 use crate::ring::pack;
 use crate::session::Scope;
@@ -59,6 +59,15 @@ impl LocalOptions {
         }
     }
 
+    fn preparation(&self) -> preparation::Options {
+        preparation::Options {
+            private_layers: self.private_layers,
+            max_positions: self.max_positions,
+            base: self.base.clone(),
+            calibration_text: self.calibration_text.clone(),
+        }
+    }
+
     /// On a simulated network.
     #[must_use]
     pub fn net(mut self, profile: Profile) -> Self {
@@ -92,21 +101,6 @@ pub struct Local {
     base: BTreeMap<String, LinkReport>,
 }
 
-/// `N` or `all` into the first private layer and whether the embedding is private.
-///
-/// # Errors
-/// [`Error::Config`] if the model has fewer layers.
-pub fn split_layers(c: &ModelConfig, private_layers: Option<usize>) -> Result<(usize, bool)> {
-    match private_layers {
-        None => Ok((0, true)),
-        Some(n) if n <= c.num_layers => Ok((c.num_layers - n, false)),
-        Some(n) => Err(Error::Config(format!(
-            "--private-layers {n}: the model has {} layers; give 0 to {} or 'all'",
-            c.num_layers, c.num_layers
-        ))),
-    }
-}
-
 fn prepare_scope() -> Scope {
     Scope::new("prepare")
 }
@@ -117,34 +111,24 @@ impl Local {
     /// # Errors
     /// [`Error::Model`] for the checkpoint, [`Error::Config`] for the options.
     pub fn open(dir: &Path, options: LocalOptions) -> Result<Local> {
-        let checkpoint = Checkpoint::open(dir)?;
-        split_layers(checkpoint.config(), options.private_layers)?;
-        let weights = Weights::load(&checkpoint)?;
-        let codec = TextCodec::open(dir).ok();
-        let text = options.calibration_text.as_deref().unwrap_or(calibrate::DEFAULT_TEXT);
-        let ids = codec.map(|c| c.encode(text)).transpose()?;
-        Local::start(weights, ids, options)
+        Local::begin(Loaded::open(dir, &options.preparation())?, options)
     }
 
     /// From weights in memory; `text` is what calibration reads.
     ///
     /// # Errors
     /// As [`Local::open`].
-    pub fn start(mut weights: Weights, text: Option<Vec<u32>>, options: LocalOptions) -> Result<Local> {
-        if let Some(n) = options.max_positions {
-            weights.config.max_positions = weights.config.max_positions.min(n.max(2));
-        }
-        let config = weights.config.clone();
-        let (first, private_embedding) = split_layers(&config, options.private_layers)?;
-        let public_head = match &options.base {
-            None => false,
-            Some(dir) => same_head(&weights, &Weights::load(&Checkpoint::open(dir)?)?),
-        };
+    pub fn start(weights: Weights, text: Option<Vec<u32>>, options: LocalOptions) -> Result<Local> {
+        Local::begin(Loaded::new(weights, text, &options.preparation())?, options)
+    }
+
+    fn begin(loaded: Loaded, options: LocalOptions) -> Result<Local> {
+        let (config, split) = (loaded.weights.config.clone(), loaded.split);
         // What the Client has on its own disk: the public part of the checkpoint, and nothing else.
-        let public = (!private_embedding).then(|| Weights {
-            config: ModelConfig { num_layers: first, ..config.clone() },
-            embed: weights.embed.clone(),
-            layers: weights.layers[..first].to_vec(),
+        let public = (!split.private_embedding).then(|| Weights {
+            config: ModelConfig { num_layers: split.first_private, ..config.clone() },
+            embed: loaded.weights.embed.clone(),
+            layers: loaded.weights.layers[..split.first_private].to_vec(),
             norm: Array1::zeros(0),
             head: None,
         });
@@ -159,8 +143,7 @@ impl Local {
         let owner = spawn(&world, Role::Owner, {
             let mut session = world.session(Role::Owner);
             move || {
-                let model =
-                    prepare_owner(&mut session, weights, (first, private_embedding, public_head), text.as_deref())?;
+                let model = prepare_owner(&session, loaded)?;
                 ready.send(model.plan().clone()).map_err(|_| lost("the client"))?;
                 owner(&mut session, &model, &Grant::all(idle))
             }
@@ -312,21 +295,9 @@ fn finished<T>(h: JoinHandle<Result<T>>) -> Result<T> {
     h.join().unwrap_or_else(|_| Err(Error::Internal("a party's thread panicked".into())))
 }
 
-/// The Owner: bounds, ranges, plan, seed; then each peer gets its part.
-fn prepare_owner(
-    s: &mut crate::session::Session,
-    weights: Weights,
-    (first, private_embedding, public_head): (usize, bool, bool),
-    text: Option<&[u32]>,
-) -> Result<SecureModel> {
-    weights.check()?;
-    let inputs = calibrate::inputs(&weights.config, text.map(<[u32]>::to_vec));
-    let ranges = calibrate::ranges(&weights, first, &inputs);
-    let bounds = calibrate::bounds(&weights, first);
-    let mut plan = plan::plan(&weights.config, first, private_embedding, &bounds, &ranges)?;
-    plan.head.public = public_head;
-    let seed = PreparationSeed::fresh()?;
-    let parts = Prepared::owner(&weights, &plan, &seed)?;
+/// The Owner: prepares, then gives each peer its part.
+fn prepare_owner(s: &crate::session::Session, loaded: Loaded) -> Result<SecureModel> {
+    let Preparation { plan, seed, parts } = loaded.prepare()?;
     let json = serde_json::to_vec(&plan).map_err(|e| Error::Internal(format!("writing the plan: {e}")))?;
     let links = s.links().clone();
     let at = |label| prepare_scope().address(0, label);
@@ -335,7 +306,7 @@ fn prepare_owner(
         links.send(to, Lane::Online, &at("prepare.plan"), json.clone())?;
     }
     links.send(Role::Client, Lane::Online, &at("prepare.seed"), seed.to_bytes().to_vec())?;
-    if public_head {
+    if plan.head.public {
         let words = parts.head.helper_words(&seed)?;
         links.send(Role::Client, Lane::Online, &words_step(0), pack::pack(&words, 64))?;
     }
@@ -345,16 +316,7 @@ fn prepare_owner(
         index += 1;
         links.send(Role::Helper, Lane::Online, &step, pack::pack(&words, 64))
     })?;
-    Ok(SecureModel::new(weights.config, plan, parts))
-}
-
-/// Whether final norm and head are the base's, bit for bit.
-fn same_head(w: &Weights, base: &Weights) -> bool {
-    let bits = |a: &mut dyn Iterator<Item = &f32>| a.map(|v| v.to_bits()).collect::<Vec<_>>();
-    w.norm.len() == base.norm.len()
-        && w.head_matrix().dim() == base.head_matrix().dim()
-        && bits(&mut w.norm.iter()) == bits(&mut base.norm.iter())
-        && bits(&mut w.head_matrix().iter()) == bits(&mut base.head_matrix().iter())
+    Ok(SecureModel::new(loaded.weights.config, plan, parts))
 }
 
 fn words_step(index: u64) -> Address {

@@ -11,10 +11,12 @@ mod server;
 
 pub use check::{Check, check};
 pub use client::{Client, Generation, Stop};
-pub use local::{LinkReport, Local, LocalOptions, split_layers};
+pub use local::{LinkReport, Local, LocalOptions};
 pub use server::{Grant, OwnerReport, helper, owner};
 
 use std::sync::atomic::{AtomicBool, Ordering};
+
+pub use crate::model::preparation::split_layers;
 
 use crate::error::{Error, PeerFault, Result};
 use crate::model::secure::{ClientPorts, PassOptions, SecureModel};

@@ -141,16 +141,24 @@ impl Checkpoint {
     }
 
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let Some(shard) = self.place.get(name).and_then(|&i| self.shards.get(i)) else {
+        self.shard(name)?.tensor(name, shape)
+    }
+
+    /// The tensor `name` of this shape as it lies in the file: its number format and its bytes.
+    pub(super) fn stored(&self, name: &str, shape: &[usize]) -> Result<(Dtype, &[u8])> {
+        self.shard(name)?.stored(name, shape)
+    }
+
+    fn shard(&self, name: &str) -> Result<&Shard> {
+        self.place.get(name).and_then(|&i| self.shards.get(i)).ok_or_else(|| {
             let place = match self.shards.as_slice() {
                 [only] => only.path.display().to_string(),
                 _ => "model.safetensors.index.json".to_owned(),
             };
-            return Err(Error::Model(format!(
+            Error::Model(format!(
                 "{place}: the tensor `{name}` is missing; the weights are not those that config.json describes, {REFETCH}"
-            )));
-        };
-        shard.tensor(name, shape)
+            ))
+        })
     }
 }
 
@@ -162,8 +170,12 @@ impl Shard {
         Ok(Shard { path, bytes, header, data_start })
     }
 
-    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let wrong = |text: String| Error::Model(format!("{}: the tensor `{name}` {text}", self.path.display()));
+    fn wrong(&self, name: &str, text: String) -> Error {
+        Error::Model(format!("{}: the tensor `{name}` {text}", self.path.display()))
+    }
+
+    fn stored(&self, name: &str, shape: &[usize]) -> Result<(Dtype, &[u8])> {
+        let wrong = |text| self.wrong(name, text);
         let info = self
             .header
             .info(name)
@@ -181,7 +193,13 @@ impl Shard {
             .get(self.data_start..)
             .and_then(|data| data.get(from..to))
             .ok_or_else(|| wrong(format!("lies beyond the end of the file; {REFETCH}")))?;
-        let values = match info.dtype {
+        Ok((info.dtype, bytes))
+    }
+
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let wrong = |text| self.wrong(name, text);
+        let (dtype, bytes) = self.stored(name, shape)?;
+        let values = match dtype {
             Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
             Dtype::BF16 => bytes.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
             Dtype::F16 => widen_f16(bytes),

@@ -11,11 +11,12 @@
 use ndarray::{Array1, Array2, Axis, concatenate};
 
 use super::calibrate::folded;
-use super::{ModelConfig, Weights};
+use super::sections::{Section, Slot};
+use super::{LayerWeights, Linear, ModelConfig, Weights};
 use crate::error::{Error, Result};
 use crate::plan::{F, FW, Plan};
 use crate::prf::PreparationSeed;
-use crate::protocol::embedding::{TablePart, TableShare};
+use crate::protocol::embedding::TableShare;
 use crate::protocol::linear::OwnerMatrix;
 use crate::ring::fixed;
 
@@ -43,101 +44,118 @@ pub struct Prepared {
     pub embedding: Option<TableShare>,
 }
 
-/// Identifier of a matrix within a preparation.
-#[derive(Clone, Copy, Debug)]
-#[repr(u64)]
-enum Slot {
-    Qkv,
-    QkGain,
-    O,
-    GateUp,
-    Down,
-    Head,
-    Embedding,
-}
-
-fn id(layer: usize, slot: Slot) -> u64 {
-    layer as u64 * 8 + slot as u64
-}
-
-/// Shapes (outputs, inputs) of a layer's matrices.
-fn shapes(c: &ModelConfig) -> [(usize, usize); 4] {
-    let (n, m) = (c.hidden_size, c.intermediate_size);
-    [(c.q_size() + 2 * c.kv_size(), n), (n, c.q_size()), (2 * m, n), (n, m)]
-}
-
 fn stack(parts: &[Array2<f32>]) -> Result<Array2<f32>> {
     let views: Vec<_> = parts.iter().map(|p| p.view()).collect();
     concatenate(Axis(0), &views).map_err(|e| Error::Internal(format!("stacking weights: {e}")))
 }
 
-fn stack_bias(parts: &[(&super::Linear, f32)]) -> Option<Vec<f32>> {
+fn stack_bias(parts: &[(&Linear, f32)]) -> Option<Vec<f32>> {
     if parts.iter().all(|(l, _)| l.bias.is_none()) {
         return None;
     }
-    let one = |(l, scale): &(&super::Linear, f32)| -> Vec<f32> {
+    let one = |(l, scale): &(&Linear, f32)| -> Vec<f32> {
         l.bias.as_ref().map_or_else(|| vec![0.0; l.w.nrows()], |b| b.iter().map(|v| v * scale).collect())
     };
     Some(parts.iter().flat_map(one).collect())
 }
 
+/// A layer's weights as they are multiplied, gains and factors folded in, and their bias.
+fn layer_matrix(c: &ModelConfig, l: &LayerWeights, slot: Slot) -> Result<(Array2<f32>, Option<Vec<f32>>)> {
+    let scale = 1.0 / (c.head_dim as f32).sqrt();
+    // With a norm on the queries the factor goes behind it, into its gain.
+    let q_scale = if c.qk_norm { 1.0 } else { scale };
+    Ok(match slot {
+        Slot::Qkv => {
+            let w =
+                [folded(&l.q.w, &l.input_norm) * q_scale, folded(&l.k.w, &l.input_norm), folded(&l.v.w, &l.input_norm)];
+            (stack(&w)?, stack_bias(&[(&l.q, q_scale), (&l.k, 1.0), (&l.v, 1.0)]))
+        }
+        Slot::QkGain => {
+            let (Some(q), Some(k)) = (&l.q_norm, &l.k_norm) else {
+                return Err(Error::Internal("no norm of queries and keys".into()));
+            };
+            let gain = |g: &Array1<f32>, heads: usize, by: f32| -> Vec<f32> {
+                (0..heads).flat_map(|_| g.iter().map(|v| v * by)).collect()
+            };
+            let row = [gain(q, c.num_heads, scale), gain(k, c.num_kv_heads, 1.0)].concat();
+            (Array2::from_shape_vec((1, row.len()), row).map_err(|e| Error::Internal(e.to_string()))?, None)
+        }
+        Slot::O => (l.o.w.clone(), stack_bias(&[(&l.o, 1.0)])),
+        Slot::GateUp => {
+            let w = [folded(&l.gate.w, &l.post_norm), folded(&l.up.w, &l.post_norm)];
+            (stack(&w)?, stack_bias(&[(&l.gate, 1.0), (&l.up, 1.0)]))
+        }
+        Slot::Down => (l.down.w.clone(), stack_bias(&[(&l.down, 1.0)])),
+        Slot::Head | Slot::Embedding => return Err(Error::Internal(format!("{slot:?} of a layer"))),
+    })
+}
+
+/// The head's integers, the final norm's gain folded in: the same at the Owner and, from a public base, at the Client.
+///
+/// # Errors
+/// [`Error::Model`] for a weight that cannot be represented.
+pub fn quantised_head(s: &Section, head: &Array2<f32>, norm: &Array1<f32>) -> Result<OwnerMatrix> {
+    OwnerMatrix::quantise(s.id(), &s.name(), folded(head, norm).view(), None, FW)
+}
+
 impl Prepared {
+    /// Of any party: `make` gives each matrix of [`sections`](super::sections::sections) in their order, `table` the embedding.
+    pub(crate) fn assemble(
+        c: &ModelConfig,
+        plan: &Plan,
+        make: &mut dyn FnMut(&Section) -> Result<OwnerMatrix>,
+        table: &mut dyn FnMut(&Section) -> Result<TableShare>,
+    ) -> Result<Prepared> {
+        let mut one = |layer, slot| -> Result<OwnerMatrix> {
+            let s = Section::new(c, plan, layer, slot)?;
+            let m = make(&s)?;
+            let m = if slot == Slot::QkGain { m.into_diagonal()? } else { m };
+            Ok(m.within(s.ring))
+        };
+        let mut layers = Vec::new();
+        for i in plan.first_private..c.num_layers {
+            layers.push(PreparedLayer {
+                qkv: one(i, Slot::Qkv)?,
+                qk_gain: if c.qk_norm { Some(one(i, Slot::QkGain)?) } else { None },
+                o: one(i, Slot::O)?,
+                gate_up: one(i, Slot::GateUp)?,
+                down: one(i, Slot::Down)?,
+            });
+        }
+        let head = one(c.num_layers, Slot::Head)?;
+        let embedding = if plan.private_embedding {
+            let s = Section::new(c, plan, c.num_layers, Slot::Embedding)?;
+            Some(table(&s)?.within(s.ring))
+        } else {
+            None
+        };
+        Ok(Prepared { layers, head, embedding })
+    }
+
     /// The Owner's part.
     ///
     /// # Errors
     /// [`Error::Model`] for a weight that cannot be represented.
     pub fn owner(w: &Weights, plan: &Plan, seed: &PreparationSeed) -> Result<Prepared> {
-        let c = &w.config;
-        let scale = 1.0 / (c.head_dim as f32).sqrt();
-        let mut layers = Vec::new();
-        for (i, l) in w.layers.iter().enumerate().skip(plan.first_private) {
-            let name = |what: &str| format!("layer {i}: {what}");
-            // With a norm on the queries the factor goes behind it, into its gain.
-            let q_scale = if c.qk_norm { 1.0 } else { scale };
-            let qkv = stack(&[
-                folded(&l.q.w, &l.input_norm) * q_scale,
-                folded(&l.k.w, &l.input_norm),
-                folded(&l.v.w, &l.input_norm),
-            ])?;
-            let bias = stack_bias(&[(&l.q, q_scale), (&l.k, 1.0), (&l.v, 1.0)]);
-            let qk_gain = match (&l.q_norm, &l.k_norm) {
-                (Some(q), Some(k)) => {
-                    let gain = |g: &Array1<f32>, heads: usize, by: f32| -> Vec<f32> {
-                        (0..heads).flat_map(|_| g.iter().map(|v| v * by)).collect()
-                    };
-                    let row = [gain(q, c.num_heads, scale), gain(k, c.num_kv_heads, 1.0)].concat();
-                    let row =
-                        Array2::from_shape_vec((1, row.len()), row).map_err(|e| Error::Internal(e.to_string()))?;
-                    let row =
-                        OwnerMatrix::quantise(id(i, Slot::QkGain), &name("q_norm, k_norm"), row.view(), None, FW)?;
-                    Some(row.into_diagonal()?)
+        let mut matrix = |s: &Section| -> Result<OwnerMatrix> {
+            match w.layers.get(s.layer) {
+                Some(l) => {
+                    let (w, bias) = layer_matrix(&w.config, l, s.slot)?;
+                    OwnerMatrix::quantise(s.id(), &s.name(), w.view(), bias.as_deref(), FW)
                 }
-                _ => None,
-            };
-            let gate_up = stack(&[folded(&l.gate.w, &l.post_norm), folded(&l.up.w, &l.post_norm)])?;
-            let gate_up_bias = stack_bias(&[(&l.gate, 1.0), (&l.up, 1.0)]);
-            let matrix = |slot, what: &str, w: &Array2<f32>, bias: Option<&[f32]>| {
-                OwnerMatrix::quantise(id(i, slot), &name(what), w.view(), bias, FW)
-            };
-            layers.push(PreparedLayer {
-                qkv: matrix(Slot::Qkv, "q_proj, k_proj, v_proj", &qkv, bias.as_deref())?,
-                qk_gain,
-                o: matrix(Slot::O, "o_proj", &l.o.w, stack_bias(&[(&l.o, 1.0)]).as_deref())?,
-                gate_up: matrix(Slot::GateUp, "gate_proj, up_proj", &gate_up, gate_up_bias.as_deref())?,
-                down: matrix(Slot::Down, "down_proj", &l.down.w, stack_bias(&[(&l.down, 1.0)]).as_deref())?,
-            });
-        }
-        let head = folded(&w.head_matrix().to_owned(), &w.norm);
-        let head = OwnerMatrix::quantise(id(w.layers.len(), Slot::Head), "lm_head", head.view(), None, FW)?;
-        let head = if plan.head.public { head.into_public() } else { head };
-        let embedding = plan.private_embedding.then(|| {
-            let (v, n) = w.embed.dim();
-            let mut a = vec![0u64; v * n];
-            seed.matrix_words(id(w.layers.len(), Slot::Embedding), 0, &mut a);
+                None => {
+                    let head = quantised_head(s, &w.head_matrix().to_owned(), &w.norm)?;
+                    Ok(if plan.head.public { head.into_public() } else { head })
+                }
+            }
+        };
+        let mut table = |s: &Section| {
+            let mut a = vec![0u64; s.rows * s.cols];
+            seed.matrix_words(s.id(), 0, &mut a);
             a.iter_mut().zip(&w.embed).for_each(|(a, &e)| *a = fixed::encode(f64::from(e), F, 64).wrapping_sub(*a));
-            TableShare { dim: (v, n), f: F, part: TablePart::Rows(a.into()) }
-        });
-        Ok(Prepared { layers, head, embedding })
+            TableShare::rows((s.rows, s.cols), F, a)
+        };
+        Prepared::assemble(&w.config, plan, &mut matrix, &mut table)
     }
 
     /// The Client's part: nothing but the seed; and the head if it is public, from the words that `next` yields.
@@ -150,32 +168,14 @@ impl Prepared {
         seed: &PreparationSeed,
         next: &mut dyn FnMut(usize) -> Result<Vec<u64>>,
     ) -> Result<Prepared> {
-        let matrix = |i, slot, (m, n)| OwnerMatrix::client(id(i, slot), m, n, FW, seed.clone());
-        let [qkv, o, gate_up, down] = shapes(c);
-        let layers = (plan.first_private..c.num_layers)
-            .map(|i| PreparedLayer {
-                qkv: matrix(i, Slot::Qkv, qkv),
-                qk_gain: c.qk_norm.then(|| {
-                    let n = c.q_size() + c.kv_size();
-                    matrix(i, Slot::QkGain, (n, n)).diagonal()
-                }),
-                o: matrix(i, Slot::O, o),
-                gate_up: matrix(i, Slot::GateUp, gate_up),
-                down: matrix(i, Slot::Down, down),
-            })
-            .collect();
-        let (v, n) = (c.vocab_size, c.hidden_size);
-        let head = if plan.head.public {
-            OwnerMatrix::public(id(c.num_layers, Slot::Head), v, n, FW, next(v * n)?)?
-        } else {
-            matrix(c.num_layers, Slot::Head, (v, n))
+        let mut matrix = |s: &Section| {
+            if s.public {
+                return OwnerMatrix::public(s.id(), s.rows, s.cols, FW, next(s.rows * s.cols)?);
+            }
+            Ok(OwnerMatrix::client(s.id(), s.rows, s.cols, FW, seed.clone()))
         };
-        let embedding = plan.private_embedding.then(|| TableShare {
-            dim: (c.vocab_size, c.hidden_size),
-            f: F,
-            part: TablePart::Seed { id: id(c.num_layers, Slot::Embedding), seed: seed.clone() },
-        });
-        Ok(Prepared { layers, head, embedding })
+        let mut table = |s: &Section| Ok(TableShare::seed((s.rows, s.cols), F, s.id(), seed.clone()));
+        Prepared::assemble(c, plan, &mut matrix, &mut table)
     }
 
     /// The Helper's part, from the words that `next` yields in the order of [`Prepared::helper_words`].
@@ -183,32 +183,25 @@ impl Prepared {
     /// # Errors
     /// Those of `next`, which is told how many words it has to yield.
     pub fn helper(c: &ModelConfig, plan: &Plan, next: &mut dyn FnMut(usize) -> Result<Vec<u64>>) -> Result<Prepared> {
-        let mut matrix = |i, slot, (m, n): (usize, usize)| OwnerMatrix::helper(id(i, slot), m, n, FW, next(m * n)?);
-        let [qkv, o, gate_up, down] = shapes(c);
-        let mut layers = Vec::new();
-        for i in plan.first_private..c.num_layers {
-            let qkv = matrix(i, Slot::Qkv, qkv)?;
-            let qk_gain = if c.qk_norm {
-                Some(matrix(i, Slot::QkGain, (1, c.q_size() + c.kv_size()))?.into_diagonal()?)
-            } else {
-                None
-            };
-            let (o, gate_up) = (matrix(i, Slot::O, o)?, matrix(i, Slot::GateUp, gate_up)?);
-            layers.push(PreparedLayer { qkv, qk_gain, o, gate_up, down: matrix(i, Slot::Down, down)? });
-        }
-        let head = if plan.head.public {
-            let (v, n) = (c.vocab_size, c.hidden_size);
-            OwnerMatrix::public(id(c.num_layers, Slot::Head), v, n, FW, next(v * n)?)?
-        } else {
-            matrix(c.num_layers, Slot::Head, (c.vocab_size, c.hidden_size))?
+        let next = std::cell::RefCell::new(next);
+        let mut matrix = |s: &Section| {
+            let words = next.borrow_mut()(s.rows * s.cols)?;
+            if s.public {
+                return OwnerMatrix::public(s.id(), s.rows, s.cols, FW, words);
+            }
+            OwnerMatrix::helper(s.id(), s.rows, s.cols, FW, words)
         };
-        let embedding = if plan.private_embedding {
-            let a = next(c.vocab_size * c.hidden_size)?;
-            Some(TableShare { dim: (c.vocab_size, c.hidden_size), f: F, part: TablePart::Rows(a.into()) })
-        } else {
-            None
+        let mut table = |s: &Section| TableShare::rows((s.rows, s.cols), F, next.borrow_mut()(s.rows * s.cols)?);
+        Prepared::assemble(c, plan, &mut matrix, &mut table)
+    }
+
+    /// The matrices in the order of their sections; the embedding's table is not among them.
+    pub(crate) fn matrices(&self) -> impl Iterator<Item = &OwnerMatrix> {
+        let layer = |l| {
+            let PreparedLayer { qkv, qk_gain, o, gate_up, down }: &PreparedLayer = l;
+            [Some(qkv), qk_gain.as_ref(), Some(o), Some(gate_up), Some(down)].into_iter().flatten()
         };
-        Ok(Prepared { layers, head, embedding })
+        self.layers.iter().flat_map(layer).chain([&self.head])
     }
 
     /// At the Owner: hands the Helper's words to `put`, matrix by matrix.
@@ -216,18 +209,12 @@ impl Prepared {
     /// # Errors
     /// Those of `put`, and [`Error::Internal`] at another party.
     pub fn helper_words(&self, seed: &PreparationSeed, put: &mut dyn FnMut(Vec<u64>) -> Result<()>) -> Result<()> {
-        for l in &self.layers {
-            put(l.qkv.helper_words(seed)?)?;
-            if let Some(gain) = &l.qk_gain {
-                put(gain.helper_words(seed)?)?;
-            }
-            for m in [&l.o, &l.gate_up, &l.down] {
-                put(m.helper_words(seed)?)?;
-            }
+        for m in self.matrices() {
+            put(m.helper_words(seed)?)?;
         }
-        put(self.head.helper_words(seed)?)?;
-        if let Some(TableShare { part: TablePart::Rows(a), .. }) = &self.embedding {
-            put(a.to_vec())?;
+        if let Some(table) = &self.embedding {
+            let words = table.words(0..table.dim.0 * table.dim.1);
+            put(words.ok_or_else(|| Error::Internal("only the owner can make the helper's rows".into()))?.to_vec())?;
         }
         Ok(())
     }

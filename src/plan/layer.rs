@@ -136,9 +136,12 @@ impl NormPlan {
         within(self.window, 12, 16, "a norm's window")?;
         within(self.f_gain, 12, 26, "a norm's gain")?;
         match self.coarse {
-            Some(t) => {
-                within(t, 1, self.k - 4, "a norm's coarse sum").and(within(self.k + t, ring, ring, "a norm's ring"))
-            }
+            Some(t) => within(t, 1, self.k - 4, "a norm's coarse sum").and(within(
+                self.k.saturating_add(t),
+                ring,
+                ring,
+                "a norm's ring",
+            )),
             None => within(self.k, 0, ring, "a norm's ring"),
         }
     }
@@ -149,7 +152,7 @@ impl AttentionPlan {
         within(self.score_k, 13, 26, "the scores' ring")?;
         within(self.score_proven, self.score_k, 54, "the scores' proven ring")?;
         within(self.step_bits, F, F + 3, "the thermometer's step")?;
-        within(self.score_k - self.step_bits, 3, 16, "the thermometer's codes")?;
+        within(self.score_k.saturating_sub(self.step_bits), 3, 16, "the thermometer's codes")?;
         within(self.base, -(1 << 16), 1 << 16, "the thermometer's base")?;
         within(self.steps, 2, 62, "the thermometer's steps")?;
         within(self.exp_lo_bits, 3, 14, "the exponential's low digit")?;
@@ -161,7 +164,7 @@ impl AttentionPlan {
         within(self.total_window, 10, 16, "the reciprocal's window")?;
         within(self.total_bits, self.total_window, self.prob_k.min(62), "the reciprocal's range")?;
         within(self.f_inverse, 10, 26, "the reciprocal's fraction")?;
-        self.qk_norm.iter().try_for_each(|n| n.check(n.k + n.coarse.unwrap_or(0)))
+        self.qk_norm.iter().try_for_each(|n| n.check(n.k.saturating_add(n.coarse.unwrap_or(0))))
     }
 }
 
@@ -193,6 +196,8 @@ impl Plan {
         for l in &self.layers {
             l.input_norm.check(self.residual_k)?;
             l.attention.check()?;
+            let same = u32::from(l.attention.qk_norm.is_some());
+            within(same, c.qk_norm.into(), c.qk_norm.into(), "the norm of queries and keys")?;
             l.post_norm.check(self.residual_k)?;
             l.mlp.check()?;
         }

@@ -13,6 +13,7 @@
 //! Private: the Helper sees `e_t` under `pick`, which it lacks; the Client sees each reply under `pad` and their XOR under
 //! the fresh `s`, so never a row of `A` (with which it would know `E[t]`); the Owner sees `E[t] - s - r` under `r`.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::prelude::*;
@@ -34,11 +35,13 @@ pub struct TableShare {
     pub dim: (usize, usize),
     /// Fraction bits.
     pub f: u32,
-    pub(crate) part: TablePart,
+    /// `A` is known modulo `2^ring` only: rows are never asked for in a wider ring.
+    ring: u32,
+    part: TablePart,
 }
 
 #[derive(Clone)]
-pub(crate) enum TablePart {
+enum TablePart {
     /// Owner and Helper: `A`.
     Rows(Arc<[u64]>),
     /// The Client regenerates rows of `B`.
@@ -55,13 +58,27 @@ impl TableShare {
             let (lhs, rhs) = (format!("{} words", a.len()), format!("{} x {}", dim.0, dim.1));
             return Err(Error::Shape { op: "embedding table", lhs, rhs });
         }
-        Ok(TableShare { dim, f, part: TablePart::Rows(a.into()) })
+        Ok(TableShare { dim, f, ring: 64, part: TablePart::Rows(a.into()) })
     }
 
     /// The Client's part: the seed of `B`, the stream of matrix `id`.
     #[must_use]
     pub fn seed(dim: (usize, usize), f: u32, id: u64, seed: PreparationSeed) -> Self {
-        TableShare { dim, f, part: TablePart::Seed { id, seed } }
+        TableShare { dim, f, ring: 64, part: TablePart::Seed { id, seed } }
+    }
+
+    /// Declares that rows are asked for in rings of at most `ring` bits, so that the Helper needs no more of `A`.
+    #[must_use]
+    pub fn within(self, ring: u32) -> Self {
+        TableShare { ring, ..self }
+    }
+
+    /// Elements `range` of `A`, row by row; `None` at the Client.
+    pub(crate) fn words(&self, range: Range<usize>) -> Option<&[u64]> {
+        match &self.part {
+            TablePart::Rows(a) => a.get(range),
+            TablePart::Seed { .. } => None,
+        }
     }
 }
 
@@ -122,6 +139,10 @@ pub fn embed(
     let rows = Rows::even(tokens, width);
     let bytes = vocabulary.div_ceil(8);
     let m = ring::mask(k);
+    if k > table.ring {
+        let (lhs, rhs) = (format!("ring {k}"), format!("{table:?}, shared modulo 2^{}", table.ring));
+        return Err(Error::Shape { op: "embedding", lhs, rhs });
+    }
     match (s.role(), &table.part) {
         (Role::Owner, TablePart::Rows(a)) => {
             s.declare(cost(tokens, vocabulary, width, k));

@@ -15,6 +15,7 @@
 //! A matrix that all three know ([`OwnerMatrix::public`]) is a public linear map: each side multiplies what it holds, and
 //! nothing is sent.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use ndarray::ArrayView2;
@@ -32,12 +33,19 @@ use crate::share::{Masked, Rows, Side};
 
 /// The Owner's integers, as narrow as they fit. Which of the two is the Owner's own business.
 #[derive(Clone)]
-enum Plain {
+pub(crate) enum Plain {
     I16(Arc<[i16]>),
     I32(Arc<[i32]>),
 }
 
 impl Plain {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Plain::I16(w) => w.len(),
+            Plain::I32(w) => w.len(),
+        }
+    }
+
     fn product(&self, x: &[u64], t: usize, m: usize, n: usize, y: &mut [u64]) {
         match self {
             Plain::I16(w) => gemm::weights_i16(x, w, t, m, n, y),
@@ -73,6 +81,8 @@ pub struct OwnerMatrix {
     /// Only the diagonal: `y_i = w_i x_i`.
     diagonal: bool,
     f: u32,
+    /// The Helper knows `A` modulo `2^ring` only: no product may be in a wider ring.
+    ring: u32,
     part: Part,
 }
 
@@ -97,21 +107,51 @@ impl OwnerMatrix {
         } else {
             return Err(Error::Model(format!("{name}: a weight beyond 2^{} cannot be represented", 31 - f)));
         };
-        let (outputs, inputs) = w.dim();
-        Ok(OwnerMatrix {
-            id,
-            outputs,
-            inputs,
-            diagonal: false,
-            f,
-            part: Part::Owner { w: plain, bias: bias.map(Into::into) },
-        })
+        Self::owner(id, w.dim(), f, plain, bias.map(Into::into))
+    }
+
+    /// The Owner's part from its integers.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for the wrong number of them or of biases.
+    pub(crate) fn owner(
+        id: u64,
+        (outputs, inputs): (usize, usize),
+        f: u32,
+        w: Plain,
+        bias: Option<Arc<[f32]>>,
+    ) -> Result<Self> {
+        let biases = bias.as_ref().map_or(outputs, |b| b.len());
+        if w.len() != outputs * inputs || biases != outputs {
+            let (lhs, rhs) = (format!("{} integers, {biases} biases", w.len()), format!("{outputs} x {inputs}"));
+            return Err(Error::Shape { op: "owner weights", lhs, rhs });
+        }
+        Ok(Self::new(id, outputs, inputs, f, Part::Owner { w, bias }))
+    }
+
+    fn new(id: u64, outputs: usize, inputs: usize, f: u32, part: Part) -> Self {
+        OwnerMatrix { id, outputs, inputs, diagonal: false, f, ring: 64, part }
+    }
+
+    /// Declares that every product with it is in a ring of at most `ring` bits, so that the Helper needs no more of `A`.
+    #[must_use]
+    pub fn within(self, ring: u32) -> Self {
+        OwnerMatrix { ring, ..self }
+    }
+
+    /// The Owner's integers and biases; `None` at other parties.
+    pub(crate) fn integers(&self) -> Option<(&Plain, Option<&[f32]>)> {
+        match &self.part {
+            Part::Owner { w, bias } => Some((w, bias.as_deref())),
+            Part::Public { w } => Some((w, None)),
+            Part::Client { .. } | Part::Helper { .. } => None,
+        }
     }
 
     /// The Client's part.
     #[must_use]
     pub fn client(id: u64, outputs: usize, inputs: usize, f: u32, seed: PreparationSeed) -> Self {
-        OwnerMatrix { id, outputs, inputs, diagonal: false, f, part: Part::Client { seed } }
+        Self::new(id, outputs, inputs, f, Part::Client { seed })
     }
 
     /// The Helper's part, `a` as made by [`OwnerMatrix::helper_words`].
@@ -123,7 +163,7 @@ impl OwnerMatrix {
             let (lhs, rhs) = (format!("{} words", a.len()), format!("{outputs} x {inputs}"));
             return Err(Error::Shape { op: "helper weights", lhs, rhs });
         }
-        Ok(OwnerMatrix { id, outputs, inputs, diagonal: false, f, part: Part::Helper { a: a.into() } })
+        Ok(Self::new(id, outputs, inputs, f, Part::Helper { a: a.into() }))
     }
 
     /// At the Owner: gives the matrix up as public (it is in a public checkpoint, bit for bit).
@@ -156,12 +196,6 @@ impl OwnerMatrix {
         Ok(OwnerMatrix { outputs: self.inputs, diagonal: true, ..self })
     }
 
-    /// A square matrix of which only the diagonal is there.
-    #[must_use]
-    pub(crate) fn diagonal(self) -> Self {
-        OwnerMatrix { diagonal: true, ..self }
-    }
-
     fn words(&self) -> usize {
         if self.diagonal { self.inputs } else { self.outputs * self.inputs }
     }
@@ -171,18 +205,30 @@ impl OwnerMatrix {
     /// # Errors
     /// [`Error::Internal`] at another party than the Owner.
     pub fn helper_words(&self, seed: &PreparationSeed) -> Result<Vec<u64>> {
-        let mut a = vec![0u64; self.words()];
+        self.helper_range(seed, 0..self.words())
+    }
+
+    /// Words `range` of [`OwnerMatrix::helper_words`].
+    ///
+    /// # Errors
+    /// [`Error::Internal`] at another party than the Owner, or for words that are not there.
+    pub fn helper_range(&self, seed: &PreparationSeed, range: Range<usize>) -> Result<Vec<u64>> {
+        if range.start > range.end || range.end > self.words() {
+            return Err(Error::Internal(format!("words {range:?} of {self:?}")));
+        }
+        let mut a = vec![0u64; range.len()];
         let w = match &self.part {
             Part::Owner { w, .. } => {
-                seed.matrix_words(self.id, 0, &mut a);
+                seed.matrix_words(self.id, range.start as u64, &mut a);
                 w
             }
             Part::Public { w } => w,
             _ => return Err(Error::Internal("only the owner can make the helper's weights".into())),
         };
+        let minus = |a: &mut u64, w: i64| *a = (w as u64).wrapping_sub(*a);
         match w {
-            Plain::I16(w) => a.iter_mut().zip(w.iter()).for_each(|(a, &w)| *a = (i64::from(w) as u64).wrapping_sub(*a)),
-            Plain::I32(w) => a.iter_mut().zip(w.iter()).for_each(|(a, &w)| *a = (i64::from(w) as u64).wrapping_sub(*a)),
+            Plain::I16(w) => a.iter_mut().zip(&w[range]).for_each(|(a, &w)| minus(a, w.into())),
+            Plain::I32(w) => a.iter_mut().zip(&w[range]).for_each(|(a, &w)| minus(a, w.into())),
         }
         Ok(a)
     }
@@ -224,6 +270,10 @@ fn start<'a>(s: &mut Session, scope: &Scope, x: &Masked, w: &'a OwnerMatrix) -> 
     let tokens = x.rows().tokens();
     if (0..tokens).any(|t| !x.rows().row(t).len().is_multiple_of(w.inputs)) {
         return Err(Error::Shape { op: "owner linear", lhs: x.facts(), rhs: format!("{w:?}") });
+    }
+    if x.k() > w.ring {
+        let rhs = format!("{w:?}, shared modulo 2^{}", w.ring);
+        return Err(Error::Shape { op: "owner linear", lhs: x.facts(), rhs });
     }
     let rows = Rows::ragged((0..tokens).map(|t| x.rows().row(t).len() / w.inputs * w.outputs));
     match &w.part {

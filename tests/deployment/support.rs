@@ -178,9 +178,9 @@ impl Site {
                 "[listen]\naddress = \"{listen}\"\n[peers]\nhelper = \"{helper}\"\n[model]\npreparation = \"{prep}\"\nstore = \"{name}.state\"\n"
             ),
             Role::Helper => format!("[listen]\naddress = \"{listen}\"\n[model]\nstore = \"{name}.store\"\n"),
-            Role::Client => format!(
-                "[peers]\nowner = \"{owner}\"\nhelper = \"{helper}\"\n[model]\npublic = \"{prep}/public\"\n"
-            ),
+            Role::Client => {
+                format!("[peers]\nowner = \"{owner}\"\nhelper = \"{helper}\"\n[model]\npublic = \"{prep}/public\"\n")
+            }
         };
         let text = format!(
             "role = \"{role}\"\n[tls]\ncertificate = \"{identity}.pem\"\nkey = \"{identity}.key\"\nca = \"ca.pem\"\n{tls}{own}[limits]\n{limits}"
@@ -275,7 +275,8 @@ pub fn tokens(out: &Output) -> Vec<u64> {
 pub fn expected(n: usize) -> Vec<u64> {
     static LOCAL: OnceLock<Vec<u64>> = OnceLock::new();
     let all = LOCAL.get_or_init(|| {
-        let out = run(trefoil().args(["generate", "--json", "--prompt", PROMPT, "--max-new-tokens", "24", "--model", MODEL]));
+        let out =
+            run(trefoil().args(["generate", "--json", "--prompt", PROMPT, "--max-new-tokens", "24", "--model", MODEL]));
         tokens(&out)
     });
     all[..n].to_vec()

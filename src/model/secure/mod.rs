@@ -140,6 +140,11 @@ impl SecureModel {
         &self.plan
     }
 
+    /// This party's part.
+    pub(crate) fn parts(&self) -> &Prepared {
+        &self.parts
+    }
+
     /// An empty cache with room for `capacity` positions.
     #[must_use]
     pub fn cache(&self, capacity: usize) -> KvCache {

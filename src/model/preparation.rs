@@ -1,0 +1,140 @@
+//! From a checkpoint to a preparation: calibration, the public plan, a fresh seed and the Owner's part. The only way there
+//! is, for three parties in one process and for `trefoil prepare`.
+
+use std::path::{Path, PathBuf};
+
+use super::prepare::Prepared;
+use super::{Checkpoint, ModelConfig, TextCodec, Weights, calibrate};
+use crate::error::{Error, Result};
+use crate::plan::{self, Plan};
+use crate::prf::PreparationSeed;
+
+/// What the provider decides.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Private layers; `None` is all of them and the embedding.
+    pub private_layers: Option<usize>,
+    /// Limit on prompt and answer together; shortens the model's own context.
+    pub max_positions: Option<usize>,
+    /// The public base: where its final norm and head are this model's bit for bit, they are public.
+    pub base: Option<PathBuf>,
+    /// Text for calibration instead of the built-in one.
+    pub calibration_text: Option<String>,
+}
+
+/// Which part of a model is private.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Split {
+    /// The first private layer.
+    pub first_private: usize,
+    /// The embedding is private too.
+    pub private_embedding: bool,
+    /// Final norm and head are public.
+    pub public_head: bool,
+}
+
+/// `N` or `all` into the first private layer and whether the embedding is private.
+///
+/// # Errors
+/// [`Error::Config`] if the model has fewer layers.
+pub fn split_layers(c: &ModelConfig, private_layers: Option<usize>) -> Result<(usize, bool)> {
+    match private_layers {
+        None => Ok((0, true)),
+        Some(n) if n <= c.num_layers => Ok((c.num_layers - n, false)),
+        Some(n) => Err(Error::Config(format!(
+            "--private-layers {n}: the model has {} layers; give 0 to {} or 'all'",
+            c.num_layers, c.num_layers
+        ))),
+    }
+}
+
+/// A model about to be prepared: all of its weights, at the Owner.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The weights, their configuration shortened to the context that was asked for.
+    pub weights: Weights,
+    /// What calibration reads.
+    pub text: Option<Vec<u32>>,
+    /// What is private.
+    pub split: Split,
+}
+
+impl Loaded {
+    /// Reads the checkpoint in `dir`.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for the checkpoint or the base, [`Error::Config`] for the options.
+    pub fn open(dir: &Path, options: &Options) -> Result<Loaded> {
+        let checkpoint = Checkpoint::open(dir)?;
+        // Before the weights are read, which takes a while.
+        split_layers(checkpoint.config(), options.private_layers)?;
+        let text = match &options.calibration_text {
+            Some(text) => Some(TextCodec::open(dir)?.encode(text)?),
+            // Without a tokenizer there are still the pseudorandom tokens.
+            None if !dir.join("tokenizer.json").exists() => None,
+            None => Some(TextCodec::open(dir)?.encode(calibrate::DEFAULT_TEXT)?),
+        };
+        Loaded::new(Weights::load(&checkpoint)?, text, options)
+    }
+
+    /// From weights in memory; `text` is what calibration reads.
+    ///
+    /// # Errors
+    /// As [`Loaded::open`].
+    pub fn new(mut weights: Weights, text: Option<Vec<u32>>, options: &Options) -> Result<Loaded> {
+        if let Some(n) = options.max_positions {
+            weights.config.max_positions = weights.config.max_positions.min(n.max(2));
+        }
+        let (first_private, private_embedding) = split_layers(&weights.config, options.private_layers)?;
+        let public_head = match &options.base {
+            None => false,
+            Some(dir) => same_head(&weights, &Weights::load(&Checkpoint::open(dir)?)?),
+        };
+        Ok(Loaded { weights, text, split: Split { first_private, private_embedding, public_head } })
+    }
+
+    /// The plan that weights and calibration give.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming the layer and the quantity that does not fit.
+    pub fn plan(&self) -> Result<Plan> {
+        let (w, first) = (&self.weights, self.split.first_private);
+        w.check()?;
+        let inputs = calibrate::inputs(&w.config, self.text.clone());
+        let ranges = calibrate::ranges(w, first, &inputs);
+        let bounds = calibrate::bounds(w, first);
+        let mut plan = plan::plan(&w.config, first, self.split.private_embedding, &bounds, &ranges)?;
+        plan.head.public = self.split.public_head;
+        Ok(plan)
+    }
+
+    /// The plan, a fresh seed, and the Owner's part under both.
+    ///
+    /// # Errors
+    /// As [`Loaded::plan`], and for a weight that cannot be represented.
+    pub fn prepare(&self) -> Result<Preparation> {
+        let plan = self.plan()?;
+        let seed = PreparationSeed::fresh()?;
+        let parts = Prepared::owner(&self.weights, &plan, &seed)?;
+        Ok(Preparation { plan, seed, parts })
+    }
+}
+
+/// A prepared model, at the Owner.
+pub struct Preparation {
+    /// The public plan.
+    pub plan: Plan,
+    /// The seed, for the Clients; used for this preparation and never again.
+    pub seed: PreparationSeed,
+    /// The Owner's part.
+    pub parts: Prepared,
+}
+
+/// Whether final norm and head are the base's, bit for bit.
+fn same_head(w: &Weights, base: &Weights) -> bool {
+    let bits = |a: &mut dyn Iterator<Item = &f32>| a.map(|v| v.to_bits()).collect::<Vec<_>>();
+    w.norm.len() == base.norm.len()
+        && w.head_matrix().dim() == base.head_matrix().dim()
+        && bits(&mut w.norm.iter()) == bits(&mut base.norm.iter())
+        && bits(&mut w.head_matrix().iter()) == bits(&mut base.head_matrix().iter())
+}

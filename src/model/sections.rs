@@ -1,0 +1,226 @@
+//! The matrices of a preparation: which there are, in which order, of which shape, and in which ring each is multiplied.
+
+use super::ModelConfig;
+use crate::error::{Error, Result};
+use crate::plan::Plan;
+use crate::ring::pack;
+
+/// Which matrix of a layer, or of the whole model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub enum Slot {
+    /// Queries, keys and values.
+    Qkv,
+    /// Gains of the queries' and keys' own norm.
+    QkGain,
+    /// The attention's output projection.
+    O,
+    /// Gate and up.
+    GateUp,
+    /// Down.
+    Down,
+    /// The output head.
+    Head,
+    /// The embedding.
+    Embedding,
+}
+
+/// One matrix of a preparation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Section {
+    /// Its layer; the number of layers for head and embedding.
+    pub layer: usize,
+    /// Which one.
+    pub slot: Slot,
+    /// Outputs; 1 for a diagonal.
+    pub rows: usize,
+    /// Inputs.
+    pub cols: usize,
+    /// The ring in which the plan multiplies it (or reads its rows): nobody needs `A` beyond it.
+    pub ring: u32,
+    /// A public linear map: the Helper's words are the weights themselves.
+    pub public: bool,
+}
+
+impl Section {
+    /// The matrix `slot` of `layer` under `plan`, which has passed [`Plan::check`].
+    ///
+    /// # Errors
+    /// [`Error::Internal`] if the model has no such matrix.
+    pub fn new(c: &ModelConfig, plan: &Plan, layer: usize, slot: Slot) -> Result<Self> {
+        let none = || Error::Internal(format!("no matrix {slot:?} in layer {layer} of this model"));
+        let (n, m, v) = (c.hidden_size, c.intermediate_size, c.vocab_size);
+        let part = || plan.layers.get(layer.wrapping_sub(plan.first_private)).ok_or_else(none);
+        // A value that was scaled by 2^f and truncated by f bits is left in ring 64 - f.
+        let (rows, cols, ring) = match slot {
+            Slot::Qkv => (c.q_size() + 2 * c.kv_size(), n, 64 - part()?.input_norm.f_gain),
+            Slot::QkGain => {
+                let norm = part()?.attention.qk_norm.as_ref().ok_or_else(none)?;
+                (1, c.q_size() + c.kv_size(), 64 - norm.f_gain)
+            }
+            Slot::O => (n, c.q_size(), 64 - part()?.attention.f_inverse),
+            Slot::GateUp => (2 * m, n, 64 - part()?.post_norm.f_gain),
+            Slot::Down => (n, m, 64 - part()?.mlp.f_table),
+            Slot::Head => (v, n, 64 - plan.head.norm.f_gain),
+            Slot::Embedding => (v, n, plan.residual_k),
+        };
+        Ok(Section { layer, slot, rows, cols, ring, public: slot == Slot::Head && plan.head.public })
+    }
+
+    /// Its number within a preparation: the name of its stream `B`.
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        self.layer as u64 * 8 + self.slot as u64
+    }
+
+    /// What errors call it.
+    #[must_use]
+    pub fn name(&self) -> String {
+        let what = match self.slot {
+            Slot::Head => return "lm_head".into(),
+            Slot::Embedding => return "embed_tokens".into(),
+            Slot::Qkv => "q_proj, k_proj, v_proj",
+            Slot::QkGain => "q_norm, k_norm",
+            Slot::O => "o_proj",
+            Slot::GateUp => "gate_proj, up_proj",
+            Slot::Down => "down_proj",
+        };
+        format!("layer {}: {what}", self.layer)
+    }
+
+    /// Bits of a word of the Helper's half: those of the ring; public integers have 32.
+    #[must_use]
+    pub fn bits(&self) -> u32 {
+        if self.public { 32 } else { self.ring }
+    }
+
+    /// Rows of one chunk: about [`CHUNK_BYTES`].
+    fn chunk_rows(&self) -> usize {
+        let row = pack::packed_len(self.cols, self.bits()).max(1);
+        (CHUNK_BYTES / row).clamp(1, self.rows.max(1))
+    }
+}
+
+/// All matrices in the order in which the Helper gets them.
+///
+/// # Errors
+/// [`Error::Internal`] for a plan that has not passed [`Plan::check`].
+pub fn sections(c: &ModelConfig, plan: &Plan) -> Result<Vec<Section>> {
+    let mut all = Vec::new();
+    for layer in plan.first_private..c.num_layers {
+        for slot in [Slot::Qkv, Slot::QkGain, Slot::O, Slot::GateUp, Slot::Down] {
+            if slot != Slot::QkGain || c.qk_norm {
+                all.push(Section::new(c, plan, layer, slot)?);
+            }
+        }
+    }
+    all.push(Section::new(c, plan, c.num_layers, Slot::Head)?);
+    if plan.private_embedding {
+        all.push(Section::new(c, plan, c.num_layers, Slot::Embedding)?);
+    }
+    Ok(all)
+}
+
+/// About the size of a chunk of the Helper's half; a chunk is whole rows of one matrix.
+pub const CHUNK_BYTES: usize = 4 << 20;
+
+/// How the Helper's half lies on disk and on the wire: section after section, each in chunks of whole rows, each chunk
+/// packed from a fresh byte. A function of configuration and plan, so that neither side has to believe the other.
+#[derive(Clone, Debug)]
+pub struct HalfLayout {
+    sections: Vec<Section>,
+    /// Chunks and bytes before each section, and of all.
+    before: Vec<(u64, u64)>,
+}
+
+/// A chunk: rows of a section.
+#[derive(Clone, Copy, Debug)]
+pub struct Chunk<'a> {
+    /// Which matrix.
+    pub section: &'a Section,
+    /// Its place in the list of sections.
+    pub index: usize,
+    /// First row.
+    pub first_row: usize,
+    /// Number of rows.
+    pub rows: usize,
+    /// Where it begins in the half.
+    pub offset: u64,
+    /// Packed length.
+    pub bytes: usize,
+}
+
+impl Chunk<'_> {
+    /// Words of the matrix that it covers.
+    #[must_use]
+    pub fn words(&self) -> std::ops::Range<usize> {
+        self.first_row * self.section.cols..(self.first_row + self.rows) * self.section.cols
+    }
+}
+
+impl HalfLayout {
+    /// For a plan that has passed [`Plan::check`].
+    ///
+    /// # Errors
+    /// [`Error::Internal`] for one that has not.
+    pub fn new(c: &ModelConfig, plan: &Plan) -> Result<Self> {
+        let sections = sections(c, plan)?;
+        let mut before = vec![(0u64, 0u64)];
+        let (mut chunks, mut bytes) = (0u64, 0u64);
+        for s in &sections {
+            let each = s.chunk_rows();
+            let (full, rest) = (s.rows / each, s.rows % each);
+            chunks += full as u64 + u64::from(rest > 0);
+            let packed = |rows: usize| pack::packed_len(rows * s.cols, s.bits()) as u64;
+            bytes += full as u64 * packed(each) + packed(rest);
+            before.push((chunks, bytes));
+        }
+        Ok(HalfLayout { sections, before })
+    }
+
+    /// The matrices.
+    #[must_use]
+    pub fn sections(&self) -> &[Section] {
+        &self.sections
+    }
+
+    /// Number of chunks.
+    #[must_use]
+    pub fn chunks(&self) -> u64 {
+        self.before.last().map_or(0, |b| b.0)
+    }
+
+    /// Bytes of all chunks.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.before.last().map_or(0, |b| b.1)
+    }
+
+    /// Words of all matrices: what the half unpacks to.
+    #[must_use]
+    pub fn words(&self) -> u64 {
+        self.sections.iter().map(|s| (s.rows * s.cols) as u64).sum()
+    }
+
+    /// Chunk `index`, if there is one.
+    #[must_use]
+    pub fn chunk(&self, index: u64) -> Option<Chunk<'_>> {
+        let at = self.before.partition_point(|b| b.0 <= index).checked_sub(1)?;
+        let section = self.sections.get(at)?;
+        let each = section.chunk_rows();
+        let nth = index - self.before[at].0;
+        let first_row = usize::try_from(nth).ok()? * each;
+        let rows = each.min(section.rows.checked_sub(first_row)?);
+        let packed = |rows: usize| pack::packed_len(rows * section.cols, section.bits());
+        let offset = self.before[at].1 + nth * packed(each) as u64;
+        Some(Chunk { section, index: at, first_row, rows, offset, bytes: packed(rows) })
+    }
+
+    /// The chunks of section `at`.
+    pub fn chunks_of(&self, at: usize) -> std::ops::Range<u64> {
+        match (self.before.get(at), self.before.get(at + 1)) {
+            (Some(from), Some(to)) => from.0..to.0,
+            _ => 0..0,
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! `owner.bin`: the Owner's integers, as narrow as they are.
+//!
+//! Magic, id, a check value of the seed; then per matrix one byte of width, the integers, one byte whether there are
+//! biases, the biases; for a private embedding one byte of width and the table's integers. Last a SHA-256 of all of it.
+//! Little-endian. The lengths follow from the manifest, so the file says none.
+
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use sha2::{Digest as _, Sha256};
+
+use super::disk;
+use super::manifest::PreparationId;
+use crate::error::{Error, Result};
+use crate::model::ModelConfig;
+use crate::model::prepare::Prepared;
+use crate::model::sections::{HalfLayout, Section};
+use crate::plan::{F, FW, Plan};
+use crate::prf::PreparationSeed;
+use crate::protocol::embedding::TableShare;
+use crate::protocol::linear::{OwnerMatrix, Plain};
+
+const MAGIC: &[u8; 8] = b"TREFOWN1";
+const REMEDY: &str = "restore it from a backup, or prepare the model anew (trefoil prepare)";
+/// Elements of the embedding that are handled at once.
+const BLOCK: usize = 1 << 18;
+
+/// Ties `owner.bin` and `seed` together: a preparation with another's seed would give nonsense, and no error.
+fn seed_check(id: &PreparationId, seed: &PreparationSeed) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    hash.update(b"trefoil seed check 1");
+    hash.update(id.bytes());
+    hash.update(seed.to_bytes());
+    hash.finalize().into()
+}
+
+struct Writer<'a> {
+    file: BufWriter<File>,
+    hash: Sha256,
+    path: &'a Path,
+}
+
+impl Writer<'_> {
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.hash.update(bytes);
+        self.file.write_all(bytes).map_err(|e| disk::failed(self.path, e))
+    }
+
+    fn integers(&mut self, w: &Plain) -> Result<()> {
+        match w {
+            Plain::I16(w) => {
+                self.put(&[2])?;
+                w.chunks(BLOCK).try_for_each(|b| self.put(&bytes_of(b.iter().map(|v| v.to_le_bytes()))))
+            }
+            Plain::I32(w) => {
+                self.put(&[4])?;
+                w.chunks(BLOCK).try_for_each(|b| self.put(&bytes_of(b.iter().map(|v| v.to_le_bytes()))))
+            }
+        }
+    }
+}
+
+fn bytes_of<const N: usize>(values: impl Iterator<Item = [u8; N]>) -> Vec<u8> {
+    values.flatten().collect()
+}
+
+/// Writes the file.
+pub(super) fn write(
+    path: &Path,
+    id: &PreparationId,
+    seed: &PreparationSeed,
+    parts: &Prepared,
+    layout: &HalfLayout,
+) -> Result<()> {
+    let file = disk::create(path, disk::PRIVATE)?;
+    let mut out = Writer { file: BufWriter::with_capacity(1 << 20, file), hash: Sha256::new(), path };
+    out.put(MAGIC)?;
+    out.put(id.bytes())?;
+    out.put(&seed_check(id, seed))?;
+    for m in parts.matrices() {
+        let (w, bias) = m.integers().ok_or_else(|| Error::Internal("only the owner has integers".into()))?;
+        out.integers(w)?;
+        out.put(&[u8::from(bias.is_some())])?;
+        if let Some(bias) = bias {
+            out.put(&bytes_of(bias.iter().map(|b| b.to_le_bytes())))?;
+        }
+    }
+    if let (Some(table), Some(section)) = (&parts.embedding, layout.sections().last()) {
+        write_table(&mut out, table, section, seed)?;
+    }
+    let hash: [u8; 32] = out.hash.clone().finalize().into();
+    out.put(&hash)?;
+    out.file.flush().and_then(|()| out.file.get_ref().sync_all()).map_err(|e| disk::failed(path, e))
+}
+
+/// The table itself, `E = A + B`, in 2, 4 or 8 bytes an element.
+fn write_table(out: &mut Writer<'_>, table: &TableShare, s: &Section, seed: &PreparationSeed) -> Result<()> {
+    let n = s.rows * s.cols;
+    let each = |put: &mut dyn FnMut(&[i64]) -> Result<()>| -> Result<()> {
+        for from in (0..n).step_by(BLOCK) {
+            let range = from..n.min(from + BLOCK);
+            let a = table.words(range.clone()).ok_or_else(|| Error::Internal("only the owner has the table".into()))?;
+            let mut e = vec![0u64; range.len()];
+            seed.matrix_words(s.id(), from as u64, &mut e);
+            let e: Vec<i64> = e.iter().zip(a).map(|(b, a)| a.wrapping_add(*b) as i64).collect();
+            put(&e)?;
+        }
+        Ok(())
+    };
+    let (mut low, mut high) = (0, 0);
+    each(&mut |e| {
+        e.iter().for_each(|&v| (low, high) = (low.min(v), high.max(v)));
+        Ok(())
+    })?;
+    let fits = |least: i64, most: i64| low >= least && high <= most;
+    let width: u8 = if fits(i16::MIN.into(), i16::MAX.into()) {
+        2
+    } else if fits(i32::MIN.into(), i32::MAX.into()) {
+        4
+    } else {
+        8
+    };
+    out.put(&[width])?;
+    each(&mut |e| {
+        let mut bytes = Vec::with_capacity(e.len() * usize::from(width));
+        e.iter().for_each(|v| bytes.extend_from_slice(&v.to_le_bytes()[..usize::from(width)]));
+        out.put(&bytes)
+    })
+}
+
+struct Reader {
+    file: BufReader<File>,
+    hash: Sha256,
+    left: u64,
+    path: PathBuf,
+}
+
+impl Reader {
+    fn wrong(&self, text: &str) -> Error {
+        Error::Model(format!("{}: {text}; {REMEDY}", self.path.display()))
+    }
+
+    /// Before anything of this size is allocated.
+    fn has(&mut self, n: usize, width: usize) -> Result<()> {
+        let want = (n as u64).checked_mul(width as u64).filter(|&want| want <= self.left);
+        self.left -= want.ok_or_else(|| self.wrong("is truncated, or of another model than manifest.json"))?;
+        Ok(())
+    }
+
+    fn take(&mut self, out: &mut [u8]) -> Result<()> {
+        self.file.read_exact(out).map_err(|e| disk::failed(&self.path, e))?;
+        self.hash.update(out);
+        Ok(())
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
+        let mut bytes = [0; N];
+        self.has(1, N)?;
+        self.take(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// `n` elements of `N` bytes each.
+    fn elements<const N: usize, T>(&mut self, n: usize, of: impl Fn([u8; N]) -> T) -> Result<Vec<T>> {
+        self.has(n, N)?;
+        let mut out = Vec::with_capacity(n);
+        let mut bytes = vec![0; N * n.min(BLOCK)];
+        while out.len() < n {
+            let block = &mut bytes[..N * (n - out.len()).min(BLOCK)];
+            self.take(block)?;
+            out.extend(block.as_chunks::<N>().0.iter().map(|b| of(*b)));
+        }
+        Ok(out)
+    }
+
+    fn matrix(&mut self, s: &Section) -> Result<OwnerMatrix> {
+        let n = s.rows * s.cols;
+        let w = match self.array::<1>()? {
+            [2] => Plain::I16(self.elements(n, i16::from_le_bytes)?.into()),
+            [4] => Plain::I32(self.elements(n, i32::from_le_bytes)?.into()),
+            _ => return Err(self.wrong(&format!("is corrupt at {}", s.name()))),
+        };
+        let bias: Option<Arc<[f32]>> = match self.array::<1>()? {
+            [0] => None,
+            [1] => Some(self.elements(s.rows, f32::from_le_bytes)?.into()),
+            _ => return Err(self.wrong(&format!("is corrupt at {}", s.name()))),
+        };
+        let m = OwnerMatrix::owner(s.id(), (s.rows, s.cols), FW, w, bias)?;
+        Ok(if s.public { m.into_public() } else { m })
+    }
+
+    fn table(&mut self, s: &Section, seed: &PreparationSeed) -> Result<TableShare> {
+        let n = s.rows * s.cols;
+        let mut a = match self.array::<1>()? {
+            [2] => self.elements(n, |b| i64::from(i16::from_le_bytes(b)) as u64)?,
+            [4] => self.elements(n, |b| i64::from(i32::from_le_bytes(b)) as u64)?,
+            [8] => self.elements(n, u64::from_le_bytes)?,
+            _ => return Err(self.wrong(&format!("is corrupt at {}", s.name()))),
+        };
+        let mut b = Vec::new();
+        for (i, block) in a.chunks_mut(BLOCK).enumerate() {
+            b.resize(block.len(), 0);
+            seed.matrix_words(s.id(), (i * BLOCK) as u64, &mut b);
+            block.iter_mut().zip(&b).for_each(|(a, b)| *a = a.wrapping_sub(*b));
+        }
+        TableShare::rows((s.rows, s.cols), F, a)
+    }
+}
+
+/// Reads the file back.
+pub(super) fn read(
+    path: &Path,
+    id: &PreparationId,
+    seed: &PreparationSeed,
+    config: &ModelConfig,
+    plan: &Plan,
+) -> Result<Prepared> {
+    let file = File::open(path).map_err(|e| disk::failed(path, e))?;
+    let left = file.metadata().map_err(|e| disk::failed(path, e))?.len();
+    let file = BufReader::with_capacity(1 << 20, file);
+    let r = std::cell::RefCell::new(Reader { file, hash: Sha256::new(), left, path: path.to_path_buf() });
+    {
+        let mut r = r.borrow_mut();
+        if &r.array::<8>()? != MAGIC {
+            return Err(r.wrong("is no such file of this release"));
+        }
+        if &r.array::<16>()? != id.bytes() {
+            return Err(r.wrong("belongs to another preparation than manifest.json"));
+        }
+        if r.array::<32>()? != seed_check(id, seed) {
+            return Err(r.wrong("does not go with the file `seed`"));
+        }
+    }
+    let parts =
+        Prepared::assemble(config, plan, &mut |s| r.borrow_mut().matrix(s), &mut |s| r.borrow_mut().table(s, seed))?;
+    let mut r = r.into_inner();
+    let want: [u8; 32] = r.hash.clone().finalize().into();
+    if r.array::<32>()? != want || r.left != 0 {
+        return Err(r.wrong("is corrupt: its checksum is not that of its contents"));
+    }
+    Ok(parts)
+}
