@@ -309,17 +309,6 @@ impl TlsChannel {
     }
 }
 
-/// For tests of the other end.
-impl TlsChannel {
-    /// Announces a frame and sends nothing of it.
-    ///
-    /// # Errors
-    /// If the connection is gone.
-    pub fn send_raw_header(&self, tag: u64, len: u32) -> io::Result<()> {
-        self.online.write(&header(tag, len as usize, 0), &[])
-    }
-}
-
 impl Channel for TlsChannel {
     fn send(&self, lane: Lane, frame: Frame) -> Result<(), PeerFault> {
         let stream = match (lane, &self.ahead) {

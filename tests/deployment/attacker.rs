@@ -37,6 +37,11 @@ async fn hear(c: &mut Secured) -> Result<Reply> {
 
 /// Opens a session with this nonce; the Owner's answer if it is a refusal.
 pub fn open(config: &Path, nonce: Nonce) -> Result<Attacker, Reply> {
+    open_with(config, nonce, None)
+}
+
+/// The same, with raw bytes to the Owner before the first frame: four bytes with their number, then they themselves.
+pub fn open_with(config: &Path, nonce: Nonce, raw: Option<&[u8]>) -> Result<Attacker, Reply> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let mut owner = dial(config, Role::Owner).await.unwrap();
@@ -54,6 +59,9 @@ pub fn open(config: &Path, nonce: Nonce) -> Result<Attacker, Reply> {
         let mut ahead = dial(config, Role::Owner).await.unwrap();
         say(&mut ahead, &Hello::Ahead { session }).await.unwrap();
         assert!(matches!(hear(&mut ahead).await.unwrap(), Reply::Attached));
+        if let Some(raw) = raw {
+            owner.send("test", raw).await.unwrap();
+        }
         let channel = |online: Secured, ahead: Option<Secured>| {
             let online = online.into_stream(None).unwrap();
             let ahead = ahead.map(|a| a.into_stream(None).unwrap());

@@ -10,7 +10,7 @@ use trefoil::net::{Channel, Frame, Lane};
 use trefoil::party::Role;
 use trefoil::session::Scope;
 
-use crate::attacker::{Attacker, dial, open};
+use crate::attacker::{Attacker, dial, open, open_with};
 use crate::support::*;
 
 fn raw(address: &str, bytes: &[u8]) -> TcpStream {
@@ -105,16 +105,12 @@ fn frame(tag: u64, payload: Vec<u8>) -> Frame {
     Frame { tag, depth: 1, not_before: None, payload }
 }
 
-fn session(trio: &Trio) -> Attacker {
-    let mut nonce = [0; 32];
-    nonce[..16].copy_from_slice(&std::time::SystemTime::now().elapsed().unwrap().as_nanos().to_le_bytes());
-    nonce[16..24].copy_from_slice(&(std::ptr::from_ref(trio) as u64 ^ u64::from(rand())).to_le_bytes());
-    open(&trio.client, nonce).unwrap_or_else(|refused| panic!("{refused:?}"))
-}
-
-fn rand() -> u32 {
+fn session(trio: &Trio, raw: Option<&[u8]>) -> Attacker {
     use std::hash::{BuildHasher, RandomState};
-    RandomState::new().hash_one(0) as u32
+    let mut nonce = [0; 32];
+    nonce[..8].copy_from_slice(&RandomState::new().hash_one(0).to_le_bytes());
+    nonce[8..16].copy_from_slice(&RandomState::new().hash_one(1).to_le_bytes());
+    open_with(&trio.client, nonce, raw).unwrap_or_else(|refused| panic!("{refused:?}"))
 }
 
 fn blames_the_client(trio: &Trio, code: &str) {
@@ -131,17 +127,17 @@ fn blames_the_client(trio: &Trio, code: &str) {
 #[test]
 fn an_oversize_frame() {
     let trio = Trio::new();
-    let a = session(&trio);
-    a.owner.send(Lane::Online, request()).unwrap();
+    // With the four bytes before it: a tag, a length of almost 4 GB, a depth, and not one byte more.
+    let raw = [[7, 7, 7, 7], (u32::MAX - 5).to_le_bytes(), [0; 4]].concat();
+    let a = session(&trio, Some(&raw));
     a.helper.send(Lane::Online, request()).unwrap();
-    a.owner.send_raw_header(77, u32::MAX - 5).unwrap();
     blames_the_client(&trio, "oversize");
 }
 
 #[test]
 fn a_frame_one_byte_short() {
     let trio = Trio::new();
-    let a = session(&trio);
+    let a = session(&trio, None);
     let mut short = request();
     short.payload.pop();
     a.owner.send(Lane::Online, short).unwrap();
@@ -152,7 +148,7 @@ fn a_frame_one_byte_short() {
 #[test]
 fn one_that_stalls() {
     let trio = Trio::new();
-    let a = session(&trio);
+    let a = session(&trio, None);
     a.owner.send(Lane::Online, request()).unwrap();
     a.helper.send(Lane::Online, request()).unwrap();
     // And says nothing more; five seconds are configured.
@@ -163,7 +159,7 @@ fn one_that_stalls() {
 #[test]
 fn one_that_closes_in_the_middle_of_a_layer() {
     let trio = Trio::new();
-    let a = session(&trio);
+    let a = session(&trio, None);
     a.owner.send(Lane::Online, request()).unwrap();
     a.helper.send(Lane::Online, request()).unwrap();
     let width = 4 * 256 * 28 / 8;
