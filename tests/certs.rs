@@ -63,6 +63,11 @@ impl Place {
     }
 }
 
+/// Whether it was made to last this many days, seconds ago.
+fn lasts(shown: &Value, days: i64) -> bool {
+    shown["days_left"].as_i64().is_some_and(|left| left == days || left == days - 1)
+}
+
 /// All files below a directory with their contents.
 fn tree(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let mut all = Vec::new();
@@ -117,14 +122,9 @@ fn request_sign_show() {
         (&"Provider".into(), &"owner".into(), &"Notary".into())
     );
     assert_eq!((&owner["dns"][0], &owner["ips"][0]), (&"owner.example".into(), &"192.0.2.1".into()));
-    assert_eq!(
-        (&owner["days_left"], &owner["key"]["matches"], &owner["authority"]),
-        (&89.into(), &true.into(), &false.into())
-    );
-    assert_eq!(
-        (&alice["role"], &alice["days_left"], &alice["dns"]),
-        (&"client".into(), &6.into(), &Value::Array(vec![]))
-    );
+    assert_eq!((&owner["key"]["matches"], &owner["authority"]), (&true.into(), &false.into()));
+    assert_eq!((&alice["role"], &alice["dns"]), (&"client".into(), &Value::Array(vec![])));
+    assert!(lasts(owner, 90) && lasts(alice, 7) && lasts(ca, 730));
     assert_eq!((&ca["role"], &ca["authority"], &ca["self_signed"]), (&Value::Null, &true.into(), &true.into()));
     assert!(owner["fingerprint"].as_str().unwrap().starts_with("sha256:"));
     assert!(owner["not_after"].as_str().unwrap().ends_with('Z'));
@@ -217,7 +217,7 @@ fn requests() {
         (&shown[0]["name"], &shown[0]["self_signed"], &shown[0]["authority"]),
         (&"y".into(), &true.into(), &false.into())
     );
-    assert_eq!((&shown[0]["days_left"], &shown[0]["key"]["matches"]), (&89.into(), &true.into()));
+    assert!(lasts(&shown[0], 90) && shown[0]["key"]["matches"] == true);
     only_keys_are_private(at.0.path(), 1);
 }
 
