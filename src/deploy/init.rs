@@ -62,7 +62,7 @@ helper = "{helper}:7002"
 [model]
 # What `trefoil prepare --out DIR` wrote.
 preparation = "../prep"
-# State of this party: the ids of sessions it has seen. Mode 0700; not to be shared with another party.
+# State of this party: the ids of sessions it has seen. No two parties may share it.
 store = "../store/owner"
 "#
         ),
@@ -73,7 +73,7 @@ store = "../store/owner"
 address = "{listen}:7002"
 
 [model]
-# The preparations it receives from the owner, and its state: the ids of sessions it has seen. Mode 0700.
+# The preparations it receives from the owner, and its state: the ids of sessions it has seen. No two parties may share it.
 store = "../store/helper"
 "#
         ),

@@ -45,6 +45,39 @@ fn a_signed_request_becomes_what_was_asked_for() {
     }
 }
 
+/// The TLS library takes them for what they are made for, and for nothing else.
+#[test]
+fn tls_accepts_what_was_issued() {
+    use std::sync::Arc;
+
+    use rustls::RootCertStore;
+    use rustls::client::WebPkiServerVerifier;
+    use rustls::client::danger::ServerCertVerifier;
+    use rustls::pki_types::UnixTime;
+    use rustls::server::WebPkiClientVerifier;
+
+    let (authority, key) = (authority(), Key::generate().unwrap());
+    let der = |pem: &str| CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
+    let mut roots = RootCertStore::empty();
+    roots.add(der(authority.certificate_pem())).unwrap();
+    let (roots, provider) = (Arc::new(roots), Arc::new(rustls::crypto::ring::default_provider()));
+    let of_client = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone()).build().unwrap();
+    let of_server = WebPkiServerVerifier::builder_with_provider(roots, provider).build().unwrap();
+    let at = |seconds: i64| UnixTime::since_unix_epoch(std::time::Duration::from_secs(seconds as u64));
+
+    for role in Role::ALL {
+        let request = Request::new(role, "x", hosts(&["h.example", "192.0.2.1", "::1"])).unwrap();
+        let end = der(&authority.issue(&request, &key, Validity::days(1, NOW)).unwrap());
+        assert!(of_client.verify_client_cert(&end, &[], at(NOW)).is_ok());
+        assert!(of_client.verify_client_cert(&end, &[], at(NOW + 2 * 86_400)).is_err());
+        for (name, listed) in [("h.example", true), ("192.0.2.1", true), ("::1", true), ("other.example", false)] {
+            let name = name.parse::<Host>().unwrap().server_name().unwrap();
+            let taken = of_server.verify_server_cert(&end, &[], &name, &[], at(NOW)).is_ok();
+            assert_eq!(taken, listed && role != Role::Client, "{role} {name:?}");
+        }
+    }
+}
+
 /// Extensions, as another implementation reads them.
 #[test]
 fn certificates_carry_these_extensions_and_no_others() {

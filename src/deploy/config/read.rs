@@ -148,13 +148,13 @@ impl Reader<'_> {
 
     fn tls(&self, table: Field<TlsTable>) -> Result<Tls> {
         let table = self.need(table, None, "[tls]", "a section [tls] with certificate, key and ca")?;
-        let at = Some(table.span().start);
+        let at = table.span().start;
         let table = table.into_inner();
-        let certificate = self.need(table.certificate, at, "tls.certificate", "its certificate")?;
-        let key = self.need(table.key, at, "tls.key", "the key of its certificate")?;
+        let certificate = self.need(table.certificate, Some(at), "tls.certificate", "its certificate")?;
+        let key = self.need(table.key, Some(at), "tls.key", "the key of its certificate")?;
         if table.ca.is_none() && table.pinned.is_empty() {
             let what = "tls.ca: missing; give the authority's certificate as ca, or the peers' certificates as pinned";
-            return Err(self.source.error(at.unwrap_or_default(), what));
+            return Err(self.source.error(at, what));
         }
         let revoked =
             table.revoked.iter().map(|one| one.get_ref().parse().map_err(|e| self.wrong(one, "tls.revoked", e)));
