@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::Serialize;
 use trefoil::error::{Error, Result};
 use trefoil::generate::{Check, LinkReport, Local, LocalOptions, Stop, check};
+use trefoil::model::preparation::parse_private_layers;
 use trefoil::model::{Checkpoint, TextCodec, Weights};
 use trefoil::net::shape::Profile;
 use trefoil::plan::MAX_TEMPERATURE;
@@ -122,13 +123,7 @@ pub fn run(a: &Args) -> Result<()> {
     let checkpoint = Checkpoint::open(&a.model)?;
     let config = checkpoint.config().clone();
     drop(checkpoint);
-    let private_layers = match a.private_layers.as_deref() {
-        None => Some(config.num_layers.div_ceil(2)),
-        Some("all") => None,
-        Some(n) => Some(n.parse().map_err(|_| {
-            Error::Config(format!("--private-layers {n}: give a number from 0 to {} or 'all'", config.num_layers))
-        })?),
-    };
+    let private_layers = parse_private_layers(a.private_layers.as_deref(), &config)?;
     let codec = TextCodec::open(&a.model)?;
     let prompt = codec.encode(&a.prompt)?;
     if a.prompt.is_empty() || prompt.is_empty() {
