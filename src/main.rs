@@ -10,6 +10,8 @@ mod generate;
 mod init;
 #[path = "cli/party.rs"]
 mod party;
+#[path = "cli/prepare.rs"]
+mod prepare;
 
 /// Private LLM inference between three parties: the prompt stays with the client, the weights with the provider.
 #[derive(Parser)]
@@ -29,6 +31,8 @@ enum Command {
     Certs(certs::Args),
     /// Write a commented configuration for a party.
     Init(init::Args),
+    /// Prepare a model for three hosts: what owner, clients and helper each get.
+    Prepare(prepare::Args),
 }
 
 fn main() -> std::process::ExitCode {
@@ -37,6 +41,7 @@ fn main() -> std::process::ExitCode {
         Command::Party(args) => party::run(&args),
         Command::Certs(args) => certs::run(&args),
         Command::Init(args) => init::run(&args),
+        Command::Prepare(args) => prepare::run(&args),
     };
     match result {
         Ok(()) => std::process::ExitCode::SUCCESS,

@@ -11,6 +11,7 @@ use trefoil::deploy::config::{Config, Party};
 use trefoil::deploy::party::Options;
 use trefoil::error::{Error, Result};
 use trefoil::generate::{Check, Generation, LinkReport, Local, LocalOptions, Stop, check};
+use trefoil::model::preparation::parse_private_layers;
 use trefoil::model::{Checkpoint, TextCodec, TextStream, Weights};
 use trefoil::net::shape::Profile;
 use trefoil::plan::{MAX_TEMPERATURE, Plan};
@@ -264,13 +265,7 @@ fn local(a: &Args) -> Result<Report> {
     let checkpoint = Checkpoint::open(&a.model)?;
     let config = checkpoint.config().clone();
     drop(checkpoint);
-    let private_layers = match a.private_layers.as_deref() {
-        None => Some(config.num_layers.div_ceil(2)),
-        Some("all") => None,
-        Some(n) => Some(n.parse().map_err(|_| {
-            Error::Config(format!("--private-layers {n}: give a number from 0 to {} or 'all'", config.num_layers))
-        })?),
-    };
+    let private_layers = parse_private_layers(a.private_layers.as_deref(), &config)?;
     let codec = TextCodec::open(&a.model)?;
     let prompt = encode(&codec, &a.prompt)?;
     let limit = a.context.unwrap_or(usize::MAX).min(config.max_positions);

@@ -48,6 +48,20 @@ pub fn split_layers(c: &ModelConfig, private_layers: Option<usize>) -> Result<(u
     }
 }
 
+/// The option `--private-layers`: a number, `all` (`None`), or half of the layers where it is left out.
+///
+/// # Errors
+/// [`Error::Config`] for anything else.
+pub fn parse_private_layers(text: Option<&str>, c: &ModelConfig) -> Result<Option<usize>> {
+    match text {
+        None => Ok(Some(c.num_layers.div_ceil(2))),
+        Some("all") => Ok(None),
+        Some(n) => n.parse().map(Some).map_err(|_| {
+            Error::Config(format!("--private-layers {n}: give a number from 0 to {} or 'all'", c.num_layers))
+        }),
+    }
+}
+
 /// A model about to be prepared: all of its weights, at the Owner.
 #[derive(Debug)]
 pub struct Loaded {

@@ -36,6 +36,13 @@ pub struct SecureModel {
     frequencies: Vec<f64>,
 }
 
+impl std::fmt::Debug for SecureModel {
+    /// Without its part, which is secret at every party.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SecureModel").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
 struct LayerTables {
     input_norm: Norm,
     attention: AttentionTables,
