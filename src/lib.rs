@@ -36,7 +36,7 @@
 //! protocol        one file per operation, each with its cost and privacy argument
 //! approx          tables for functions, with their errors
 //! plan            ring widths, windows and guards of a model; costs
-//! model           Hugging Face checkpoints, float twin, calibration, preparation, the private model
+//! model           Hugging Face checkpoints, float twin, calibration, preparation (in memory, on disk), the private model
 //! world           three connected parties in one process
 //! generate        requests: what each party does, and all three in one process
 //! deploy          three hosts: certificates, configuration

@@ -327,6 +327,47 @@ fn a_client_refuses_what_is_not_its_own_with_both_values() {
     ClientModel::open(&base).unwrap().secure_model(one.manifest(), one.seed()).unwrap();
 }
 
+fn command(out: &Path) -> std::process::Command {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_trefoil"));
+    command.args(["prepare", "--private-layers", "2", "--json", "--model"]).arg(quill()).arg("--out").arg(out);
+    command
+}
+
+#[test]
+fn the_command_prepares_once() {
+    let tmp = tempfile::tempdir().unwrap();
+    let out = tmp.path().join("prep");
+    let run = || command(&out).output().unwrap();
+    let first = run();
+    assert!(first.status.success() && first.stderr.is_empty(), "{}", String::from_utf8_lossy(&first.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&first.stdout).unwrap();
+    let prep = OwnerPreparation::open(&out).unwrap();
+    assert_eq!(report["id"], prep.manifest().id.to_string());
+    assert_eq!(report["helper_bytes"], prep.manifest().half.bytes);
+    assert_eq!(mode(&out.join("public/model.safetensors")), 0o644);
+    let second = run();
+    assert!(!second.status.success() && second.stdout.is_empty());
+    assert!(String::from_utf8_lossy(&second.stderr).contains("new preparation with a new seed"));
+    assert_eq!(OwnerPreparation::open(&out).unwrap().manifest(), prep.manifest());
+}
+
+#[test]
+fn a_killed_command_leaves_nothing_half_valid() {
+    let tmp = tempfile::tempdir().unwrap();
+    for wait in [20, 300, 500, 600, 700, 900] {
+        let out = tmp.path().join(format!("prep-{wait}"));
+        let mut child = command(&out).stdout(std::process::Stdio::null()).spawn().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(wait));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        // Either it is not there, and can be made now, or it is whole.
+        if out.exists() {
+            OwnerPreparation::open(&out).unwrap();
+            ClientModel::open(&out.join("public")).unwrap();
+        }
+    }
+}
+
 fn sample() -> &'static [u8] {
     static SAMPLE: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
     SAMPLE.get_or_init(|| {

@@ -1,5 +1,6 @@
 //! The Owner's preparation: made once by `trefoil prepare`, read by the Owner's daemon.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -242,7 +243,10 @@ fn write_public(model: &Path, dir: &Path, manifest: &[u8], from: &Checkpoint, pa
             safetensors::SafeTensorError::IoError(e) => disk::failed(&path, e),
             e => Error::Internal(format!("{}: {e}", path.display())),
         })?;
-        std::fs::File::open(&path).and_then(|f| f.sync_all()).map_err(|e| disk::failed(&path, e))?;
+        // The library makes its files private; this one is for everybody, as those beside it.
+        let public = std::fs::Permissions::from_mode(disk::PUBLIC);
+        let synced = std::fs::File::open(&path).and_then(|f| f.set_permissions(public).and_then(|()| f.sync_all()));
+        synced.map_err(|e| disk::failed(&path, e))?;
     }
     disk::sync_dir(dir)
 }
