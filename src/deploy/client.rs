@@ -107,7 +107,7 @@ impl Remote {
                 role: Role::Client,
                 id: session,
                 ahead_capacity: usize::try_from(welcome.ahead_capacity).unwrap_or(usize::MAX),
-                timeout: config.limits().timeout,
+                timeout: engine::patience(config.limits().timeout),
             };
             let peers = vec![Peer { online: owner, ahead: Some(ahead) }, Peer { online: helper, ahead: None }];
             let connected = engine::connect(&agreed, peers, &options)?;

@@ -181,6 +181,12 @@ impl SessionReport {
     }
 }
 
+/// How long Helper and Client wait: a little longer than the Owner, who waits for both of them, and whose word on which of
+/// them has stalled then comes first.
+pub(super) fn patience(timeout: Duration) -> Duration {
+    timeout + timeout / 10 + Duration::from_secs(1)
+}
+
 /// What a server grants, from its configuration.
 pub(super) fn grant(limits: &super::config::Limits) -> Grant {
     Grant { idle: limits.idle_timeout, prompt: limits.prompt_tokens, open_logits: limits.open_logits }

@@ -209,7 +209,7 @@ impl Helper {
             role: Role::Helper,
             id: session,
             ahead_capacity: p.ahead_capacity as usize,
-            timeout: limits.timeout,
+            timeout: engine::patience(limits.timeout),
         };
         let client = c.peer.name.clone();
         let peers = vec![Peer { online: o, ahead: Some(ahead) }, Peer { online: c, ahead: None }];

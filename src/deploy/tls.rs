@@ -437,6 +437,13 @@ impl Secured {
             self.tls.flush().await
         };
         let out = tokio::time::timeout(self.timeout, work).await;
+        if matches!(out, Ok(Err(_))) {
+            // Why the other side has hung up may still be readable: an alert about our certificate, mostly.
+            let mut byte = [0; 1];
+            if let Ok(Err(e)) = tokio::time::timeout(LINGER, self.tls.read(&mut byte)).await {
+                return Err(self.blame(step, fault(&e)));
+            }
+        }
         self.outcome(step, out)
     }
 
@@ -526,10 +533,13 @@ pub async fn accept(tls: &Tls, tcp: TcpStream, address: String, timeout: Duratio
     let failed = |kind| Error::Incoming { address: address.clone(), step: "TLS handshake", kind };
     let _ = tcp.set_nodelay(true);
     let acceptor = TlsAcceptor::from(Arc::clone(&tls.server));
-    let stream = match tokio::time::timeout(timeout, async { acceptor.accept(tcp).await.map_err(|e| fault(&e)) }).await
-    {
+    let handshake = async { acceptor.accept(tcp).into_fallible().await.map_err(|(e, tcp)| (fault(&e), tcp)) };
+    let stream = match tokio::time::timeout(timeout, handshake).await {
         Err(_) => return Err(failed(PeerFault::Timeout(timeout.as_millis() as u64))),
-        Ok(Err(kind)) => return Err(failed(kind)),
+        Ok(Err((kind, tcp))) => {
+            hear_out(tcp).await;
+            return Err(failed(kind));
+        }
         Ok(Ok(stream)) => stream,
     };
     let (mut secured, same) = Secured::finish(stream.into(), address.clone(), timeout).map_err(failed)?;
@@ -539,6 +549,25 @@ pub async fn accept(tls: &Tls, tcp: TcpStream, address: String, timeout: Duratio
         return Err(secured.blame("TLS handshake", PeerFault::Version { ours: ALPN.into(), theirs }));
     }
     Ok(secured)
+}
+
+/// How long one that is refused is heard out.
+const LINGER: Duration = Duration::from_millis(300);
+
+/// Reads on for a moment after an alert was sent: closing at once would discard what the peer has sent meanwhile, and with it,
+/// in many systems, our alert.
+async fn hear_out(mut tcp: TcpStream) {
+    let _ = tcp.shutdown().await;
+    let mut rest = [0; 4096];
+    let _ = tokio::time::timeout(LINGER, async {
+        for _ in 0..64 {
+            match tcp.read(&mut rest).await {
+                Ok(0) | Err(_) => break,
+                Ok(_) => {}
+            }
+        }
+    })
+    .await;
 }
 
 /// The longest version that is read.

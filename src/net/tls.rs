@@ -270,7 +270,11 @@ impl TlsChannel {
                         Ok(())
                     })
                 });
-                // One connection of a link does not outlive the other.
+                // One connection of a link does not outlive the other; if there is a reason, it comes on the online lane.
+                let fault = match (lane, fault) {
+                    (Lane::Ahead, PeerFault::Closed) => inbox.ended_within(LAST_WORD).unwrap_or(PeerFault::Closed),
+                    (_, fault) => fault,
+                };
                 inbox.end(&fault);
                 if fault != PeerFault::Closed {
                     stream.abandon();

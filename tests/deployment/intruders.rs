@@ -82,7 +82,8 @@ fn garbage_after_a_good_handshake() {
         c.send("test", &[0xff; 40]).await.unwrap();
         trio.owner.wait_code("malformed");
         let mut c = dial(&trio.client, Role::Owner).await.unwrap();
-        c.send("test", &vec![0; 1 << 20]).await.unwrap();
+        // It may hang up before it has seen all.
+        let _ = c.send("test", &vec![0; 1 << 20]).await;
         trio.owner.wait_code("oversize");
         let _silent = dial(&trio.client, Role::Owner).await.unwrap();
         trio.owner.wait_code("timeout");
@@ -162,7 +163,7 @@ fn one_that_closes_in_the_middle_of_a_layer() {
     let a = session(&trio, None);
     a.owner.send(Lane::Online, request()).unwrap();
     a.helper.send(Lane::Online, request()).unwrap();
-    let width = 4 * 256 * 28 / 8;
+    let width = 4 * 192 * 28 / 8;
     let input = Scope::new("input").address(1, "input.d").tag();
     a.owner.send(Lane::Online, frame(input, vec![0; width])).unwrap();
     std::thread::sleep(Duration::from_millis(200));
