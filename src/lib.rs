@@ -39,6 +39,7 @@
 //! model           Hugging Face checkpoints, float twin, calibration, preparation, the private model
 //! world           three connected parties in one process
 //! generate        requests: what each party does, and all three in one process
+//! predict         what a request will cost: traffic (exact), time and memory (estimates)
 //! ```
 //!
 //! # Use
@@ -71,6 +72,7 @@ pub mod model;
 pub mod net;
 pub mod party;
 pub mod plan;
+pub mod predict;
 pub mod prf;
 pub mod protocol;
 #[allow(unsafe_code)] // SIMD kernels

@@ -21,6 +21,7 @@ use crate::net::meter::Meter;
 use crate::net::{Lane, Links, blame};
 use crate::party::Role;
 use crate::plan::cost::Cost;
+use crate::plan::work::{Counts, Work};
 use crate::prf::{Address, Pair, Prf, Stream};
 use crate::ring::pack;
 use crate::share::Rows;
@@ -59,6 +60,12 @@ impl Scope {
     pub fn at(&self, name: &str) -> Scope {
         let path = if self.path.is_empty() { name.to_string() } else { format!("{}.{name}", self.path) };
         Scope { layer: self.layer, path }
+    }
+
+    /// The operation's path, `attn.scores` for example.
+    #[must_use]
+    pub fn path(&self) -> &str {
+        &self.path
     }
 
     /// The address of `label` in pass `pass`.
@@ -186,13 +193,37 @@ pub struct Session {
     jobs: JobQueue,
     declared: Cost,
     meter: Arc<Meter>,
+    /// Only in a walk that counts: see [`Session::counting`].
+    work: Option<Arc<Work>>,
 }
 
 impl Session {
     /// A new session; the PRF keys are the session's own.
     #[must_use]
     pub fn new(role: Role, links: Links, prf: Prf, meter: Arc<Meter>) -> Self {
-        Session { role, links, prf, passes: Vec::new(), jobs: JobQueue::default(), declared: Cost::default(), meter }
+        let (passes, jobs, declared) = (Vec::new(), JobQueue::default(), Cost::default());
+        Session { role, links, prf, passes, jobs, declared, meter, work: None }
+    }
+
+    /// A session that computes nothing: streams, products and lookups give zeros at once and are added to `work`. It has no
+    /// key, so nothing in it is secret, and only a [`crate::world::World`] of its own, whose links carry lengths instead of
+    /// bytes, makes one.
+    pub(crate) fn counting(role: Role, links: Links, meter: Arc<Meter>, work: Arc<Work>) -> Self {
+        Session { work: Some(work), ..Session::new(role, links, Prf::new([]), meter) }
+    }
+
+    /// What counts instead of computing, if this session does.
+    pub(crate) fn work(&self) -> Option<&Arc<Work>> {
+        self.work.as_ref()
+    }
+
+    /// Adds what this party would compute in its walk, if this session counts; says whether it does.
+    pub(crate) fn count(&self, scope: &Scope, counts: Counts) -> bool {
+        let lane = if self.is_owner() { Lane::Online } else { Lane::Ahead };
+        self.work.as_ref().is_some_and(|w| {
+            w.add(self.role, lane, scope, counts);
+            true
+        })
     }
 
     /// Which party this is.
@@ -299,7 +330,11 @@ impl Session {
         each: usize,
         k: u32,
     ) -> Result<Vec<u64>> {
-        let mut out = Vec::with_capacity(rows.len() * each);
+        let words = rows.len() * each;
+        if self.count(scope, Counts { prf_bytes: 8 * words as u64, words: words as u64, ..Counts::default() }) {
+            return Ok(vec![0; words]);
+        }
+        let mut out = Vec::with_capacity(words);
         for i in 0..self.passes.len() {
             let (number, n) = (self.passes[i].number, rows.range(&self.passes[i].tokens).len());
             self.stream(pair, scope, number, label)?.words_into(n * each, k, &mut out);
@@ -319,7 +354,11 @@ impl Session {
         rows: &Rows,
         each: usize,
     ) -> Result<Vec<u8>> {
-        let mut out = Vec::with_capacity(rows.len() * each);
+        let bytes = rows.len() * each;
+        if self.count(scope, Counts { prf_bytes: bytes as u64, ..Counts::default() }) {
+            return Ok(vec![0; bytes]);
+        }
+        let mut out = Vec::with_capacity(bytes);
         for i in 0..self.passes.len() {
             let (number, n) = (self.passes[i].number, rows.range(&self.passes[i].tokens).len());
             out.extend_from_slice(&self.stream(pair, scope, number, label)?.bytes(n * each));
@@ -340,6 +379,7 @@ impl Session {
         k: u32,
         values: &[u64],
     ) -> Result<()> {
+        self.count(scope, Counts { words: values.len() as u64, ..Counts::default() });
         for pass in &self.passes {
             let r = rows.range(&pass.tokens);
             let payload = pack::pack(&values[r.start * each..r.end * each], k);
@@ -380,6 +420,7 @@ impl Session {
         n: usize,
         k: u32,
     ) -> Result<Vec<u64>> {
+        self.count(scope, Counts { words: n as u64, ..Counts::default() });
         recv_words(&self.links, from, lane, &scope.address(self.the_pass()?, label), n, k)
     }
 

@@ -178,6 +178,26 @@ impl Prepared {
         Ok(Prepared { layers, head, embedding })
     }
 
+    /// The shapes alone, the same at every party: for a walk that counts instead of computing.
+    pub(crate) fn shape(c: &ModelConfig, plan: &Plan) -> Prepared {
+        let matrix = |i, slot, dim| OwnerMatrix::shape(id(i, slot), dim, FW, false);
+        let [qkv, o, gate_up, down] = shapes(c);
+        let gain = c.q_size() + c.kv_size();
+        let layers = (plan.first_private..c.num_layers)
+            .map(|i| PreparedLayer {
+                qkv: matrix(i, Slot::Qkv, qkv),
+                qk_gain: c.qk_norm.then(|| matrix(i, Slot::QkGain, (gain, gain)).diagonal()),
+                o: matrix(i, Slot::O, o),
+                gate_up: matrix(i, Slot::GateUp, gate_up),
+                down: matrix(i, Slot::Down, down),
+            })
+            .collect();
+        let dim = (c.vocab_size, c.hidden_size);
+        let head = OwnerMatrix::shape(id(c.num_layers, Slot::Head), dim, FW, plan.head.public);
+        let embedding = plan.private_embedding.then_some(TableShare { dim, f: F, part: TablePart::Shape });
+        Prepared { layers, head, embedding }
+    }
+
     /// The Helper's part, from the words that `next` yields in the order of [`Prepared::helper_words`].
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! What is decided before anything runs: ring widths, tables, guards, and what it costs. All of it is public.
 
 pub mod cost;
+pub mod work;
 mod layer;
 mod ranges;
 

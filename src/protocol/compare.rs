@@ -116,8 +116,8 @@ pub fn is_negative(s: &mut Session, scope: &Scope, x: &Masked, k: u32) -> Result
     let (rows, own) = (x.rows(), side(s));
     let wide = Rows::ragged((0..rows.tokens()).map(|t| rows.row(t).len() * chunks));
     let nibbles: Vec<u32> = x.raw().iter().flat_map(|w| (0..chunks).map(move |j| (w >> (4 * j) & 15) as u32)).collect();
-    let first = Query { rows: &wide, n_rows: 16, words: 1, k: 2 };
-    let last = Query { rows, n_rows: rows_of(chunks), words: 1, k };
+    let first = Query { rows: &wide, n_rows: 16, words: 1, folded: 0, k: 2 };
+    let last = Query { rows, n_rows: rows_of(chunks), words: 1, folded: 0, k };
     let radix = |digits: &[u32]| digits.iter().zip(&n).rev().fold(0, |v, (d, n)| v * n + d);
 
     if s.is_owner() {

@@ -22,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::net::Lane;
 use crate::party::Role;
 use crate::plan::cost::Cost;
+use crate::plan::work::Counts;
 use crate::prf::{Pair, PreparationSeed};
 use crate::ring::{self, pack};
 use crate::session::{Scope, Session, recv_words};
@@ -43,6 +44,24 @@ pub(crate) enum TablePart {
     Rows(Arc<[u64]>),
     /// The Client regenerates rows of `B`.
     Seed { id: u64, seed: PreparationSeed },
+    /// Nothing: for a walk that counts instead of computing.
+    Shape,
+}
+
+impl TablePart {
+    /// What stands for a part without content: no rows, of which a fold is zero.
+    fn or_empty(&self, s: &Session) -> Result<TablePart> {
+        match (self, s.work(), s.role()) {
+            (TablePart::Shape, None, _) => {
+                Err(Error::Internal("a table without rows outside a walk that counts".into()))
+            }
+            (TablePart::Shape, Some(_), Role::Client) => {
+                Ok(TablePart::Seed { id: 0, seed: PreparationSeed::from_bytes([0; 32]) })
+            }
+            (TablePart::Shape, Some(_), _) => Ok(TablePart::Rows(Arc::new([]))),
+            (part, ..) => Ok(part.clone()),
+        }
+    }
 }
 
 impl TableShare {
@@ -122,7 +141,11 @@ pub fn embed(
     let rows = Rows::even(tokens, width);
     let bytes = vocabulary.div_ceil(8);
     let m = ring::mask(k);
-    match (s.role(), &table.part) {
+    if let (Some(work), true) = (s.work(), s.role() != Role::Client) {
+        let counts = Counts { fold_words: (tokens * vocabulary * width) as u64, ..Counts::default() };
+        work.add(s.role(), Lane::Online, scope, counts);
+    }
+    match (s.role(), &table.part.or_empty(s)?) {
         (Role::Owner, TablePart::Rows(a)) => {
             s.declare(cost(tokens, vocabulary, width, k));
             let sm = s.words(Pair::OwnerHelper, scope, "embed.s", &rows, k)?;

@@ -1,0 +1,113 @@
+//! What a walk would compute, counted instead of done: the base of predicted times.
+//!
+//! A session that counts ([`crate::world::World::counting`]) runs the very program of the model, but its streams, weight
+//! products, products with a cache and table lookups give zeros at once and add here what they would have taken. There is
+//! no second description of the protocol that could fall behind it.
+
+use std::sync::{Mutex, PoisonError};
+
+use serde::Serialize;
+
+use crate::net::Lane;
+use crate::party::Role;
+use crate::session::Scope;
+
+/// Parts of a pass, by the first name of an operation's path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Part {
+    /// The norms before attention and MLP.
+    Norm,
+    /// Attention.
+    Attention,
+    /// MLP.
+    Mlp,
+    /// The Client's input, private embedding included; final norm, head, choice of the token, range flags.
+    Head,
+}
+
+impl Part {
+    /// All of them.
+    pub const ALL: [Part; 4] = [Part::Norm, Part::Attention, Part::Mlp, Part::Head];
+
+    fn of(scope: &Scope) -> Part {
+        match scope.path().split('.').next() {
+            Some("norm1" | "norm2" | "qk_norm") => Part::Norm,
+            Some("attn") => Part::Attention,
+            Some("mlp") => Part::Mlp,
+            _ => Part::Head,
+        }
+    }
+}
+
+/// Work by kind of kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Counts {
+    /// Bytes of AES streams.
+    pub prf_bytes: u64,
+    /// Multiply-adds of ring words by 16- or 32-bit weights.
+    pub weight_macs: u64,
+    /// Bytes of such weights read.
+    pub weight_bytes: u64,
+    /// Multiply-adds of ring words by ring words, in large matrices.
+    pub ring_macs: u64,
+    /// Bytes of such matrices read.
+    pub ring_bytes: u64,
+    /// Multiply-adds with the cached keys and values.
+    pub row_macs: u64,
+    /// Words of tables read by lookups.
+    pub fold_words: u64,
+    /// Words masked, packed or unpacked: stands for everything element by element.
+    pub words: u64,
+}
+
+impl std::ops::AddAssign for Counts {
+    fn add_assign(&mut self, o: Counts) {
+        self.prf_bytes += o.prf_bytes;
+        self.weight_macs += o.weight_macs;
+        self.weight_bytes += o.weight_bytes;
+        self.ring_macs += o.ring_macs;
+        self.ring_bytes += o.ring_bytes;
+        self.row_macs += o.row_macs;
+        self.fold_words += o.fold_words;
+        self.words += o.words;
+    }
+}
+
+impl Counts {
+    /// Times `by`, rounded.
+    #[must_use]
+    pub fn scaled(self, by: f64) -> Counts {
+        let s = |v: u64| (v as f64 * by).round() as u64;
+        Counts {
+            prf_bytes: s(self.prf_bytes),
+            weight_macs: s(self.weight_macs),
+            weight_bytes: s(self.weight_bytes),
+            ring_macs: s(self.ring_macs),
+            ring_bytes: s(self.ring_bytes),
+            row_macs: s(self.row_macs),
+            fold_words: s(self.fold_words),
+            words: s(self.words),
+        }
+    }
+}
+
+type Table = [[[Counts; 4]; 2]; 3];
+
+/// The work of all three parties of a walk, by party, lane (online or ahead) and part.
+#[derive(Debug, Default)]
+pub struct Work(Mutex<Table>);
+
+impl Work {
+    pub(crate) fn add(&self, role: Role, lane: Lane, scope: &Scope, counts: Counts) {
+        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        table[role.index()][usize::from(lane == Lane::Ahead)][Part::of(scope) as usize] += counts;
+    }
+
+    /// What `role` would compute for `part` in its walk and its answers on `lane`.
+    #[must_use]
+    pub fn of(&self, role: Role, lane: Lane, part: Part) -> Counts {
+        let table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        table[role.index()][usize::from(lane == Lane::Ahead)][part as usize]
+    }
+}

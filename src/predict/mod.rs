@@ -1,0 +1,2 @@
+//! What a request will cost, without running it.
+pub mod walk;
