@@ -78,6 +78,11 @@ impl Scope {
 /// What to do online for a pass that was walked ahead.
 pub type Job = Box<dyn FnOnce(&Links) -> Result<()> + Send>;
 
+/// A layer leaves no more jobs than this in a pass.
+const JOBS_PER_LAYER: usize = 40;
+/// How many layers the walk of a single pass runs ahead of its answers.
+pub const JOBS_AHEAD_LAYERS: usize = 2;
+
 #[derive(Default)]
 struct Queued {
     passes: BTreeMap<u64, (VecDeque<Job>, bool)>,
@@ -97,6 +102,15 @@ impl JobQueue {
 
     fn push(&self, pass: u64, job: Job) {
         self.with(|q| q.passes.entry(pass).or_default().0.push_back(job));
+    }
+
+    /// Blocks while a pass that is walked by itself has as many jobs waiting as `limit`: what they captured is memory, of a
+    /// long prompt a great deal. Nothing waits for this walk in turn: all that the jobs' own steps need of it has been sent.
+    fn wait_room(&self, pass: u64, limit: usize) {
+        let mut q = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        while !q.ended && q.passes.get(&pass).is_some_and(|(jobs, _)| jobs.len() >= limit) {
+            q = self.0.1.wait(q).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// No more jobs will come for this pass.
@@ -122,6 +136,7 @@ impl JobQueue {
                 loop {
                     if let Some((jobs, complete)) = q.passes.get_mut(&pass) {
                         if let Some(job) = jobs.pop_front() {
+                            self.0.1.notify_all();
                             break Some(job);
                         }
                         if *complete {
@@ -424,9 +439,14 @@ impl Session {
         recv_words(&self.links, from, lane, &scope.address(self.the_pass()?, label), n, k)
     }
 
-    /// Leaves a job for pass `index` of the batch.
+    /// Leaves a job for pass `index` of the batch; of a single pass, not more than two layers ahead of the jobs done.
     pub fn leave(&self, index: usize, job: Job) {
-        self.jobs.push(self.passes[index].number, job);
+        let pass = self.passes[index].number;
+        // Of several passes walked together, the first cannot be answered before the walk has come to its end.
+        if self.passes.len() == 1 {
+            self.jobs.wait_room(pass, JOBS_AHEAD_LAYERS * JOBS_PER_LAYER);
+        }
+        self.jobs.push(pass, job);
     }
 
     /// An operation states what it costs; summed up for comparison with the meter.

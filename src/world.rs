@@ -11,8 +11,8 @@ use rand_chacha::ChaCha20Rng;
 use rand_core::{Rng, SeedableRng};
 
 use crate::error::{Error, PeerFault, Result};
-use crate::net::memory::{self, MemoryChannel};
 use crate::net::hollow::Hollow;
+use crate::net::memory::{self, MemoryChannel};
 use crate::net::meter::{LinkTotals, Meter, Metered};
 use crate::net::shape::{Profile, Shaped};
 use crate::net::tamper::{Rewrite, Tampered, View};

@@ -1,7 +1,6 @@
 //! `trefoil generate`: the three parties in one process.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -122,13 +121,7 @@ pub fn run(a: &Args) -> Result<()> {
     let checkpoint = Checkpoint::open(&a.model)?;
     let config = checkpoint.config().clone();
     drop(checkpoint);
-    let private_layers = match a.private_layers.as_deref() {
-        None => Some(config.num_layers.div_ceil(2)),
-        Some("all") => None,
-        Some(n) => Some(n.parse().map_err(|_| {
-            Error::Config(format!("--private-layers {n}: give a number from 0 to {} or 'all'", config.num_layers))
-        })?),
-    };
+    let private_layers = super::private_layers(a.private_layers.as_deref(), &config)?;
     let codec = TextCodec::open(&a.model)?;
     let prompt = codec.encode(&a.prompt)?;
     if a.prompt.is_empty() || prompt.is_empty() {
@@ -159,7 +152,7 @@ pub fn run(a: &Args) -> Result<()> {
     let mut shown = String::new();
     let mut failed = None;
     if !a.json {
-        say(&a.prompt)?;
+        super::say(&a.prompt)?;
     }
     let mut on_token = |id: u32| {
         if config.eos_ids.contains(&id) {
@@ -168,7 +161,7 @@ pub fn run(a: &Args) -> Result<()> {
         match stream.push(&codec, id) {
             Ok(piece) => {
                 shown.push_str(&piece);
-                let said = if a.json { Ok(()) } else { say(&piece) };
+                let said = if a.json { Ok(()) } else { super::say(&piece) };
                 failed = said.err();
                 failed.is_none()
             }
@@ -183,7 +176,7 @@ pub fn run(a: &Args) -> Result<()> {
         Ok(g) => g,
         Err(e) => {
             if !a.json {
-                say("\n")?;
+                super::say("\n")?;
             }
             return Err(local.root_cause(e));
         }
@@ -194,7 +187,7 @@ pub fn run(a: &Args) -> Result<()> {
     let rest = stream.finish(&codec)?;
     shown.push_str(&rest);
     if !a.json {
-        say(&format!("{rest}\n"))?;
+        super::say(&format!("{rest}\n"))?;
     }
     let links = local.links();
     let (preparation_bytes, preparation) = local.preparation();
@@ -234,20 +227,11 @@ pub fn run(a: &Args) -> Result<()> {
     };
     if a.json {
         let json = serde_json::to_string_pretty(&report).map_err(|e| Error::Internal(format!("writing JSON: {e}")))?;
-        say(&format!("{json}\n"))?;
+        super::say(&format!("{json}\n"))?;
     } else {
         summary(&report);
     }
     Ok(())
-}
-
-/// To standard output, at once. A pipe that nobody reads any more ends the output, not the generation's bookkeeping.
-fn say(text: &str) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::io("standard output", e)),
-        _ => Ok(()),
-    }
 }
 
 fn summary(r: &Report) {

@@ -349,7 +349,7 @@ fn prepare_owner(
 }
 
 /// Whether final norm and head are the base's, bit for bit.
-fn same_head(w: &Weights, base: &Weights) -> bool {
+pub(crate) fn same_head(w: &Weights, base: &Weights) -> bool {
     let bits = |a: &mut dyn Iterator<Item = &f32>| a.map(|v| v.to_bits()).collect::<Vec<_>>();
     w.norm.len() == base.norm.len()
         && w.head_matrix().dim() == base.head_matrix().dim()

@@ -11,6 +11,7 @@ mod server;
 
 pub use check::{Check, check};
 pub use client::{Client, Generation, Stop};
+pub(crate) use local::same_head;
 pub use local::{LinkReport, Local, LocalOptions, split_layers};
 pub use server::{OwnerReport, helper, owner};
 

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{REQUEST_BYTES, WALKED_BYTES, Request, control, end_walk, request_scope, walk, worst};
+use super::{REQUEST_BYTES, Request, WALKED_BYTES, control, end_walk, request_scope, walk, worst};
 use crate::error::Result;
 use crate::model::secure::{PassOptions, SecureModel};
 use crate::net::Lane;

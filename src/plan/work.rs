@@ -4,6 +4,7 @@
 //! products, products with a cache and table lookups give zeros at once and add here what they would have taken. There is
 //! no second description of the protocol that could fall behind it.
 
+use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use serde::Serialize;
@@ -96,18 +97,47 @@ type Table = [[[Counts; 4]; 2]; 3];
 
 /// The work of all three parties of a walk, by party, lane (online or ahead) and part.
 #[derive(Debug, Default)]
-pub struct Work(Mutex<Table>);
+pub struct Work(Mutex<Counted>);
+
+#[derive(Debug, Default)]
+struct Counted {
+    table: Table,
+    /// Bytes of the vectors that an operation makes, by party and path.
+    vectors: BTreeMap<(Role, String), u64>,
+}
 
 impl Work {
+    fn with<T>(&self, f: impl FnOnce(&mut Counted) -> T) -> T {
+        f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     pub(crate) fn add(&self, role: Role, lane: Lane, scope: &Scope, counts: Counts) {
-        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        table[role.index()][usize::from(lane == Lane::Ahead)][Part::of(scope) as usize] += counts;
+        self.with(|c| {
+            c.table[role.index()][usize::from(lane == Lane::Ahead)][Part::of(scope) as usize] += counts;
+            // A matrix is regenerated tile by tile and its stream never held.
+            if counts.ring_macs + counts.weight_macs == 0 {
+                *c.vectors.entry((role, scope.path().to_string())).or_default() +=
+                    counts.prf_bytes.max(8 * counts.words);
+            }
+        });
     }
 
     /// What `role` would compute for `part` in its walk and its answers on `lane`.
     #[must_use]
     pub fn of(&self, role: Role, lane: Lane, part: Part) -> Counts {
-        let table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        table[role.index()][usize::from(lane == Lane::Ahead)][part as usize]
+        self.with(|c| c.table[role.index()][usize::from(lane == Lane::Ahead)][part as usize])
+    }
+
+    /// Bytes of the vectors of the operation that makes most of them at `role` (those of one layer of many).
+    #[must_use]
+    pub fn largest(&self, role: Role, layers: usize) -> u64 {
+        let of = |(r, path): &(Role, String)| {
+            *r == role && ["attn", "mlp", "norm1", "norm2"].iter().any(|p| path.starts_with(p))
+        };
+        self.with(|c| {
+            let in_layers = c.vectors.iter().filter(|(k, _)| of(k)).map(|(_, v)| v / layers.max(1) as u64);
+            let others = c.vectors.iter().filter(|((r, _), _)| *r == role).filter(|(k, _)| !of(k)).map(|(_, v)| *v);
+            in_layers.chain(others).max().unwrap_or(0)
+        })
     }
 }

@@ -58,12 +58,16 @@ pub type Table = [[[Counts; 4]; 2]; 3];
 pub struct Stretch {
     /// Passes in it.
     pub passes: usize,
+    /// Positions in it.
+    pub tokens: usize,
     /// Traffic of the requests' control messages included.
     pub links: Links,
     /// Longest chain of online messages, all passes together.
     pub depth: u32,
     /// Work of all passes together (of a stretch that was extrapolated: scaled from what was walked).
     pub work: Table,
+    /// By party: bytes of the vectors of the largest operation of one run.
+    pub largest: [u64; 3],
 }
 
 /// What a request takes.
@@ -77,8 +81,6 @@ pub struct Walked {
     pub end: Links,
     /// Messages in sequence of each private layer.
     pub layer_messages: Vec<u32>,
-    /// Bytes of the tables of functions.
-    pub table_bytes: u64,
 }
 
 impl Walked {
@@ -100,6 +102,7 @@ struct Run {
     links: Links,
     depth: u32,
     work: Table,
+    largest: [u64; 3],
     layers: Vec<u32>,
 }
 
@@ -136,10 +139,11 @@ impl Walker<'_> {
         let links = Role::ALL
             .map(|from| Role::ALL.map(|to| if from == to { LinkTotals::default() } else { world.sent(from, to) }));
         let depth = world.meter(Role::Client).depth();
-        let table = Role::ALL
-            .map(|r| [Lane::Online, Lane::Ahead].map(|lane| Part::ALL.map(|part| work.of(r, lane, part))));
+        let table =
+            Role::ALL.map(|r| [Lane::Online, Lane::Ahead].map(|lane| Part::ALL.map(|part| work.of(r, lane, part))));
         let layers = layers.into_inner().unwrap_or_else(PoisonError::into_inner);
-        Ok(Run { links, depth, work: table, layers })
+        let largest = Role::ALL.map(|r| work.largest(r, self.model.plan().layers.len()));
+        Ok(Run { links, depth, work: table, largest, layers })
     }
 }
 
@@ -181,11 +185,14 @@ pub fn walk(config: &ModelConfig, plan: &Plan, prompt: usize, decode: usize) -> 
     let first = walker.run(&[prompt])?;
     let prefill = Stretch {
         passes: 1,
+        tokens: prompt,
         links: sum(&first.links, &control(true, 0, false)),
         depth: first.depth,
         work: first.work,
+        largest: first.largest,
     };
-    let mut stretch = Stretch { passes: decode, links: control(false, decode as u64, false), ..Stretch::default() };
+    let mut stretch =
+        Stretch { passes: decode, tokens: decode, links: control(false, decode as u64, false), ..Stretch::default() };
     let mut layers = first.layers;
     if decode <= 2 * PERIOD {
         for passes in vec![1; decode].chunks(MAX_BATCH) {
@@ -193,6 +200,7 @@ pub fn walk(config: &ModelConfig, plan: &Plan, prompt: usize, decode: usize) -> 
             stretch.links = sum(&stretch.links, &run.links);
             stretch.depth += run.depth;
             add(&mut stretch.work, &run.work);
+            stretch.largest = std::array::from_fn(|i| stretch.largest[i].max(run.largest[i]));
             layers = run.layers;
         }
     } else {
@@ -202,6 +210,7 @@ pub fn walk(config: &ModelConfig, plan: &Plan, prompt: usize, decode: usize) -> 
         for _ in 0..2 {
             let head = if rest == 0 { None } else { Some(walker.run(&vec![1; rest])?) };
             let tail = walker.run(&vec![1; PERIOD - rest])?;
+            stretch.largest = std::array::from_fn(|i| stretch.largest[i].max(tail.largest[i]));
             layers = tail.layers.clone();
             blocks.push((head, tail));
         }
@@ -229,11 +238,5 @@ pub fn walk(config: &ModelConfig, plan: &Plan, prompt: usize, decode: usize) -> 
         stretch.work = work;
     }
     let layer_messages = layers.windows(2).map(|d| d[1] - d[0]).collect();
-    Ok(Walked {
-        prefill,
-        decode: stretch,
-        end: control(false, 0, true),
-        layer_messages,
-        table_bytes: 0,
-    })
+    Ok(Walked { prefill, decode: stretch, end: control(false, 0, true), layer_messages })
 }

@@ -244,9 +244,7 @@ fn start<'a>(s: &mut Session, scope: &Scope, x: &Masked, w: &'a OwnerMatrix) -> 
                 return Err(Error::Internal("a matrix without weights outside a walk that counts".into()));
             }
             match (public, s.role()) {
-                (true, _) => {
-                    Ok(Pending::ready(Masked::new(vec![0; rows.len()], x.side(), x.k(), x.f() + w.f, rows)))
-                }
+                (true, _) => Ok(Pending::ready(Masked::new(vec![0; rows.len()], x.side(), x.k(), x.f() + w.f, rows))),
                 (false, Role::Owner) => online(s, scope, x, rows, w, None, None),
                 (false, _) => masks(s, scope, x, rows, w).map(Pending::ready),
             }
