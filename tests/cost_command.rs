@@ -96,6 +96,9 @@ fn random_shapes() {
     let ids: Vec<u32> = (0..40).map(|i| i * 7 % 301).collect();
     exact(&random(shape(48, 3, 1, 104, 2)), None, Some(1), &ids[..3], 31);
     exact(&random(shape(40, 5, 5, 72, 3)), None, None, &ids[..33], 18);
+    let long: Vec<u32> = (0..101).map(|i| i * 5 % 301).collect();
+    exact(&random(shape(48, 3, 3, 64, 1)), None, None, &long, 3);
+    exact(&random(shape(64, 4, 1, 72, 2)), None, Some(2), &long[..77], 3);
     let qwen3 = ModelConfig { qk_norm: true, arch: Arch::Qwen3, qkv_bias: false, ..shape(64, 4, 2, 96, 2) };
     exact(&random(qwen3), None, Some(2), &ids[..9], 20);
 }

@@ -4,7 +4,6 @@
 //! products, products with a cache and table lookups give zeros at once and add here what they would have taken. There is
 //! no second description of the protocol that could fall behind it.
 
-use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use serde::Serialize;
@@ -62,82 +61,65 @@ pub struct Counts {
     pub words: u64,
 }
 
-impl std::ops::AddAssign for Counts {
-    fn add_assign(&mut self, o: Counts) {
-        self.prf_bytes += o.prf_bytes;
-        self.weight_macs += o.weight_macs;
-        self.weight_bytes += o.weight_bytes;
-        self.ring_macs += o.ring_macs;
-        self.ring_bytes += o.ring_bytes;
-        self.row_macs += o.row_macs;
-        self.fold_words += o.fold_words;
-        self.words += o.words;
-    }
-}
-
 impl Counts {
+    /// Field by field.
+    #[must_use]
+    pub fn zip(self, o: Counts, f: impl Fn(u64, u64) -> u64) -> Counts {
+        Counts {
+            prf_bytes: f(self.prf_bytes, o.prf_bytes),
+            weight_macs: f(self.weight_macs, o.weight_macs),
+            weight_bytes: f(self.weight_bytes, o.weight_bytes),
+            ring_macs: f(self.ring_macs, o.ring_macs),
+            ring_bytes: f(self.ring_bytes, o.ring_bytes),
+            row_macs: f(self.row_macs, o.row_macs),
+            fold_words: f(self.fold_words, o.fold_words),
+            words: f(self.words, o.words),
+        }
+    }
+
     /// Times `by`, rounded.
     #[must_use]
     pub fn scaled(self, by: f64) -> Counts {
-        let s = |v: u64| (v as f64 * by).round() as u64;
-        Counts {
-            prf_bytes: s(self.prf_bytes),
-            weight_macs: s(self.weight_macs),
-            weight_bytes: s(self.weight_bytes),
-            ring_macs: s(self.ring_macs),
-            ring_bytes: s(self.ring_bytes),
-            row_macs: s(self.row_macs),
-            fold_words: s(self.fold_words),
-            words: s(self.words),
-        }
+        self.zip(self, |v, _| (v as f64 * by).round() as u64)
     }
 }
 
-type Table = [[[Counts; 4]; 2]; 3];
+impl std::ops::AddAssign for Counts {
+    fn add_assign(&mut self, o: Counts) {
+        *self = self.zip(o, |a, b| a + b);
+    }
+}
+
+/// Work by party, lane (online, ahead) and part.
+pub type Table = [[[Counts; 4]; 2]; 3];
 
 /// The work of all three parties of a walk, by party, lane (online or ahead) and part.
 #[derive(Debug, Default)]
-pub struct Work(Mutex<Counted>);
-
-#[derive(Debug, Default)]
-struct Counted {
-    table: Table,
-    /// Bytes of the vectors that an operation makes, by party and path.
-    vectors: BTreeMap<(Role, String), u64>,
+pub struct Work {
+    table: Mutex<Table>,
+    as_tokens: Option<usize>,
 }
 
 impl Work {
-    fn with<T>(&self, f: impl FnOnce(&mut Counted) -> T) -> T {
-        f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    /// For a pass that is walked in place of a longer one: what the program sizes by the length of a pass (the range
+    /// flags' counters) is sized for `tokens`.
+    #[must_use]
+    pub fn standing_for(tokens: usize) -> Work {
+        Work { as_tokens: Some(tokens), ..Work::default() }
+    }
+
+    pub(crate) fn tokens(&self, walked: usize) -> usize {
+        self.as_tokens.unwrap_or(walked)
     }
 
     pub(crate) fn add(&self, role: Role, lane: Lane, scope: &Scope, counts: Counts) {
-        self.with(|c| {
-            c.table[role.index()][usize::from(lane == Lane::Ahead)][Part::of(scope) as usize] += counts;
-            // A matrix is regenerated tile by tile and its stream never held.
-            if counts.ring_macs + counts.weight_macs == 0 {
-                *c.vectors.entry((role, scope.path().to_string())).or_default() +=
-                    counts.prf_bytes.max(8 * counts.words);
-            }
-        });
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        table[role.index()][usize::from(lane == Lane::Ahead)][Part::of(scope) as usize] += counts;
     }
 
-    /// What `role` would compute for `part` in its walk and its answers on `lane`.
+    /// By party, lane (online, ahead) and part.
     #[must_use]
-    pub fn of(&self, role: Role, lane: Lane, part: Part) -> Counts {
-        self.with(|c| c.table[role.index()][usize::from(lane == Lane::Ahead)][part as usize])
-    }
-
-    /// Bytes of the vectors of the operation that makes most of them at `role` (those of one layer of many).
-    #[must_use]
-    pub fn largest(&self, role: Role, layers: usize) -> u64 {
-        let of = |(r, path): &(Role, String)| {
-            *r == role && ["attn", "mlp", "norm1", "norm2"].iter().any(|p| path.starts_with(p))
-        };
-        self.with(|c| {
-            let in_layers = c.vectors.iter().filter(|(k, _)| of(k)).map(|(_, v)| v / layers.max(1) as u64);
-            let others = c.vectors.iter().filter(|((r, _), _)| *r == role).filter(|(k, _)| !of(k)).map(|(_, v)| *v);
-            in_layers.chain(others).max().unwrap_or(0)
-        })
+    pub fn table(&self) -> Table {
+        *self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,8 +1,13 @@
 //! The walk of a request that counts instead of computing.
 //!
-//! The prefill and up to 16 decode passes are walked; of a longer answer, the rest is extrapolated without loss. A message
-//! of pass `p` carries `c + v p` elements of `k` bits in `ceil((c + v p) k / 8)` bytes: from `p` to `p + 8` that grows by
-//! `v k` whole bytes. So the traffic of eight passes in a row grows by the same amount from each eight to the next.
+//! Long requests are walked in part and the rest is extrapolated without loss:
+//!
+//! - A message of a decode pass at position `p` carries `n = c + v p` elements of `k` bits in `ceil(n k / 8)` bytes: from `p` to
+//!   `p + 8` that grows by `v k` whole bytes. So the traffic of eight passes in a row grows by the same amount from each eight
+//!   to the next: two such blocks say all.
+//! - A message of a prefill of `t` tokens carries `n = a + b t + c h t (t + 1) / 2` elements, `h` the number of heads. From `t` to
+//!   `t + 8` (16 if `h` is odd) `n` grows by a multiple of 8, so its bytes are a polynomial of degree 2 along such steps: three
+//!   short prompts say all, once their range flags' counters are as wide as the long one's.
 
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,13 +15,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::error::{Error, Result};
 use crate::generate::{MAX_BATCH, control_cost};
 use crate::model::ModelConfig;
-use crate::model::prepare::Prepared;
 use crate::model::secure::{ClientPorts, KvCache, PassOptions, SecureModel};
 use crate::net::Lane;
 use crate::net::meter::LinkTotals;
 use crate::party::Role;
 use crate::plan::Plan;
-use crate::plan::work::{Counts, Part, Work};
+use crate::plan::work::{Table, Work};
 use crate::protocol::embedding;
 use crate::protocol::gumbel::Gumbel;
 use crate::world::World;
@@ -50,9 +54,6 @@ fn sum(a: &Links, b: &Links) -> Links {
     each(a, b, |a, b| a + b)
 }
 
-/// Work by party, lane (online, ahead) and part.
-pub type Table = [[[Counts; 4]; 2]; 3];
-
 /// A stretch of passes.
 #[derive(Clone, Debug, Default)]
 pub struct Stretch {
@@ -66,8 +67,6 @@ pub struct Stretch {
     pub depth: u32,
     /// Work of all passes together (of a stretch that was extrapolated: scaled from what was walked).
     pub work: Table,
-    /// By party: bytes of the vectors of the largest operation of one run.
-    pub largest: [u64; 3],
 }
 
 /// What a request takes.
@@ -102,13 +101,26 @@ struct Run {
     links: Links,
     depth: u32,
     work: Table,
-    largest: [u64; 3],
     layers: Vec<u32>,
 }
 
-impl Walker<'_> {
+impl<'a> Walker<'a> {
+    /// With `cached` positions cached.
+    fn new(model: &'a SecureModel, cached: usize) -> Self {
+        let caches = Role::ALL.map(|role| {
+            let mut cache = model.cache(cached + 2 * PERIOD);
+            cache.preload(role, cached);
+            Mutex::new(cache)
+        });
+        Walker { model, caches, next_pass: 1 }
+    }
+
     fn run(&mut self, passes: &[usize]) -> Result<Run> {
-        let work = Arc::new(Work::default());
+        self.run_as(passes, Work::default())
+    }
+
+    fn run_as(&mut self, passes: &[usize], work: Work) -> Result<Run> {
+        let work = Arc::new(work);
         let world = World::counting(Arc::clone(&work));
         let (inputs, source) = channel();
         let ((token, _tokens), (flags, _flags)) = (channel(), channel());
@@ -139,11 +151,8 @@ impl Walker<'_> {
         let links = Role::ALL
             .map(|from| Role::ALL.map(|to| if from == to { LinkTotals::default() } else { world.sent(from, to) }));
         let depth = world.meter(Role::Client).depth();
-        let table =
-            Role::ALL.map(|r| [Lane::Online, Lane::Ahead].map(|lane| Part::ALL.map(|part| work.of(r, lane, part))));
         let layers = layers.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let largest = Role::ALL.map(|r| work.largest(r, self.model.plan().layers.len()));
-        Ok(Run { links, depth, work: table, largest, layers })
+        Ok(Run { links, depth, work: work.table(), layers })
     }
 }
 
@@ -167,6 +176,44 @@ fn control(request: bool, passes: u64, end: bool) -> Links {
     })
 }
 
+/// The pass over the prompt, of a long one from three short ones.
+fn walk_prefill(model: &SecureModel, prompt: usize) -> Result<Run> {
+    let step = if model.config().num_heads.is_multiple_of(2) { PERIOD } else { 2 * PERIOD };
+    let shortest = match prompt % step {
+        0 => step,
+        rest => rest,
+    };
+    if prompt <= shortest + 3 * step {
+        return Walker::new(model, 0).run(&[prompt]);
+    }
+    let run = |i: usize| Walker::new(model, 0).run_as(&[shortest + i * step], Work::standing_for(prompt));
+    let (a, b, c) = (run(0)?, run(1)?, run(2)?);
+    // Newton's forward differences.
+    let n = ((prompt - shortest) / step) as u64;
+    let at = |a: u64, b: u64, c: u64| a + n * (b - a) + n * (n - 1) / 2 * (c + a - 2 * b);
+    let abc = |i: usize, f: fn(&LinkTotals) -> u64| {
+        let of = |r: &Run| f(&r.links[i / 3][i % 3]);
+        at(of(&a), of(&b), of(&c))
+    };
+    let mut links = Links::default();
+    for (i, l) in links.iter_mut().flatten().enumerate() {
+        *l = LinkTotals {
+            online_bytes: abc(i, |l| l.online_bytes),
+            ahead_bytes: abc(i, |l| l.ahead_bytes),
+            messages: abc(i, |l| l.messages),
+            ahead_messages: abc(i, |l| l.ahead_messages),
+        };
+    }
+    let mut work = Table::default();
+    let cells = |r: &Run| r.work.into_iter().flatten().flatten().collect::<Vec<_>>();
+    for (w, ((a, b), c)) in work.iter_mut().flatten().flatten().zip(cells(&a).into_iter().zip(cells(&b)).zip(cells(&c)))
+    {
+        let (first, second) = (b.zip(a, |b, a| b - a), c.zip(a, |c, a| c + a).zip(b, |ca, b| ca - 2 * b));
+        *w = a.zip(first, |a, d| a + n * d).zip(second, |v, d| v + n * (n - 1) / 2 * d);
+    }
+    Ok(Run { links, depth: c.depth, work, layers: c.layers })
+}
+
 /// Walks a request of `prompt` tokens and `decode` further passes.
 ///
 /// # Errors
@@ -178,18 +225,15 @@ pub fn walk(config: &ModelConfig, plan: &Plan, prompt: usize, decode: usize) -> 
             plan.max_positions
         )));
     }
-    let model = SecureModel::new(config.clone(), plan.clone(), Prepared::shape(config, plan));
-    let capacity = prompt + decode.min(2 * PERIOD);
-    let caches = Role::ALL.map(|_| Mutex::new(model.cache(capacity)));
-    let mut walker = Walker { model: &model, caches, next_pass: 1 };
-    let first = walker.run(&[prompt])?;
+    let model = SecureModel::shape(config.clone(), plan.clone());
+    let first = walk_prefill(&model, prompt)?;
+    let mut walker = Walker::new(&model, prompt);
     let prefill = Stretch {
         passes: 1,
         tokens: prompt,
         links: sum(&first.links, &control(true, 0, false)),
         depth: first.depth,
         work: first.work,
-        largest: first.largest,
     };
     let mut stretch =
         Stretch { passes: decode, tokens: decode, links: control(false, decode as u64, false), ..Stretch::default() };
@@ -200,7 +244,6 @@ pub fn walk(config: &ModelConfig, plan: &Plan, prompt: usize, decode: usize) -> 
             stretch.links = sum(&stretch.links, &run.links);
             stretch.depth += run.depth;
             add(&mut stretch.work, &run.work);
-            stretch.largest = std::array::from_fn(|i| stretch.largest[i].max(run.largest[i]));
             layers = run.layers;
         }
     } else {
@@ -210,7 +253,6 @@ pub fn walk(config: &ModelConfig, plan: &Plan, prompt: usize, decode: usize) -> 
         for _ in 0..2 {
             let head = if rest == 0 { None } else { Some(walker.run(&vec![1; rest])?) };
             let tail = walker.run(&vec![1; PERIOD - rest])?;
-            stretch.largest = std::array::from_fn(|i| stretch.largest[i].max(tail.largest[i]));
             layers = tail.layers.clone();
             blocks.push((head, tail));
         }

@@ -89,13 +89,16 @@ fn sign_maps(chunks: usize) -> &'static [Vec<u64>] {
                 })
                 .collect()
         };
-        (0..total)
+        let all: Vec<Vec<u32>> = (0..total).map(digits).collect();
+        let mut codes = vec![0; chunks];
+        all.iter()
             .map(|m| {
-                let m = digits(m);
                 let mut map = vec![0u64; rows_of(chunks).div_ceil(64)];
-                for c in 0..total {
-                    let codes: Vec<u32> = digits(c).iter().zip(&m).zip(&n).map(|((c, m), n)| (c + m) % n).collect();
-                    map[c as usize / 64] |= u64::from(sign_of(&codes)) << (c % 64);
+                for (c, digits) in all.iter().enumerate() {
+                    for (i, code) in codes.iter_mut().enumerate() {
+                        *code = (digits[i] + m[i]) % n[i];
+                    }
+                    map[c / 64] |= u64::from(sign_of(&codes)) << (c % 64);
                 }
                 map
             })
