@@ -6,6 +6,8 @@ use clap::{Parser, Subcommand};
 use trefoil::error::{Error, Result};
 use trefoil::model::ModelConfig;
 
+#[path = "cli/calibrate.rs"]
+mod calibrate;
 #[path = "cli/cost.rs"]
 mod cost;
 #[path = "cli/generate.rs"]
@@ -23,6 +25,8 @@ struct Cli {
 enum Command {
     /// Generate text with owner, client and helper in this process.
     Generate(generate::Args),
+    /// Run the float model over text: ranges, headroom, the plan it proposes, what would not fit.
+    Calibrate(calibrate::Args),
     /// Predict messages, bytes, time and memory of a request without running it.
     Cost(cost::Args),
 }
@@ -50,6 +54,7 @@ fn private_layers(option: Option<&str>, config: &ModelConfig) -> Result<Option<u
 fn main() -> std::process::ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => generate::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
         Command::Cost(args) => cost::run(&args),
     };
     match result {

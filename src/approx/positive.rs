@@ -106,14 +106,13 @@ impl PositiveTable {
         }
     }
 
-    /// A table of the right shape that is zero everywhere: for walks that count instead of computing.
+    /// The windows of a table without columns: for walks that count instead of computing.
     pub(crate) fn blank(bits: u32, window: u32) -> PositiveTable {
         let b2 = bits - window + LO_BITS;
         let window2 = window.min(b2);
         let ((lo1_low, lo1_bits), (lo2_low, lo2_bits)) = (low_part(bits, window), low_part(b2, window2));
-        let [one, two] = [window, window2].map(|w| vec![0.0; 1 << w]);
-        let (a1, b1, s, a2, b2c, low) = (one.clone(), one.clone(), one, two.clone(), two.clone(), two);
         let (max_rel_error, min_value, max_value) = (0.0, 1, 1 << (bits - 1));
+        let (a1, b1, s, a2, b2c, low) = Default::default();
         PositiveTable {
             bits,
             window,

@@ -87,7 +87,8 @@ pub fn run(a: &Args) -> Result<()> {
     let count = windows.len();
     // As a preparation does: pseudorandom tokens stress a model as prose does not.
     windows.push(calibrate::stress(&config));
-    let bar = if a.json { ProgressBar::hidden() } else { ProgressBar::new(windows.iter().map(|w| w.len() as u64).sum()) };
+    let bar =
+        if a.json { ProgressBar::hidden() } else { ProgressBar::new(windows.iter().map(|w| w.len() as u64).sum()) };
     if let Ok(style) = ProgressStyle::with_template("calibrating {bar:30} {pos}/{len} tokens, {eta} left") {
         bar.set_style(style);
     }

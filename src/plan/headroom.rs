@@ -111,7 +111,14 @@ pub fn headroom(plan: &Plan, bounds: &Bounds, ranges: &Ranges) -> Vec<Headroom> 
         if i == 0 {
             let largest = r.input_sum.1.sqrt();
             let ring = (plan.residual_k, plan.residual_k);
-            out.push(signed(&place, "hidden state given to the private layers (norm)", largest, input, ring, Vec::new()));
+            out.push(signed(
+                &place,
+                "hidden state given to the private layers (norm)",
+                largest,
+                input,
+                ring,
+                Vec::new(),
+            ));
         }
         out.push(sum(&place, "sum of squares before attention", &l.input_norm, r.input_sum));
         if let (Some(p), Some(seen)) = (&a.qk_norm, r.qk_sum) {

@@ -55,8 +55,8 @@ pub fn owner_words(c: &ModelConfig, plan: &Plan) -> u64 {
     (plan.layers.len() * layer + c.vocab_size * h) as u64
 }
 
-/// Bytes per row of one window of a function of a positive value: three cyclic columns of words, and three of floats.
-const WINDOW_ROW: u64 = 3 * 2 * 8 + 3 * 8;
+/// Bytes per row of one window of a function of a positive value: three cyclic columns of words.
+const WINDOW_ROW: u64 = 3 * 2 * 8;
 
 fn windows(bits: u32, window: u32) -> u64 {
     // The second window has as many row bits where the ring has them.

@@ -46,12 +46,15 @@ impl AttentionTables {
         let hi_bits = p.score_k - p.exp_low - p.exp_lo_bits;
         let exp = exp_tables(p.score_k, F, p.exp_low, p.exp_lo_bits, hi_bits, 2.0 * step);
         let inverse = match tables {
-            Tables::Fitted => PositiveTable::reciprocal(p.total_bits, p.total_window, f64::from(p.f_prob).exp2()),
-            Tables::Blank => PositiveTable::blank(p.total_bits, p.total_window),
+            Tables::Fitted => {
+                let table = PositiveTable::reciprocal(p.total_bits, p.total_window, f64::from(p.f_prob).exp2());
+                Positive::new(table, p.f_inverse)
+            }
+            Tables::Blank => Positive::blank(p.total_bits, p.total_window, p.f_inverse),
         };
         AttentionTables {
             exp: Exp::new(&exp, p.prob_k, p.f_prob),
-            inverse: Positive::new(inverse, p.f_inverse),
+            inverse,
             qk_norm: p.qk_norm.as_ref().map(|n| Norm::new(n, head_dim, eps, tables)),
         }
     }

@@ -22,10 +22,13 @@ impl Norm {
     pub(super) fn new(p: &NormPlan, n: usize, eps: f64, tables: Tables) -> Self {
         let units = f64::from(2 * F).exp2();
         let table = match tables {
-            Tables::Fitted => PositiveTable::rsqrt(p.bits, p.window, n as f64 * units, eps, 1.0),
-            Tables::Blank => PositiveTable::blank(p.bits, p.window),
+            Tables::Fitted => {
+                let table = PositiveTable::rsqrt(p.bits, p.window, n as f64 * units, eps, 1.0);
+                Positive::new(table, p.f_gain)
+            }
+            Tables::Blank => Positive::blank(p.bits, p.window, p.f_gain),
         };
-        Norm { n, table: Positive::new(table, p.f_gain) }
+        Norm { n, table }
     }
 
     /// `h / rms(h)` of every group of `n` elements, in ring `64 - f_gain` with `F` fraction bits.
