@@ -157,6 +157,10 @@ fn ahead_bytes(c: &ModelConfig, plan: &Plan, first: usize, tokens: usize) -> u64
     layers.sum::<u64>() + c.vocab_size as u64 * (2 * 48 + 40) / 8
 }
 
+/// Tenths of the largest operation's own vectors that are alive with it: its operands and copies. Measured, see
+/// `tests/cost_memory.rs`.
+const VECTORS: u64 = 19;
+
 /// What `role` takes for a session whose longest request has `prefill` tokens and `decode` further ones, with buffers of
 /// `run_ahead_capacity` bytes for each peer's run-ahead at the Owner.
 #[must_use]
@@ -179,15 +183,16 @@ pub fn session_bytes(
     // The tournament's first level: per candidate of a group of `radix`, half the group's comparisons.
     let head = (c.vocab_size * (plan.head.radix - 1) / 2 * 200) as u64;
     let (first, later) = (of(0, prefill), of(last, 1));
+    let (once, together) = (VECTORS * largest(&first, head) / 10, VECTORS * batch as u64 * largest(&later, head) / 10);
     let batch_bytes = match role {
-        Role::Owner => largest(&first, head),
-        Role::Client => largest(&first, head).max(batch as u64 * largest(&later, head)),
+        Role::Owner => once,
+        Role::Client => once.max(together),
         Role::Helper => {
             let mut held: Vec<u64> = first.iter().map(|l| l.held).collect();
             held.sort_unstable_by_key(|h| std::cmp::Reverse(*h));
-            let prefill = largest(&first, head) + held.iter().take(JOBS_AHEAD_LAYERS).sum::<u64>();
+            let prefill = once + held.iter().take(JOBS_AHEAD_LAYERS).sum::<u64>();
             let held: u64 = later.iter().map(|l| l.held).sum::<u64>() + head;
-            prefill.max(batch as u64 * largest(&later, head) + waiting as u64 * held)
+            prefill.max(together + waiting as u64 * held)
         }
     };
     let run_ahead = if role == Role::Owner {

@@ -43,7 +43,7 @@ pub struct PartyMemory {
 }
 
 /// Program, threads and allocator of a party's process before there is a model, in bytes.
-pub const PROCESS: u64 = 12 << 20;
+pub const PROCESS: u64 = 8 << 20;
 
 /// A prediction.
 #[derive(Clone, Debug, Serialize)]
