@@ -40,6 +40,7 @@
 //! world           three connected parties in one process
 //! generate        requests: what each party does, and all three in one process
 //! deploy          three hosts: certificates, configuration
+//! predict         what a request will cost: traffic (exact), time and memory (estimates)
 //! ```
 //!
 //! # Use
@@ -73,6 +74,7 @@ pub mod model;
 pub mod net;
 pub mod party;
 pub mod plan;
+pub mod predict;
 pub mod prf;
 pub mod protocol;
 #[allow(unsafe_code)] // SIMD kernels

@@ -1,9 +1,16 @@
 //! The `trefoil` command. Dispatches; the work is in the library.
 
-use clap::{Parser, Subcommand};
+use std::io::Write;
 
+use clap::{Parser, Subcommand};
+use trefoil::error::{Error, Result};
+
+#[path = "cli/calibrate.rs"]
+mod calibrate;
 #[path = "cli/certs.rs"]
 mod certs;
+#[path = "cli/cost.rs"]
+mod cost;
 #[path = "cli/generate.rs"]
 mod generate;
 #[path = "cli/init.rs"]
@@ -33,6 +40,19 @@ enum Command {
     Init(init::Args),
     /// Prepare a model for three hosts: what owner, clients and helper each get.
     Prepare(prepare::Args),
+    /// Run the float model over text: ranges, headroom, the plan it proposes, what would not fit.
+    Calibrate(calibrate::Args),
+    /// Predict messages, bytes, time and memory of a request without running it.
+    Cost(cost::Args),
+}
+
+/// To standard output, at once. A pipe that nobody reads any more ends the output, not the generation's bookkeeping.
+fn say(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::io("standard output", e)),
+        _ => Ok(()),
+    }
 }
 
 fn main() -> std::process::ExitCode {
@@ -42,6 +62,8 @@ fn main() -> std::process::ExitCode {
         Command::Certs(args) => certs::run(&args),
         Command::Init(args) => init::run(&args),
         Command::Prepare(args) => prepare::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
+        Command::Cost(args) => cost::run(&args),
     };
     match result {
         Ok(()) => std::process::ExitCode::SUCCESS,

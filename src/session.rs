@@ -21,6 +21,7 @@ use crate::net::meter::Meter;
 use crate::net::{Lane, Links, blame};
 use crate::party::Role;
 use crate::plan::cost::Cost;
+use crate::plan::work::{Counts, Work};
 use crate::prf::{Address, Pair, Prf, Stream};
 use crate::ring::pack;
 use crate::share::Rows;
@@ -61,6 +62,12 @@ impl Scope {
         Scope { layer: self.layer, path }
     }
 
+    /// The operation's path, `attn.scores` for example.
+    #[must_use]
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
     /// The address of `label` in pass `pass`.
     #[must_use]
     pub fn address(&self, pass: u64, label: &'static str) -> Address {
@@ -73,6 +80,11 @@ pub const WALK_ENDED: &str = "the run-ahead thread ended early";
 
 /// What to do online for a pass that was walked ahead.
 pub type Job = Box<dyn FnOnce(&Links) -> Result<()> + Send>;
+
+/// A layer leaves no more jobs than this in a pass.
+const JOBS_PER_LAYER: usize = 40;
+/// How many layers the walk of a single pass runs ahead of its answers.
+pub const JOBS_AHEAD_LAYERS: usize = 2;
 
 #[derive(Default)]
 struct Queued {
@@ -93,6 +105,15 @@ impl JobQueue {
 
     fn push(&self, pass: u64, job: Job) {
         self.with(|q| q.passes.entry(pass).or_default().0.push_back(job));
+    }
+
+    /// Blocks while a pass that is walked by itself has as many jobs waiting as `limit`: what they captured is memory, of a
+    /// long prompt a great deal. Nothing waits for this walk in turn: all that the jobs' own steps need of it has been sent.
+    fn wait_room(&self, pass: u64, limit: usize) {
+        let mut q = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        while !q.ended && q.passes.get(&pass).is_some_and(|(jobs, _)| jobs.len() >= limit) {
+            q = self.0.1.wait(q).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// No more jobs will come for this pass.
@@ -118,6 +139,7 @@ impl JobQueue {
                 loop {
                     if let Some((jobs, complete)) = q.passes.get_mut(&pass) {
                         if let Some(job) = jobs.pop_front() {
+                            self.0.1.notify_all();
                             break Some(job);
                         }
                         if *complete {
@@ -189,13 +211,37 @@ pub struct Session {
     jobs: JobQueue,
     declared: Cost,
     meter: Arc<Meter>,
+    /// Only in a walk that counts: see [`Session::counting`].
+    work: Option<Arc<Work>>,
 }
 
 impl Session {
     /// A new session; the PRF keys are the session's own.
     #[must_use]
     pub fn new(role: Role, links: Links, prf: Prf, meter: Arc<Meter>) -> Self {
-        Session { role, links, prf, passes: Vec::new(), jobs: JobQueue::default(), declared: Cost::default(), meter }
+        let (passes, jobs, declared) = (Vec::new(), JobQueue::default(), Cost::default());
+        Session { role, links, prf, passes, jobs, declared, meter, work: None }
+    }
+
+    /// A session that computes nothing: streams, products and lookups give zeros at once and are added to `work`. It has no
+    /// key, so nothing in it is secret, and only a [`crate::world::World`] of its own, whose links carry lengths instead of
+    /// bytes, makes one.
+    pub(crate) fn counting(role: Role, links: Links, meter: Arc<Meter>, work: Arc<Work>) -> Self {
+        Session { work: Some(work), ..Session::new(role, links, Prf::new([]), meter) }
+    }
+
+    /// What counts instead of computing, if this session does.
+    pub(crate) fn work(&self) -> Option<&Arc<Work>> {
+        self.work.as_ref()
+    }
+
+    /// Adds what this party would compute in its walk, if this session counts; says whether it does.
+    pub(crate) fn count(&self, scope: &Scope, counts: Counts) -> bool {
+        let lane = if self.is_owner() { Lane::Online } else { Lane::Ahead };
+        self.work.as_ref().is_some_and(|w| {
+            w.add(self.role, lane, scope, counts);
+            true
+        })
     }
 
     /// Which party this is.
@@ -302,7 +348,11 @@ impl Session {
         each: usize,
         k: u32,
     ) -> Result<Vec<u64>> {
-        let mut out = Vec::with_capacity(rows.len() * each);
+        let words = rows.len() * each;
+        if self.count(scope, Counts { prf_bytes: 8 * words as u64, words: words as u64, ..Counts::default() }) {
+            return Ok(vec![0; words]);
+        }
+        let mut out = Vec::with_capacity(words);
         for i in 0..self.passes.len() {
             let (number, n) = (self.passes[i].number, rows.range(&self.passes[i].tokens).len());
             self.stream(pair, scope, number, label)?.words_into(n * each, k, &mut out);
@@ -322,7 +372,11 @@ impl Session {
         rows: &Rows,
         each: usize,
     ) -> Result<Vec<u8>> {
-        let mut out = Vec::with_capacity(rows.len() * each);
+        let bytes = rows.len() * each;
+        if self.count(scope, Counts { prf_bytes: bytes as u64, ..Counts::default() }) {
+            return Ok(vec![0; bytes]);
+        }
+        let mut out = Vec::with_capacity(bytes);
         for i in 0..self.passes.len() {
             let (number, n) = (self.passes[i].number, rows.range(&self.passes[i].tokens).len());
             out.extend_from_slice(&self.stream(pair, scope, number, label)?.bytes(n * each));
@@ -343,6 +397,7 @@ impl Session {
         k: u32,
         values: &[u64],
     ) -> Result<()> {
+        self.count(scope, Counts { words: values.len() as u64, ..Counts::default() });
         for pass in &self.passes {
             let r = rows.range(&pass.tokens);
             let payload = pack::pack(&values[r.start * each..r.end * each], k);
@@ -383,12 +438,18 @@ impl Session {
         n: usize,
         k: u32,
     ) -> Result<Vec<u64>> {
+        self.count(scope, Counts { words: n as u64, ..Counts::default() });
         recv_words(&self.links, from, lane, &scope.address(self.the_pass()?, label), n, k)
     }
 
-    /// Leaves a job for pass `index` of the batch.
+    /// Leaves a job for pass `index` of the batch; of a single pass, not more than two layers ahead of the jobs done.
     pub fn leave(&self, index: usize, job: Job) {
-        self.jobs.push(self.passes[index].number, job);
+        let pass = self.passes[index].number;
+        // Of several passes walked together, the first cannot be answered before the walk has come to its end.
+        if self.passes.len() == 1 {
+            self.jobs.wait_room(pass, JOBS_AHEAD_LAYERS * JOBS_PER_LAYER);
+        }
+        self.jobs.push(pass, job);
     }
 
     /// An operation states what it costs; summed up for comparison with the meter.

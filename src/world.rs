@@ -11,12 +11,14 @@ use rand_chacha::ChaCha20Rng;
 use rand_core::{Rng, SeedableRng};
 
 use crate::error::{Error, PeerFault, Result};
+use crate::net::hollow::Hollow;
 use crate::net::memory::{self, MemoryChannel};
 use crate::net::meter::{LinkTotals, Meter, Metered};
 use crate::net::shape::{Profile, Shaped};
 use crate::net::tamper::{Rewrite, Tampered, View};
 use crate::net::{Channel, Links};
 use crate::party::Role;
+use crate::plan::work::Work;
 use crate::prf::{AddressLog, Pair, PairKey, Prf};
 use crate::ring;
 use crate::session::{JobQueue, Session};
@@ -98,7 +100,9 @@ impl Default for Setup {
 pub struct World {
     links: [Links; 3],
     meters: [Arc<Meter>; 3],
-    keys: Keys,
+    /// None in a world that counts.
+    keys: Option<Keys>,
+    work: Option<Arc<Work>>,
     addresses: Option<AddressLog>,
     /// Below this, passes have been run: [`World::run`] refuses them.
     next_pass: AtomicU64,
@@ -127,6 +131,17 @@ impl World {
     /// Connected as `setup` says.
     #[must_use]
     pub fn new(keys: Keys, setup: &Setup) -> World {
+        Self::connect(Some(keys), None, setup)
+    }
+
+    /// A world in which nothing is computed: the parties walk their programs, `work` counts what they would compute, the
+    /// meters count what they would send, every value is zero, and the links carry lengths instead of bytes.
+    #[must_use]
+    pub fn counting(work: Arc<Work>) -> World {
+        Self::connect(None, Some(work), &Setup::default())
+    }
+
+    fn connect(keys: Option<Keys>, work: Option<Arc<Work>>, setup: &Setup) -> World {
         let meters: [Arc<Meter>; 3] = Default::default();
         let mut ends: Vec<(Role, Role, MemoryChannel)> = Vec::new();
         for (a, b) in [(Role::Owner, Role::Client), (Role::Client, Role::Helper), (Role::Helper, Role::Owner)] {
@@ -137,13 +152,19 @@ impl World {
         let mut channels: [Vec<(Role, Arc<dyn Channel>)>; 3] = Default::default();
         for (me, peer, end) in ends {
             let i = me.index();
-            let shaped = Shaped::new(end, setup.profile);
-            let tampered = Tampered::new(shaped, setup.views[i].clone(), setup.rewrites[i].clone());
-            channels[i].push((peer, Arc::new(Metered::new(tampered, peer, Arc::clone(&meters[i])))));
+            let meter = Arc::clone(&meters[i]);
+            let channel: Arc<dyn Channel> = if work.is_some() {
+                Arc::new(Metered::new(Hollow::new(end), peer, meter))
+            } else {
+                let shaped = Shaped::new(end, setup.profile);
+                let tampered = Tampered::new(shaped, setup.views[i].clone(), setup.rewrites[i].clone());
+                Arc::new(Metered::new(tampered, peer, meter))
+            };
+            channels[i].push((peer, channel));
         }
         let links = Role::ALL
             .map(|r| Links::new(r, std::mem::take(&mut channels[r.index()]), setup.timeout, setup.ahead_capacity));
-        World { links, meters, keys, addresses: setup.addresses.clone(), next_pass: AtomicU64::new(0) }
+        World { links, meters, keys, work, addresses: setup.addresses.clone(), next_pass: AtomicU64::new(0) }
     }
 
     /// For tests: keys from a seed that is printed, no simulated network.
@@ -156,12 +177,16 @@ impl World {
     /// A party's session over this world's links.
     #[must_use]
     pub fn session(&self, role: Role) -> Session {
-        let prf = Prf::new(self.keys.of(role));
+        let (links, meter) = (self.links[role.index()].clone(), Arc::clone(&self.meters[role.index()]));
+        if let Some(work) = &self.work {
+            return Session::counting(role, links, meter, Arc::clone(work));
+        }
+        let prf = Prf::new(self.keys.iter().flat_map(|k| k.of(role)));
         let prf = match &self.addresses {
             Some(log) => prf.with_log(Arc::clone(log), role),
             None => prf,
         };
-        Session::new(role, self.links[role.index()].clone(), prf, Arc::clone(&self.meters[role.index()]))
+        Session::new(role, links, prf, meter)
     }
 
     /// What `from` has sent to `to` so far.

@@ -106,6 +106,34 @@ impl PositiveTable {
         }
     }
 
+    /// The windows of a table without columns: for walks that count instead of computing.
+    pub(crate) fn blank(bits: u32, window: u32) -> PositiveTable {
+        let b2 = bits - window + LO_BITS;
+        let window2 = window.min(b2);
+        let ((lo1_low, lo1_bits), (lo2_low, lo2_bits)) = (low_part(bits, window), low_part(b2, window2));
+        let (max_rel_error, min_value, max_value) = (0.0, 1, 1 << (bits - 1));
+        let (a1, b1, s, a2, b2c, low) = Default::default();
+        PositiveTable {
+            bits,
+            window,
+            lo1_bits,
+            lo1_low,
+            b2,
+            window2,
+            lo2_bits,
+            lo2_low,
+            a1,
+            b1,
+            s,
+            a2,
+            b2c,
+            low,
+            max_rel_error,
+            min_value,
+            max_value,
+        }
+    }
+
     /// `gain / sqrt(v / n + eps)`: RMSNorm, `v` the sum of squares in ring units, `n` the width times the units in 1.
     ///
     /// # Panics
@@ -136,6 +164,13 @@ impl PositiveTable {
     }
 }
 
+/// First bit and bits of the interpolation variable below a window.
+fn low_part(bits: u32, window: u32) -> (u32, u32) {
+    let below = bits - window;
+    let lo_bits = below.min(LO_BITS);
+    (below - lo_bits, lo_bits)
+}
+
 /// One window's lines.
 struct Rows {
     low: u32,
@@ -149,8 +184,7 @@ struct Rows {
 impl Rows {
     fn fit(function: impl Fn(f64) -> f64, bits: u32, window: u32) -> Rows {
         let below = bits - window;
-        let lo_bits = below.min(LO_BITS);
-        let low = below - lo_bits;
+        let (low, lo_bits) = low_part(bits, window);
         let (unit, centre) = (f64::from(low).exp2(), dropped(low));
         // A value in ring units is at least 1 where it is not 0: keeps 1/v finite in rows that no good value reaches.
         let clamped = |v: f64| function(v.max(1.0));

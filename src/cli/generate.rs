@@ -1,7 +1,6 @@
 //! `trefoil generate`: the three parties in one process, or the Client of a deployment.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -142,7 +141,7 @@ impl Speaker {
     }
 
     fn begin(&self, prompt: &str) -> Result<()> {
-        if self.json { Ok(()) } else { say(prompt) }
+        if self.json { Ok(()) } else { super::say(prompt) }
     }
 
     fn token(&mut self, id: u32) -> bool {
@@ -152,7 +151,7 @@ impl Speaker {
         match self.stream.push(&self.codec, id) {
             Ok(piece) => {
                 self.shown.push_str(&piece);
-                let said = if self.json { Ok(()) } else { say(&piece) };
+                let said = if self.json { Ok(()) } else { super::say(&piece) };
                 self.failed = said.err();
                 self.failed.is_none()
             }
@@ -165,7 +164,7 @@ impl Speaker {
 
     /// Ends the line after a failure.
     fn break_off(&self) -> Result<()> {
-        if self.json { Ok(()) } else { say("\n") }
+        if self.json { Ok(()) } else { super::say("\n") }
     }
 
     /// All the text.
@@ -176,7 +175,7 @@ impl Speaker {
         let rest = self.stream.finish(&self.codec)?;
         self.shown.push_str(&rest);
         if !self.json {
-            say(&format!("{rest}\n"))?;
+            super::say(&format!("{rest}\n"))?;
         }
         Ok(self.shown)
     }
@@ -211,7 +210,7 @@ pub fn run(a: &Args) -> Result<()> {
     };
     if a.json {
         let json = serde_json::to_string_pretty(&report).map_err(|e| Error::Internal(format!("writing JSON: {e}")))?;
-        say(&format!("{json}\n"))?;
+        super::say(&format!("{json}\n"))?;
     } else {
         summary(&report);
     }
@@ -354,15 +353,6 @@ impl Report {
             peak_memory_bytes: peak_memory(),
             check: None,
         }
-    }
-}
-
-/// To standard output, at once. A pipe that nobody reads any more ends the output, not the generation's bookkeeping.
-fn say(text: &str) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::io("standard output", e)),
-        _ => Ok(()),
     }
 }
 

@@ -49,6 +49,12 @@ pub(super) struct Pair {
     pub ahead_capacity: u64,
 }
 
+/// A session that is not let in: what the Owner hears, and what it is to blame for.
+struct Denied {
+    why: Refusal,
+    fault: Option<PeerFault>,
+}
+
 /// Preparations kept in memory beyond those in use.
 const IN_MEMORY: usize = 2;
 /// Clients that wait for an Owner, at most.
@@ -156,7 +162,8 @@ impl Helper {
         self.fetch(&p.preparation).await;
         let (place, loaded) = match self.admit(shared, &p) {
             Ok(admitted) => admitted,
-            Err((why, blame)) => {
+            Err(denied) => {
+                let Denied { why, fault: blame } = *denied;
                 let code = blame.as_ref().map_or("refused", |k| k.code());
                 let blamed = blame.map(|kind| o.blame(step, kind));
                 let _ = refuse(o, step, why).await;
@@ -220,34 +227,30 @@ impl Helper {
         engine::spawn(connected, session, client, place, move |s, _| generate::helper(s, &model, &grant))
     }
 
-    #[allow(clippy::type_complexity)]
-    fn admit(
-        &self,
-        shared: &Arc<Shared>,
-        p: &Pair,
-    ) -> Result<(super::party::Place, Arc<Loaded>), (Refusal, Option<PeerFault>)> {
-        let place = shared.place().map_err(|why| (why, None))?;
+    fn admit(&self, shared: &Arc<Shared>, p: &Pair) -> Result<(super::party::Place, Arc<Loaded>), Box<Denied>> {
+        let denied = |why, fault| Box::new(Denied { why, fault });
+        let place = shared.place().map_err(|why| denied(why, None))?;
         let fresh = shared.seen.insert(&p.client_nonce).and_then(|a| Ok(a && shared.seen.insert(&p.owner_nonce)?));
         match fresh {
             Ok(true) => {}
-            Ok(false) => return Err((Refusal::Replay, Some(PeerFault::Replay))),
+            Ok(false) => return Err(denied(Refusal::Replay, Some(PeerFault::Replay))),
             Err(error) => {
                 tracing::error!(code = error.code(), %error, "the list of session ids cannot be written");
-                return Err((Refusal::Local, None));
+                return Err(denied(Refusal::Local, None));
             }
         }
         if p.ahead_capacity > MOST_AHEAD {
-            return Err((Refusal::Malformed, Some(PeerFault::Malformed("an impossible run-ahead buffer"))));
+            return Err(denied(Refusal::Malformed, Some(PeerFault::Malformed("an impossible run-ahead buffer"))));
         }
         let Some(loaded) = lock(&self.loaded).get(&p.preparation).cloned() else {
             let why = Refusal::Preparation { wanted: p.preparation.clone(), known: self.preparations() };
             let fault = why.fault();
-            return Err((why, Some(fault)));
+            return Err(denied(why, Some(fault)));
         };
         if loaded.agreed != p.agreed {
             let why = Refusal::Manifest { ours: loaded.agreed, theirs: p.agreed };
             let fault = why.fault();
-            return Err((why, Some(fault)));
+            return Err(denied(why, Some(fault)));
         }
         Ok((place, loaded))
     }

@@ -22,6 +22,7 @@ use crate::error::{Error, PeerFault, Result};
 use crate::model::secure::{ClientPorts, PassOptions, SecureModel};
 use crate::net::{Lane, blame};
 use crate::party::Role;
+use crate::plan::cost::Cost;
 use crate::session::{Scope, Session};
 
 /// Largest batch of run-ahead passes.
@@ -45,6 +46,8 @@ pub struct Request {
 }
 
 const REQUEST_BYTES: usize = 33;
+/// Of the number of passes walked.
+const WALKED_BYTES: usize = 8;
 
 impl Request {
     fn encode(&self) -> Vec<u8> {
@@ -99,6 +102,25 @@ impl Request {
         }
         Ok(r)
     }
+}
+
+/// What the messages around the passes cost: the announcement of a `request`, the word before each of `passes` decode
+/// passes, and at the `end` where the run-ahead data ends.
+#[must_use]
+pub fn control_cost(request: bool, passes: u64, end: bool) -> Cost {
+    let mut c = Cost::default();
+    for to in [Role::Owner, Role::Helper] {
+        if request {
+            c = c.send(Role::Client, to, REQUEST_BYTES, 8);
+        }
+        for _ in 0..passes {
+            c = c.send(Role::Client, to, 1, 8);
+        }
+    }
+    if end {
+        c = c.run_ahead(Role::Client, WALKED_BYTES, 8).run_ahead(Role::Helper, WALKED_BYTES, 8);
+    }
+    c
 }
 
 fn request_scope() -> Scope {

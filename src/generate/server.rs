@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use super::{REQUEST_BYTES, Request, control, end_walk, request_scope, walk, worst};
+use super::{REQUEST_BYTES, Request, WALKED_BYTES, control, end_walk, request_scope, walk, worst};
 use crate::error::Result;
 use crate::model::secure::{PassOptions, SecureModel};
 use crate::net::Lane;
@@ -87,7 +87,7 @@ pub fn owner(s: &mut Session, model: &SecureModel, grant: &Grant) -> Result<Owne
         next_pass = r.first_pass;
         for from in [Role::Client, Role::Helper] {
             let step = request_scope().address(index, "request.walked");
-            let (walked, dropped) = s.links().drain(from, Lane::Ahead, &step, 8)?;
+            let (walked, dropped) = s.links().drain(from, Lane::Ahead, &step, WALKED_BYTES)?;
             let walked = walked.try_into().map(u64::from_le_bytes).unwrap_or(0);
             next_pass = next_pass.max(r.first_pass.saturating_add(walked));
             report.discarded_bytes += dropped;

@@ -201,6 +201,12 @@ impl Observer for Watch<'_> {
 /// What the float twin shows over `texts` (token ids, each at most the model's context), in the layers from `first` on.
 #[must_use]
 pub fn ranges(w: &Weights, first: usize, texts: &[Vec<u32>]) -> Ranges {
+    ranges_watched(w, first, texts, &mut |_| ())
+}
+
+/// As [`ranges`]; `done` is told how many tokens of each text have been read.
+#[must_use]
+pub fn ranges_watched(w: &Weights, first: usize, texts: &[Vec<u32>], done: &mut dyn FnMut(usize)) -> Ranges {
     let mut watch = Watch {
         weights: w,
         layers: vec![LayerRanges::default(); w.layers.len()],
@@ -211,6 +217,7 @@ pub fn ranges(w: &Weights, first: usize, texts: &[Vec<u32>]) -> Ranges {
         let mut cache = FloatCache::new(&w.config);
         let ids = &ids[..ids.len().min(w.config.max_positions)];
         let _ = float::advance(w, ids, &mut cache, &mut watch);
+        done(ids.len());
     }
     Ranges { layers: watch.layers.split_off(first), final_sum: watch.final_sum, logit: watch.logit }
 }
@@ -219,17 +226,22 @@ pub fn ranges(w: &Weights, first: usize, texts: &[Vec<u32>]) -> Ranges {
 #[must_use]
 pub fn inputs(c: &ModelConfig, text: Option<Vec<u32>>) -> Vec<Vec<u32>> {
     let length = c.max_positions.min(256);
+    let mut all = vec![stress(c)];
+    if let Some(ids) = text {
+        all.extend(ids.chunks(length).take(4).map(<[u32]>::to_vec));
+    }
+    all
+}
+
+/// Pseudorandom tokens.
+#[must_use]
+pub fn stress(c: &ModelConfig) -> Vec<u32> {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     let mut random = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         ((state >> 33) % c.vocab_size as u64) as u32
     };
-    let mut all: Vec<Vec<u32>> = Vec::new();
-    all.push((0..length.min(64)).map(|_| random()).collect());
-    if let Some(ids) = text {
-        all.extend(ids.chunks(length).take(4).map(<[u32]>::to_vec));
-    }
-    all
+    (0..c.max_positions.min(64)).map(|_| random()).collect()
 }
 
 #[cfg(test)]

@@ -178,6 +178,16 @@ impl Prepared {
         Prepared::assemble(c, plan, &mut matrix, &mut table)
     }
 
+    /// The shapes alone, the same at every party: for a walk that counts instead of computing.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] for a plan that has not passed [`Plan::check`].
+    pub(crate) fn shape(c: &ModelConfig, plan: &Plan) -> Result<Prepared> {
+        let mut matrix = |s: &Section| Ok(OwnerMatrix::shape(s.id(), (s.rows, s.cols), FW, s.public));
+        let mut table = |s: &Section| Ok(TableShare::shape((s.rows, s.cols), F));
+        Prepared::assemble(c, plan, &mut matrix, &mut table)
+    }
+
     /// The Helper's part, from the words that `next` yields in the order of [`Prepared::helper_words`].
     ///
     /// # Errors

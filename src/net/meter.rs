@@ -99,12 +99,12 @@ impl<C: Channel> Channel for Metered<C> {
         if lane == Lane::Online {
             frame.depth = self.meter.depth() + 1;
         }
-        self.inner.send(lane, frame)?;
+        // Counted first: who has received a message must find it counted.
         let c = &self.meter.sent[self.peer.index()];
         let i = usize::from(lane == Lane::Ahead);
         c.bytes[i].fetch_add(bytes, Relaxed);
         c.messages[i].fetch_add(1, Relaxed);
-        Ok(())
+        self.inner.send(lane, frame)
     }
 
     fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Frame, PeerFault> {

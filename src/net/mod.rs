@@ -5,6 +5,7 @@
 //! names the tag that it waits for, and messages of other tags that came first are kept for later. Wrappers compose:
 //! [`meter`] counts, [`shape`] simulates a network, [`tamper`] plays the adversary in tests.
 
+pub(crate) mod hollow;
 pub mod inbox;
 pub mod memory;
 pub mod meter;

@@ -137,7 +137,10 @@ impl Stream {
             let _ = self.tcp.set_write_timeout(Some(LAST_WORD));
             let sent = match last_word {
                 Some(payload) => self.write_locked(out, &header(ABORT_TAG, payload.len(), 0), payload),
-                None => Ok(drop(out)),
+                None => {
+                    drop(out);
+                    Ok(())
+                }
             };
             if sent.is_ok()
                 && let Ok(mut out) = self.out.try_lock()

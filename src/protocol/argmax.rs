@@ -171,7 +171,7 @@ fn winners(s: &mut Session, scope: &Scope, bits: &Masked, radix: usize, k: u32) 
     // all with j < i are 1.
     let wins: Vec<u32> = (0..radix).map(|i| (1u32 << i) - 1).collect();
     let scope = scope.at("winner");
-    let q = Query { rows: &rows, n_rows, words: 1, k };
+    let q = Query { rows: &rows, n_rows, words: 1, folded: 0, k };
     if s.is_owner() {
         let v = lookup::online(s, &scope, &q, &codes)?.finish(s)?;
         return Ok(Masked::new(v, side(s), k, 0, rows));

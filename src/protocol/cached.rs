@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::net::Lane;
 use crate::party::Role;
 use crate::plan::cost::Cost;
+use crate::plan::work::{Counts, Work};
 use crate::prf::Pair;
 use crate::ring::{self, pack};
 use crate::session::{Scope, Session, recv_words};
@@ -84,6 +85,9 @@ pub trait CausalBilinear: Send + Sync {
     /// Elements of the result for a token at `position`.
     fn outputs(&self, position: usize) -> usize;
 
+    /// Multiply-adds for a token at `position`.
+    fn macs(&self, position: usize) -> usize;
+
     /// The map for one token: `x` its row, `cache` the rows of all positions up to its own; appends to `out`.
     fn apply(&self, x: &[u64], cache: &[u64], out: &mut Vec<u64>);
 }
@@ -101,6 +105,10 @@ pub struct Scores {
 impl CausalBilinear for Scores {
     fn outputs(&self, position: usize) -> usize {
         self.heads * (position + 1)
+    }
+
+    fn macs(&self, position: usize) -> usize {
+        self.heads * self.dim * (position + 1)
     }
 
     fn apply(&self, x: &[u64], cache: &[u64], out: &mut Vec<u64>) {
@@ -127,6 +135,10 @@ impl CausalBilinear for Context {
         self.heads * self.dim
     }
 
+    fn macs(&self, position: usize) -> usize {
+        self.heads * self.dim * (position + 1)
+    }
+
     fn apply(&self, x: &[u64], cache: &[u64], out: &mut Vec<u64>) {
         let (width, dim) = (self.kv_heads * self.dim, self.dim);
         let visible = cache.len() / width;
@@ -138,6 +150,33 @@ impl CausalBilinear for Context {
                 ring::gemm::axpy(*p, &row[at..at + dim], &mut out[from..]);
             }
         }
+    }
+}
+
+/// A map that gives zeros and counts: online at Owner and Helper, ahead at the Client.
+struct Counted {
+    op: Arc<dyn CausalBilinear>,
+    width: usize,
+    role: Role,
+    scope: Scope,
+    work: Arc<Work>,
+}
+
+impl CausalBilinear for Counted {
+    fn outputs(&self, position: usize) -> usize {
+        self.op.outputs(position)
+    }
+
+    fn macs(&self, position: usize) -> usize {
+        self.op.macs(position)
+    }
+
+    fn apply(&self, _x: &[u64], cache: &[u64], out: &mut Vec<u64>) {
+        let position = cache.len() / self.width - 1;
+        let lane = if self.role == Role::Client { Lane::Ahead } else { Lane::Online };
+        let counts = Counts { row_macs: self.macs(position) as u64, ..Counts::default() };
+        self.work.add(self.role, lane, &self.scope, counts);
+        out.resize(out.len() + self.outputs(position), 0);
     }
 }
 
@@ -184,6 +223,10 @@ pub fn product_cached(
     if x.k() != k || new.k() != k || new.f() != cache.f || new.rows().tokens() != tokens || !rows_fit {
         return Err(Error::Shape { op: "product with a cache", lhs: x.facts(), rhs: new.facts() });
     }
+    let op: Arc<dyn CausalBilinear> = match s.work() {
+        None => op,
+        Some(work) => Arc::new(Counted { op, width, role: s.role(), scope: scope.clone(), work: Arc::clone(work) }),
+    };
     let out = Rows::ragged((0..tokens).map(|t| op.outputs(first + t)));
     let f = x.f() + cache.f;
     let m = ring::mask(k);

@@ -89,13 +89,16 @@ fn sign_maps(chunks: usize) -> &'static [Vec<u64>] {
                 })
                 .collect()
         };
-        (0..total)
+        let all: Vec<Vec<u32>> = (0..total).map(digits).collect();
+        let mut codes = vec![0; chunks];
+        all.iter()
             .map(|m| {
-                let m = digits(m);
                 let mut map = vec![0u64; rows_of(chunks).div_ceil(64)];
-                for c in 0..total {
-                    let codes: Vec<u32> = digits(c).iter().zip(&m).zip(&n).map(|((c, m), n)| (c + m) % n).collect();
-                    map[c as usize / 64] |= u64::from(sign_of(&codes)) << (c % 64);
+                for (c, digits) in all.iter().enumerate() {
+                    for (i, code) in codes.iter_mut().enumerate() {
+                        *code = (digits[i] + m[i]) % n[i];
+                    }
+                    map[c / 64] |= u64::from(sign_of(&codes)) << (c % 64);
                 }
                 map
             })
@@ -116,8 +119,8 @@ pub fn is_negative(s: &mut Session, scope: &Scope, x: &Masked, k: u32) -> Result
     let (rows, own) = (x.rows(), side(s));
     let wide = Rows::ragged((0..rows.tokens()).map(|t| rows.row(t).len() * chunks));
     let nibbles: Vec<u32> = x.raw().iter().flat_map(|w| (0..chunks).map(move |j| (w >> (4 * j) & 15) as u32)).collect();
-    let first = Query { rows: &wide, n_rows: 16, words: 1, k: 2 };
-    let last = Query { rows, n_rows: rows_of(chunks), words: 1, k };
+    let first = Query { rows: &wide, n_rows: 16, words: 1, folded: 0, k: 2 };
+    let last = Query { rows, n_rows: rows_of(chunks), words: 1, folded: 0, k };
     let radix = |digits: &[u32]| digits.iter().zip(&n).rev().fold(0, |v, (d, n)| v * n + d);
 
     if s.is_owner() {

@@ -23,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::net::Lane;
 use crate::party::Role;
 use crate::plan::cost::Cost;
+use crate::plan::work::Counts;
 use crate::prf::{Pair, PreparationSeed};
 use crate::ring::{self, pack};
 use crate::session::{Scope, Session, recv_words};
@@ -46,6 +47,24 @@ enum TablePart {
     Rows(Arc<[u64]>),
     /// The Client regenerates rows of `B`.
     Seed { id: u64, seed: PreparationSeed },
+    /// Nothing: for a walk that counts instead of computing.
+    Shape,
+}
+
+impl TablePart {
+    /// What stands for a part without content: no rows, of which a fold is zero.
+    fn or_empty(&self, s: &Session) -> Result<TablePart> {
+        match (self, s.work(), s.role()) {
+            (TablePart::Shape, None, _) => {
+                Err(Error::Internal("a table without rows outside a walk that counts".into()))
+            }
+            (TablePart::Shape, Some(_), Role::Client) => {
+                Ok(TablePart::Seed { id: 0, seed: PreparationSeed::from_bytes([0; 32]) })
+            }
+            (TablePart::Shape, Some(_), _) => Ok(TablePart::Rows(Arc::new([]))),
+            (part, ..) => Ok(part.clone()),
+        }
+    }
 }
 
 impl TableShare {
@@ -67,6 +86,11 @@ impl TableShare {
         TableShare { dim, f, ring: 64, part: TablePart::Seed { id, seed } }
     }
 
+    /// No rows, for a session that counts.
+    pub(crate) fn shape(dim: (usize, usize), f: u32) -> Self {
+        TableShare { dim, f, ring: 64, part: TablePart::Shape }
+    }
+
     /// Declares that rows are asked for in rings of at most `ring` bits, so that the Helper needs no more of `A`.
     #[must_use]
     pub fn within(self, ring: u32) -> Self {
@@ -77,7 +101,7 @@ impl TableShare {
     pub(crate) fn words(&self, range: Range<usize>) -> Option<&[u64]> {
         match &self.part {
             TablePart::Rows(a) => a.get(range),
-            TablePart::Seed { .. } => None,
+            TablePart::Seed { .. } | TablePart::Shape => None,
         }
     }
 }
@@ -143,7 +167,11 @@ pub fn embed(
         let (lhs, rhs) = (format!("ring {k}"), format!("{table:?}, shared modulo 2^{}", table.ring));
         return Err(Error::Shape { op: "embedding", lhs, rhs });
     }
-    match (s.role(), &table.part) {
+    if let (Some(work), true) = (s.work(), s.role() != Role::Client) {
+        let counts = Counts { fold_words: (tokens * vocabulary * width) as u64, ..Counts::default() };
+        work.add(s.role(), Lane::Online, scope, counts);
+    }
+    match (s.role(), &table.part.or_empty(s)?) {
         (Role::Owner, TablePart::Rows(a)) => {
             s.declare(cost(tokens, vocabulary, width, k));
             let sm = s.words(Pair::OwnerHelper, scope, "embed.s", &rows, k)?;

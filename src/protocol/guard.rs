@@ -52,7 +52,7 @@ fn mismatch(
     index: &[u32],
     hypotheses: Vec<Vec<u32>>,
 ) -> Result<Pending<'static, Masked>> {
-    let Query { rows, n_rows: n, words, k } = *q;
+    let Query { rows, n_rows: n, words, k, .. } = *q;
     let wide = Rows::ragged((0..rows.tokens()).map(|t| rows.row(t).len() * words));
     let side = side(s);
     let raw = if s.is_owner() {
@@ -147,7 +147,7 @@ pub fn guard(
                 |c: u64| x.raw().iter().map(|w| cut(0u64.wrapping_sub(w >> top).wrapping_sub(c) & upper)).collect();
             (Vec::new(), vec![minus(0), minus(1)])
         };
-        let q = Query { rows: x.rows(), n_rows: 1 << bits, words: 2, k: count_bits };
+        let q = Query { rows: x.rows(), n_rows: 1 << bits, words: 2, folded: 0, k: count_bits };
         pending.push(mismatch(s, &scope.at(&format!("chunk{j}")), &q, &index, hypotheses)?);
         from += bits;
     }
@@ -270,7 +270,7 @@ impl RangeFlags {
                         let minus: Vec<u64> = total.raw().iter().map(|r| 0u64.wrapping_sub(*r) & m).collect();
                         (Vec::new(), vec![split(&minus)])
                     };
-                    let q = Query { rows: &rows, n_rows: 256, words: 1, k: 4 };
+                    let q = Query { rows: &rows, n_rows: 256, words: 1, folded: 0, k: 4 };
                     let pending = mismatch(s, &scope.at("zero"), &q, &index, hypotheses)?;
                     Ok::<State, crate::Error>(State::Chunks(pending.then(move |m| m.sum_groups(n as usize))))
                 })?

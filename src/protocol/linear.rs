@@ -26,6 +26,7 @@ use crate::error::{Error, Result};
 use crate::net::Lane;
 use crate::party::Role;
 use crate::plan::cost::Cost;
+use crate::plan::work::Counts;
 use crate::prf::{Pair, PreparationSeed};
 use crate::ring::{self, fixed, gemm};
 use crate::session::{Scope, Session};
@@ -65,6 +66,10 @@ enum Part {
     },
     Helper {
         a: Arc<[u64]>,
+    },
+    /// Nothing: for a walk that counts instead of computing.
+    Shape {
+        public: bool,
     },
     /// Known to all three: a public linear map, to which each side applies what it holds. Nothing is sent.
     Public {
@@ -144,7 +149,7 @@ impl OwnerMatrix {
         match &self.part {
             Part::Owner { w, bias } => Some((w, bias.as_deref())),
             Part::Public { w } => Some((w, None)),
-            Part::Client { .. } | Part::Helper { .. } => None,
+            Part::Client { .. } | Part::Helper { .. } | Part::Shape { .. } => None,
         }
     }
 
@@ -164,6 +169,11 @@ impl OwnerMatrix {
             return Err(Error::Shape { op: "helper weights", lhs, rhs });
         }
         Ok(Self::new(id, outputs, inputs, f, Part::Helper { a: a.into() }))
+    }
+
+    /// A matrix without weights, for a session that counts.
+    pub(crate) fn shape(id: u64, (outputs, inputs): (usize, usize), f: u32, public: bool) -> Self {
+        OwnerMatrix { id, outputs, inputs, diagonal: false, f, ring: 64, part: Part::Shape { public } }
     }
 
     /// At the Owner: gives the matrix up as public (it is in a public checkpoint, bit for bit).
@@ -248,6 +258,7 @@ impl OwnerMatrix {
             Part::Owner { w: Plain::I32(_), .. } | Part::Public { w: Plain::I32(_) } => 4 * n,
             Part::Client { .. } => 32,
             Part::Helper { .. } => 8 * n,
+            Part::Shape { .. } => 0,
         }
     }
 }
@@ -277,13 +288,37 @@ fn start<'a>(s: &mut Session, scope: &Scope, x: &Masked, w: &'a OwnerMatrix) -> 
     }
     let rows = Rows::ragged((0..tokens).map(|t| x.rows().row(t).len() / w.inputs * w.outputs));
     match &w.part {
-        Part::Owner { w: plain, bias } => online(s, scope, x, rows, w, plain, bias.as_deref()),
+        Part::Shape { public } => {
+            let n = x.raw().len();
+            if !s.count(scope, counts(s.role(), *public, (n / w.inputs) as u64, w)) {
+                return Err(Error::Internal("a matrix without weights outside a walk that counts".into()));
+            }
+            match (public, s.role()) {
+                (true, _) => Ok(Pending::ready(Masked::new(vec![0; rows.len()], x.side(), x.k(), x.f() + w.f, rows))),
+                (false, Role::Owner) => online(s, scope, x, rows, w, None, None),
+                (false, _) => masks(s, scope, x, rows, w).map(Pending::ready),
+            }
+        }
+        Part::Owner { w: plain, bias } => online(s, scope, x, rows, w, Some(plain), bias.as_deref()),
         Part::Client { .. } | Part::Helper { .. } => masks(s, scope, x, rows, w).map(Pending::ready),
         Part::Public { w: plain } => {
             let mut y = vec![0u64; rows.len()];
             plain.product(x.raw(), x.raw().len() / w.inputs, w.outputs, w.inputs, &mut y);
             Ok(Pending::ready(Masked::new(y, x.side(), x.k(), x.f() + w.f, rows)))
         }
+    }
+}
+
+/// What `t` rows through `w` would take at a party.
+fn counts(role: Role, public: bool, t: u64, w: &OwnerMatrix) -> Counts {
+    let words = w.words() as u64;
+    let none = Counts::default();
+    let macs = if w.diagonal { 0 } else { t * words };
+    match role {
+        Role::Owner => Counts { weight_macs: macs, weight_bytes: 2 * words, ..none },
+        _ if public => Counts { weight_macs: macs, weight_bytes: 4 * words, ..none },
+        Role::Client => Counts { ring_macs: macs, prf_bytes: 8 * words, ..none },
+        Role::Helper => Counts { ring_macs: macs, ring_bytes: 8 * words, ..none },
     }
 }
 
@@ -300,13 +335,13 @@ fn local_masks(r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
                 b
             }
             Part::Helper { a } => a.to_vec(),
-            Part::Owner { .. } | Part::Public { .. } => Vec::new(),
+            Part::Owner { .. } | Part::Public { .. } | Part::Shape { .. } => Vec::new(),
         };
         y.iter_mut().zip(r).zip(own.iter().cycle()).for_each(|((y, r), w)| *y = r.wrapping_mul(*w));
         return y;
     }
     match &w.part {
-        Part::Owner { .. } | Part::Public { .. } => {}
+        Part::Owner { .. } | Part::Public { .. } | Part::Shape { .. } => {}
         Part::Helper { a } => gemm::ring(r, a, t, m, n, &mut y),
         Part::Client { seed } => {
             // B is regenerated tile by tile and never stored: the Client keeps 32 bytes per model.
@@ -355,7 +390,7 @@ fn online<'a>(
     x: &Masked,
     rows: Rows,
     w: &'a OwnerMatrix,
-    plain: &'a Plain,
+    plain: Option<&'a Plain>,
     bias: Option<&'a [f32]>,
 ) -> Result<Pending<'a, Masked>> {
     let (k, f, n) = (x.k(), x.f() + w.f, rows.len());
@@ -367,9 +402,10 @@ fn online<'a>(
         y.iter_mut().zip(x.raw()).zip(w).for_each(|((y, d), w)| *y = d.wrapping_mul(w as u64));
     };
     match plain {
-        Plain::I16(v) if w.diagonal => each(&mut y, &mut v.iter().cycle().map(|&v| i64::from(v))),
-        Plain::I32(v) if w.diagonal => each(&mut y, &mut v.iter().cycle().map(|&v| i64::from(v))),
-        plain => plain.product(x.raw(), t, outputs, inputs, &mut y),
+        Some(Plain::I16(v)) if w.diagonal => each(&mut y, &mut v.iter().cycle().map(|&v| i64::from(v))),
+        Some(Plain::I32(v)) if w.diagonal => each(&mut y, &mut v.iter().cycle().map(|&v| i64::from(v))),
+        Some(plain) => plain.product(x.raw(), t, outputs, inputs, &mut y),
+        None => {}
     }
     if let Some(bias) = bias {
         let bias: Vec<u64> = bias.iter().map(|&b| fixed::encode(f64::from(b), f, k)).collect();

@@ -25,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::net::Lane;
 use crate::party::Role;
 use crate::plan::cost::Cost;
+use crate::plan::work::{Counts, Work};
 use crate::prf::Pair;
 use crate::ring::{self, fold, pack};
 use crate::session::{Scope, Session};
@@ -71,6 +72,8 @@ pub(crate) struct Query<'a> {
     pub rows: &'a Rows,
     pub n_rows: usize,
     pub words: usize,
+    /// Words of a table that are read per row; 0 where rows are computed.
+    pub folded: usize,
     pub k: u32,
 }
 
@@ -80,6 +83,10 @@ pub(crate) fn out_masks(s: &mut Session, scope: &Scope, q: &Query<'_>) -> Result
 }
 
 pub(crate) fn masks(s: &mut Session, scope: &Scope, q: &Query<'_>, answer: Answer) -> Result<()> {
+    let answer = match s.work() {
+        None => answer,
+        Some(work) => counted(Arc::clone(work), s.role(), scope, q),
+    };
     let pad = s.words_each(Pair::ClientHelper, scope, "lookup.pad", q.rows, q.words, q.k)?;
     let (words, k, bytes) = (q.words, q.k, q.n_rows / 8);
     if s.role() == Role::Client {
@@ -104,6 +111,18 @@ pub(crate) fn masks(s: &mut Session, scope: &Scope, q: &Query<'_>, answer: Answe
         );
     }
     Ok(())
+}
+
+/// Zeros for every row, and what they would take: ahead at the Client, online at the Helper.
+fn counted(work: Arc<Work>, role: Role, scope: &Scope, q: &Query<'_>) -> Answer {
+    let (scope, words, folded) = (scope.clone(), q.words, q.n_rows * q.folded);
+    let lane = if role == Role::Client { Lane::Ahead } else { Lane::Online };
+    Arc::new(move |elements, _| {
+        let (n, out) = (elements.len(), elements.len() * words);
+        let counts = Counts { fold_words: (n * folded) as u64, words: out as u64, ..Counts::default() };
+        work.add(role, lane, &scope, counts);
+        vec![0; out]
+    })
 }
 
 /// Sends the query for `index` and returns what receives the words.
@@ -155,7 +174,7 @@ pub fn words(
         let (lhs, rhs) = (format!("{n} rows"), format!("{} rows", t.rows()));
         return Err(Error::Shape { op: "lookup", lhs, rhs });
     }
-    let q = Query { rows: &digits.rows, n_rows: n, words: tables.len(), k };
+    let q = Query { rows: &digits.rows, n_rows: n, words: tables.len(), folded: tables.len(), k };
     let raw = if s.is_owner() {
         online(s, scope, &q, &digits.v)?
     } else {
@@ -256,7 +275,7 @@ pub fn indicator(
     let n = table.bits.len() / 2;
     check(digits, n)?;
     let w = table.steps.len();
-    let q = Query { rows: &digits.rows, n_rows: n, words: w, k };
+    let q = Query { rows: &digits.rows, n_rows: n, words: w, folded: 1, k };
     let raw = if s.is_owner() {
         online(s, scope, &q, &digits.v)?
     } else {

@@ -24,6 +24,7 @@ use crate::share::Masked;
 /// A [`PositiveTable`] encoded with `f` fraction bits.
 #[derive(Clone)]
 pub struct Positive {
+    /// Its windows, without columns.
     table: PositiveTable,
     first: [Table; 3],
     second: [Table; 3],
@@ -39,7 +40,19 @@ impl Positive {
         let column = |v: &[f64], f| Table::cyclic(&v.iter().map(|&v| fixed::encode(v, f, 64)).collect::<Vec<_>>());
         let first = [column(&table.a1, f), column(&table.b1, f), column(&table.s, 0)];
         let second = [column(&table.a2, f), column(&table.b2c, f), column(&table.low, 0)];
+        // The columns stay as words only; as floats they would be half as much again.
+        let table = PositiveTable::blank(table.bits, table.window);
         Positive { table, first, second, f }
+    }
+
+    /// With columns of zeros, all of them one: for walks that count instead of computing.
+    pub(crate) fn blank(bits: u32, window: u32, f: u32) -> Self {
+        let table = PositiveTable::blank(bits, window);
+        let columns = |window: u32| {
+            let zeros = Table::cyclic(&vec![0; 1 << window]);
+            [zeros.clone(), zeros.clone(), zeros]
+        };
+        Positive { first: columns(table.window), second: columns(table.window2), table, f }
     }
 
     /// What it costs for `n` values, with or without counting faults.

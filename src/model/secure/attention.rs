@@ -6,8 +6,8 @@
 
 use std::sync::Arc;
 
-use super::Context;
 use super::norm::Norm;
+use super::{Context, Tables};
 use crate::approx::{PositiveTable, exp_tables};
 use crate::error::Result;
 use crate::model::prepare::PreparedLayer;
@@ -41,15 +41,21 @@ pub(super) struct AttentionTables {
 }
 
 impl AttentionTables {
-    pub(super) fn new(p: &AttentionPlan, head_dim: usize, eps: f64) -> Self {
+    pub(super) fn new(p: &AttentionPlan, head_dim: usize, eps: f64, tables: Tables) -> Self {
         let step = f64::from(p.step_bits).exp2() / f64::from(F).exp2();
         let hi_bits = p.score_k - p.exp_low - p.exp_lo_bits;
         let exp = exp_tables(p.score_k, F, p.exp_low, p.exp_lo_bits, hi_bits, 2.0 * step);
-        let inverse = PositiveTable::reciprocal(p.total_bits, p.total_window, f64::from(p.f_prob).exp2());
+        let inverse = match tables {
+            Tables::Fitted => {
+                let table = PositiveTable::reciprocal(p.total_bits, p.total_window, f64::from(p.f_prob).exp2());
+                Positive::new(table, p.f_inverse)
+            }
+            Tables::Blank => Positive::blank(p.total_bits, p.total_window, p.f_inverse),
+        };
         AttentionTables {
             exp: Exp::new(&exp, p.prob_k, p.f_prob),
-            inverse: Positive::new(inverse, p.f_inverse),
-            qk_norm: p.qk_norm.as_ref().map(|n| Norm::new(n, head_dim, eps)),
+            inverse,
+            qk_norm: p.qk_norm.as_ref().map(|n| Norm::new(n, head_dim, eps, tables)),
         }
     }
 }

@@ -50,6 +50,14 @@ struct LayerTables {
     mlp: MlpTables,
 }
 
+/// Whether the tables of functions hold anything.
+#[derive(Clone, Copy)]
+enum Tables {
+    Fitted,
+    /// For walks that count: sizes are all that matters.
+    Blank,
+}
+
 /// Keys and values of a request, one party's part.
 pub struct KvCache {
     layers: Vec<(Cached, Cached)>,
@@ -118,19 +126,32 @@ impl SecureModel {
     /// From a party's prepared part.
     #[must_use]
     pub fn new(config: ModelConfig, plan: Plan, parts: Prepared) -> Self {
+        Self::with_tables(config, plan, parts, Tables::Fitted)
+    }
+
+    /// The shapes alone, for walks that count; the same at every party.
+    ///
+    /// # Errors
+    /// [`crate::Error::Internal`] for a plan that has not passed [`Plan::check`].
+    pub(crate) fn shape(config: ModelConfig, plan: Plan) -> Result<Self> {
+        let parts = Prepared::shape(&config, &plan)?;
+        Ok(Self::with_tables(config, plan, parts, Tables::Blank))
+    }
+
+    fn with_tables(config: ModelConfig, plan: Plan, parts: Prepared, tables: Tables) -> Self {
         let eps = config.rms_norm_eps;
         let n = config.hidden_size;
         let layers = plan
             .layers
             .iter()
             .map(|l| LayerTables {
-                input_norm: Norm::new(&l.input_norm, n, eps),
-                attention: AttentionTables::new(&l.attention, config.head_dim, eps),
-                post_norm: Norm::new(&l.post_norm, n, eps),
+                input_norm: Norm::new(&l.input_norm, n, eps, tables),
+                attention: AttentionTables::new(&l.attention, config.head_dim, eps, tables),
+                post_norm: Norm::new(&l.post_norm, n, eps, tables),
                 mlp: MlpTables::new(&l.mlp),
             })
             .collect();
-        let final_norm = Norm::new(&plan.head.norm, n, eps);
+        let final_norm = Norm::new(&plan.head.norm, n, eps, tables);
         let frequencies = rope_frequencies(&config);
         SecureModel { config, plan, parts, layers, final_norm, frequencies }
     }
@@ -175,6 +196,8 @@ impl SecureModel {
     pub fn new_flags(&self, s: &Session) -> RangeFlags {
         let c = &self.config;
         let tokens = s.passes().iter().map(|p| p.tokens.len()).max().unwrap_or(1);
+        // A walk that counts may stand for a longer prompt.
+        let tokens = s.work().map_or(tokens, |w| w.tokens(tokens));
         let per_token = (c.num_heads * c.max_positions).max(c.intermediate_size).max(c.hidden_size);
         RangeFlags::new(tokens * per_token)
     }

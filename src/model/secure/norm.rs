@@ -2,7 +2,7 @@
 //!
 //! square-sum with fused lift (2), reciprocal square root by two windows (2) and a polynomial (2), scaling with fused lift (2).
 
-use super::Context;
+use super::{Context, Tables};
 use crate::approx::PositiveTable;
 use crate::error::Result;
 use crate::plan::{F, NormPlan};
@@ -19,10 +19,16 @@ pub(super) struct Norm {
 }
 
 impl Norm {
-    pub(super) fn new(p: &NormPlan, n: usize, eps: f64) -> Self {
+    pub(super) fn new(p: &NormPlan, n: usize, eps: f64, tables: Tables) -> Self {
         let units = f64::from(2 * F).exp2();
-        let table = PositiveTable::rsqrt(p.bits, p.window, n as f64 * units, eps, 1.0);
-        Norm { n, table: Positive::new(table, p.f_gain) }
+        let table = match tables {
+            Tables::Fitted => {
+                let table = PositiveTable::rsqrt(p.bits, p.window, n as f64 * units, eps, 1.0);
+                Positive::new(table, p.f_gain)
+            }
+            Tables::Blank => Positive::blank(p.bits, p.window, p.f_gain),
+        };
+        Norm { n, table }
     }
 
     /// `h / rms(h)` of every group of `n` elements, in ring `64 - f_gain` with `F` fraction bits.

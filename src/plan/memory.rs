@@ -1,0 +1,205 @@
+//! Memory of each party, from public facts alone.
+//!
+//! | term | Owner | Client | Helper |
+//! |---|---|---|---|
+//! | weights | integers of 2 bytes (4 where they do not fit), `A` of a private embedding at 8 | public layers and embedding, f32; a public head at 4 | `A`, 8 per weight |
+//! | tables | the functions of every private layer, the same at all three | | |
+//! | cache | `d`: 8 per key or value element | `r` and a share: 16 | `r` and a share: 16 |
+//! | run-ahead | what both peers have sent and no pass has used yet | none | none |
+//! | batch | vectors of the largest operation of a pass | the same, of a batch of passes | the same, and what answers to the Owner wait for: of 2 layers of the prefill, or of the decode passes walked ahead |
+//!
+//! Exact but for the last two, which depend on who is faster: they are upper bounds up to allocator and rounding.
+
+use serde::Serialize;
+
+use super::{AttentionPlan, NormPlan, Plan};
+use crate::generate::MAX_BATCH;
+use crate::model::ModelConfig;
+use crate::party::Role;
+use crate::session::JOBS_AHEAD_LAYERS;
+
+/// What a party keeps of a model, whatever the sessions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ModelBytes {
+    /// Weights.
+    pub weights: u64,
+    /// Tables of functions.
+    pub tables: u64,
+}
+
+/// What a party takes for a session with one request at a time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct SessionBytes {
+    /// Keys and values.
+    pub cache: u64,
+    /// Buffered run-ahead.
+    pub run_ahead: u64,
+    /// Vectors under way.
+    pub batch: u64,
+}
+
+impl SessionBytes {
+    /// All of it.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.cache + self.run_ahead + self.batch
+    }
+}
+
+/// Words of the private matrices, the head included (public or not), a private embedding not.
+#[must_use]
+pub fn owner_words(c: &ModelConfig, plan: &Plan) -> u64 {
+    let (h, m) = (c.hidden_size, c.intermediate_size);
+    let gain = if c.qk_norm { c.q_size() + c.kv_size() } else { 0 };
+    let layer = (c.q_size() + 2 * c.kv_size()) * h + c.q_size() * h + 3 * m * h + gain;
+    (plan.layers.len() * layer + c.vocab_size * h) as u64
+}
+
+/// Bytes per row of one window of a function of a positive value: three cyclic columns of words.
+const WINDOW_ROW: u64 = 3 * 2 * 8;
+
+fn windows(bits: u32, window: u32) -> u64 {
+    // The second window has as many row bits where the ring has them.
+    WINDOW_ROW * ((1u64 << window) + (1u64 << window.min(bits - window + 6)))
+}
+
+fn norm_table(p: &NormPlan) -> u64 {
+    windows(p.bits, p.window)
+}
+
+fn attention_tables(p: &AttentionPlan) -> u64 {
+    let hi = p.score_k - p.exp_low - p.exp_lo_bits;
+    let exp = 16 * ((1u64 << hi) + (1u64 << p.exp_lo_bits));
+    exp + windows(p.total_bits, p.total_window) + p.qk_norm.as_ref().map_or(0, norm_table)
+}
+
+/// Tables of functions of the whole plan.
+#[must_use]
+pub fn table_bytes(plan: &Plan) -> u64 {
+    let layers = plan.layers.iter().map(|l| {
+        let gate = 32u64 << (l.mlp.gate_k - l.mlp.gate_lo_bits);
+        norm_table(&l.input_norm) + attention_tables(&l.attention) + norm_table(&l.post_norm) + gate
+    });
+    layers.sum::<u64>() + norm_table(&plan.head.norm)
+}
+
+/// What `role` keeps of a model. Of the Owner's integers two bytes each are counted.
+#[must_use]
+pub fn model_bytes(role: Role, c: &ModelConfig, plan: &Plan) -> ModelBytes {
+    let words = owner_words(c, plan);
+    let table = (c.vocab_size * c.hidden_size) as u64;
+    let embedding = if plan.private_embedding { 8 * table } else { 0 };
+    let weights = match role {
+        Role::Owner => 2 * words + embedding,
+        // A public head is kept as 32-bit integers.
+        Role::Helper if plan.head.public => 8 * (words - table) + 4 * table + embedding,
+        Role::Helper => 8 * words + embedding,
+        Role::Client => {
+            let below = ModelConfig { num_layers: plan.first_private, ..c.clone() };
+            let head = if c.tie_word_embeddings { 0 } else { table };
+            let public = if plan.private_embedding { 0 } else { 4 * (below.parameter_count() - head) };
+            public + if plan.head.public { 4 * table } else { 0 }
+        }
+    };
+    ModelBytes { weights, tables: table_bytes(plan) }
+}
+
+/// Visible positions, summed over `tokens` from position `first` on.
+fn visible(first: usize, tokens: usize) -> u64 {
+    (tokens * first + tokens * (tokens + 1) / 2) as u64
+}
+
+/// Vectors of a pass at one layer: the largest operation, and what the Helper's answers wait for.
+struct Layer {
+    largest: u64,
+    held: u64,
+}
+
+fn layer(c: &ModelConfig, l: &super::LayerPlan, first: usize, tokens: usize) -> Layer {
+    let t = tokens as u64;
+    let (h, m, q) = (c.hidden_size as u64, c.intermediate_size as u64, c.q_size() as u64);
+    let kv = c.kv_size() as u64;
+    let scores = c.num_heads as u64 * visible(first, tokens);
+    let a = &l.attention;
+    let columns = a.steps as u64 + 1;
+    // Query bytes of a lookup per element.
+    let query = |bits: u32| (1u64 << bits) / 8;
+    let exp_hi = query(a.score_k - a.exp_low - a.exp_lo_bits);
+    let codes = scores * (query(a.score_k - a.step_bits) + 8 * 3 * columns);
+    let gate = t * m * (query(l.mlp.gate_k - l.mlp.gate_lo_bits) + 8 * 6);
+    let exp = scores * (exp_hi + query(a.exp_lo_bits) + 8 * 6);
+    let norm = t * (2 * query(l.post_norm.window.max(l.input_norm.window)) + 8 * 4 * h);
+    // Words that a job captures, per element: masks of the result and of the reply, copies of operands.
+    let guard = |proven: u32, k: u32| if proven > k { 5 * u64::from((proven - k + 4).div_ceil(8)) } else { 0 };
+    let words = 6 * h * t
+        + t * (2 * (q + 2 * kv) + 5 * q)
+        + scores * (2 * columns + guard(a.score_proven, a.score_k) + 12)
+        + t * m * (13 + guard(l.mlp.gate_proven, l.mlp.gate_k));
+    Layer { largest: codes.max(gate).max(exp).max(norm), held: 8 * words }
+}
+
+/// Run-ahead bytes of one pass of `tokens` from `first` on, about: what linear layers, products and lookups send to the
+/// Owner (the exact figure is that of a walk).
+fn ahead_bytes(c: &ModelConfig, plan: &Plan, first: usize, tokens: usize) -> u64 {
+    let t = tokens as u64;
+    let (h, m, q) = (c.hidden_size as u64, c.intermediate_size as u64, c.q_size() as u64);
+    let kv = c.kv_size() as u64;
+    let scores = c.num_heads as u64 * visible(first, tokens);
+    let layers = plan.layers.iter().map(|l| {
+        let a = &l.attention;
+        let counter = u64::from(usize::BITS - c.max_positions.leading_zeros());
+        let per_score =
+            u64::from(a.score_proven + 8) + 40 + (a.steps as u64 + 1) * counter + 3 * u64::from(a.prob_k + 13);
+        let linear = 2 * (q + 2 * kv + h + 2 * m + h) * 48;
+        let rest = 2 * h * 64 + 2 * (q + 2 * kv) * 24 + 3 * q * 64 + m * (128 + 24 + 64 + 64);
+        (t * (linear + rest) + scores * per_score) / 8
+    });
+    layers.sum::<u64>() + c.vocab_size as u64 * (2 * 48 + 40) / 8
+}
+
+/// Tenths of the largest operation's own vectors that are alive with it: its operands and copies. Measured, see
+/// `tests/cost_memory.rs`.
+const VECTORS: u64 = 19;
+
+/// What `role` takes for a session whose longest request has `prefill` tokens and `decode` further ones, with buffers of
+/// `run_ahead_capacity` bytes for each peer's run-ahead at the Owner.
+#[must_use]
+pub fn session_bytes(
+    role: Role,
+    c: &ModelConfig,
+    plan: &Plan,
+    prefill: usize,
+    decode: usize,
+    run_ahead_capacity: u64,
+) -> SessionBytes {
+    let positions = (prefill + decode) as u64;
+    let each = if role == Role::Owner { 8 } else { 16 };
+    let cache = each * 2 * plan.layers.len() as u64 * c.kv_size() as u64 * positions;
+    let last = prefill + decode.saturating_sub(1);
+    // Batches of holders: passes walked together, and passes walked and not yet used.
+    let (batch, waiting) = (decode.min(MAX_BATCH), decode.min(3 * MAX_BATCH));
+    let of = |first, tokens| plan.layers.iter().map(move |l| layer(c, l, first, tokens)).collect::<Vec<_>>();
+    let largest = |layers: &[Layer], head: u64| layers.iter().map(|l| l.largest).max().unwrap_or(0).max(head);
+    // The tournament's first level: per candidate of a group of `radix`, half the group's comparisons.
+    let head = (c.vocab_size * (plan.head.radix - 1) / 2 * 200) as u64;
+    let (first, later) = (of(0, prefill), of(last, 1));
+    let (once, together) = (VECTORS * largest(&first, head) / 10, VECTORS * batch as u64 * largest(&later, head) / 10);
+    let batch_bytes = match role {
+        Role::Owner => once,
+        Role::Client => once.max(together),
+        Role::Helper => {
+            let mut held: Vec<u64> = first.iter().map(|l| l.held).collect();
+            held.sort_unstable_by_key(|h| std::cmp::Reverse(*h));
+            let prefill = once + held.iter().take(JOBS_AHEAD_LAYERS).sum::<u64>();
+            let held: u64 = later.iter().map(|l| l.held).sum::<u64>() + head;
+            prefill.max(together + waiting as u64 * held)
+        }
+    };
+    let run_ahead = if role == Role::Owner {
+        let walked = ahead_bytes(c, plan, 0, prefill).max(waiting as u64 * ahead_bytes(c, plan, last, 1));
+        walked.min(2 * run_ahead_capacity)
+    } else {
+        0
+    };
+    SessionBytes { cache, run_ahead, batch: batch_bytes }
+}

@@ -1,0 +1,164 @@
+//! Rates of this machine's kernels, measured in about a second: the real kernels on sizes as in a layer.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ndarray::Array2;
+use serde::Serialize;
+
+use crate::error::Result;
+use crate::net::memory;
+use crate::net::{Channel, Frame, Lane};
+use crate::plan::work::Counts;
+use crate::prf::{Address, Pair, PairKey, Prf};
+use crate::ring::{Isa, fold, gemm, pack};
+
+/// What a second of one core does. Kernels run on the whole pool where they are large; these are figures of the pool
+/// divided by its threads.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Rates {
+    /// The instruction set.
+    pub isa: &'static str,
+    /// Threads of the pool.
+    pub threads: usize,
+    /// Bytes of AES streams.
+    pub prf_bytes: f64,
+    /// Multiply-adds by 16-bit weights, many rows at once.
+    pub weight_macs: f64,
+    /// Bytes of 16-bit weights, one row at a time.
+    pub weight_bytes: f64,
+    /// Multiply-adds ring by ring, many rows at once.
+    pub ring_macs: f64,
+    /// Bytes of ring matrices, one row at a time.
+    pub ring_bytes: f64,
+    /// Multiply-adds with short cached rows.
+    pub row_macs: f64,
+    /// Table words read by lookups.
+    pub fold_words: f64,
+    /// Words masked, packed and unpacked.
+    pub words: f64,
+    /// Multiply-adds of f32 weights in plaintext, one row at a time.
+    pub float_macs: f64,
+    /// Seconds that a message takes between two threads of a process.
+    pub message_s: f64,
+}
+
+/// Of every kernel.
+const EACH: Duration = Duration::from_millis(70);
+
+/// Repeats `f` for the time of one kernel; units per second at best of the runs.
+fn rate(units: f64, mut f: impl FnMut()) -> f64 {
+    f();
+    let (begun, mut best) = (Instant::now(), f64::INFINITY);
+    while begun.elapsed() < EACH {
+        let start = Instant::now();
+        f();
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    units / best.max(1e-9)
+}
+
+impl Rates {
+    /// Measures.
+    ///
+    /// # Errors
+    /// [`crate::Error::Internal`] if a stream cannot be taken or a channel fails.
+    pub fn measure() -> Result<Rates> {
+        let threads = rayon::current_num_threads();
+        let per = |whole: f64| whole / threads as f64;
+        let (m, n, t) = (2048usize, 1024usize, 32usize);
+        let x: Vec<u64> = (0..(t * n) as u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15)).collect();
+        let narrow: Vec<i16> = (0..m * n).map(|i| i as i16).collect();
+        let wide: Vec<u64> = (0..(m * n) as u64).collect();
+        let mut y = vec![0u64; t * m];
+        let (one, all) = ((m * n) as f64, (t * m * n) as f64);
+        let weight_bytes = per(rate(2.0 * one, || gemm::weights_i16(&x[..n], &narrow, 1, m, n, &mut y[..m])));
+        let weight_macs = per(rate(all, || gemm::weights_i16(&x, &narrow, t, m, n, &mut y)));
+        let ring_bytes = per(rate(8.0 * one, || gemm::ring(&x[..n], &wide, 1, m, n, &mut y[..m])));
+        let ring_macs = per(rate(all, || gemm::ring(&x, &wide, t, m, n, &mut y)));
+        let row_macs = rate(2.0 * (64 * 512) as f64, || {
+            for row in wide[..64 * 512].chunks(64) {
+                y[0] = gemm::dot(&x[..64], row);
+                gemm::axpy(y[0], row, &mut y[64..128]);
+            }
+        });
+        let (rows, elements) = (512usize, 256usize);
+        let offsets = vec![7u32; elements];
+        let queries = vec![0x5au8; elements * rows / 8];
+        let mut out = vec![0u64; elements];
+        let sub = vec![3u64; elements];
+        let fold_words = per(rate((rows * elements) as f64, || {
+            fold::shifted(&[&wide[..2 * rows]], rows, &offsets, &sub, &queries, &mut out);
+        }));
+        let (floats, row) = (Array2::<f32>::ones((m, n)), Array2::<f32>::ones((1, n)));
+        let mut product = Array2::<f32>::zeros((1, m));
+        let float_macs = rate(one, || product.assign(&row.dot(&floats.t())));
+        let mut prf = Prf::new([(Pair::OwnerClient, PairKey::fresh()?)]);
+        let address = Address { pass: 0, layer: 0, path: "rate".into(), label: "rate" };
+        let mut stream = prf.take(Pair::OwnerClient, &address)?;
+        let mut words = Vec::with_capacity(1 << 15);
+        let prf_bytes = rate(f64::from(8 << 15), || {
+            words.clear();
+            stream.words_into(1 << 15, 64, &mut words);
+        });
+        // As in a product: two operands combined and reduced, packed, unpacked and combined again.
+        let words = rate(f64::from(1 << 14), || {
+            let both: Vec<u64> = wide[..1 << 14].iter().zip(&x).map(|(a, b)| a.wrapping_sub(*b) & 0xfff_ffff).collect();
+            let got = pack::unpack(&pack::pack(&both, 28), both.len(), 28).unwrap_or_default();
+            words.clear();
+            words.extend(got.iter().zip(&both).map(|(a, b)| a.wrapping_add(*b)));
+        });
+        Ok(Rates {
+            isa: Isa::current().name(),
+            threads,
+            prf_bytes,
+            weight_macs,
+            weight_bytes,
+            ring_macs,
+            ring_bytes,
+            row_macs,
+            fold_words,
+            words,
+            float_macs,
+            message_s: message()?,
+        })
+    }
+
+    /// Seconds of one core for `c`.
+    #[must_use]
+    pub fn seconds(&self, c: &Counts) -> f64 {
+        let per = |n: u64, rate: f64| n as f64 / rate;
+        per(c.prf_bytes, self.prf_bytes)
+            + per(c.weight_macs, self.weight_macs).max(per(c.weight_bytes, self.weight_bytes))
+            + per(c.ring_macs, self.ring_macs).max(per(c.ring_bytes, self.ring_bytes))
+            + per(c.row_macs, self.row_macs)
+            + per(c.fold_words, self.fold_words)
+            + per(c.words, self.words)
+    }
+}
+
+/// Ping and pong between two threads: seconds per message.
+fn message() -> Result<f64> {
+    let (a, b) = memory::link(1 << 20);
+    let timeout = Duration::from_secs(5);
+    let internal = |e| crate::Error::Internal(format!("a channel of the measurement: {e}"));
+    let frame = |tag| Frame { tag, depth: 0, not_before: None, payload: vec![0; 64] };
+    let (a, b) = (Arc::new(a), Arc::new(b));
+    let rounds = 1000u64;
+    let start = Instant::now();
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            for i in 0..rounds {
+                if b.recv(Lane::Online, i, 64, timeout).is_err() || b.send(Lane::Online, frame(i)).is_err() {
+                    return;
+                }
+            }
+        });
+        for i in 0..rounds {
+            a.send(Lane::Online, frame(i)).map_err(internal)?;
+            a.recv(Lane::Online, i, 64, timeout).map_err(internal)?;
+        }
+        Ok(())
+    })?;
+    Ok(start.elapsed().as_secs_f64() / (2 * rounds) as f64)
+}

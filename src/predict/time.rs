@@ -1,0 +1,136 @@
+//! From counted work to seconds.
+//!
+//! A pass is a sequence of exchanges: the Owner computes and asks, the Helper computes and answers. Its time, with the
+//! run-ahead work already done ("ready"), is the online work of both, one after the other, plus what the messages take.
+//! Sustained, all work counts: in one process it shares the cores; on one machine each, the slowest of the three and of
+//! their links sets the pace.
+
+use serde::Serialize;
+
+use super::rates::Rates;
+use super::source::Source;
+use super::walk::Stretch;
+use crate::net::Lane;
+use crate::net::shape::Profile;
+use crate::party::Role;
+use crate::plan::work::{Counts, Part};
+
+/// Seconds of a pass by part.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Seconds {
+    /// The Client's public layers in plaintext.
+    pub public_layers: f64,
+    /// Online work of Owner and Helper for norms.
+    pub norm: f64,
+    /// For attention.
+    pub attention: f64,
+    /// For the MLPs.
+    pub mlp: f64,
+    /// For input, final norm, head and choice of the token.
+    pub head: f64,
+    /// Latency and bandwidth of the online messages, and handing them from thread to thread.
+    pub network: f64,
+    /// Work of Client and Helper ahead of time, not part of `ready`.
+    pub run_ahead: f64,
+}
+
+/// A phase's time in milliseconds per pass.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Phase {
+    /// By part, on cores of its own for every party.
+    pub parts_ms: Seconds,
+    /// One machine each, run-ahead already there.
+    pub ready_ms: f64,
+    /// One machine each, run-ahead work and traffic counted.
+    pub sustained_ms: f64,
+    /// All three in one process on this machine's cores, run-ahead work counted.
+    pub one_process_ms: f64,
+}
+
+/// Multiply-adds of a pass and layer from which kernels use the whole pool.
+const WIDE: u64 = 1 << 20;
+
+fn bits_s(bytes: u64, net: Profile) -> f64 {
+    8.0 * bytes as f64 / net.bits_per_second
+}
+
+/// The time of one pass of `stretch`.
+pub(super) fn phase(stretch: &Stretch, s: &Source, net: Profile, rates: &Rates) -> Phase {
+    if stretch.passes == 0 {
+        let parts_ms = Seconds::default();
+        return Phase { parts_ms, ready_ms: 0.0, sustained_ms: 0.0, one_process_ms: 0.0 };
+    }
+    let passes = stretch.passes as f64;
+    let threads = rates.threads as f64;
+    // Vectors and streams are one core's work; large kernels are the whole pool's.
+    let split = |c: &Counts| {
+        let kernels = Counts { prf_bytes: 0, words: 0, row_macs: 0, ..*c };
+        let layers = s.plan.layers.len().max(1) as u64 * stretch.passes as u64;
+        let wide = (c.weight_macs + c.ring_macs + 16 * c.fold_words) / layers > WIDE;
+        let (all, kernels) = (rates.seconds(c) / passes, rates.seconds(&kernels) / passes);
+        (all, all - kernels + if wide { kernels / threads } else { kernels })
+    };
+    let online = |part: Part| -> (f64, f64) {
+        let owner = stretch.work[Role::Owner.index()][0][part as usize];
+        // An answer masks, packs and unpacks as many words as its question.
+        let mut helper = stretch.work[Role::Helper.index()][0][part as usize];
+        helper.words += owner.words;
+        let (a, b) = (split(&owner), split(&helper));
+        (a.0 + b.0, a.1 + b.1)
+    };
+    let ahead = |role: Role| -> (f64, f64) {
+        let parts = stretch.work[role.index()][Lane::Ahead as usize].iter().map(&split);
+        parts.fold((0.0, 0.0), |a, p| (a.0 + p.0, a.1 + p.1))
+    };
+    let parts = Part::ALL.map(online);
+    let sent = |from: Role, to: Role| stretch.links[from.index()][to.index()];
+    let wire: f64 = [
+        (Role::Client, Role::Owner),
+        (Role::Owner, Role::Helper),
+        (Role::Helper, Role::Owner),
+        (Role::Owner, Role::Client),
+    ]
+    .iter()
+    .map(|&(a, b)| bits_s(sent(a, b).online_bytes, net) / passes)
+    .sum();
+    let depth = f64::from(stretch.depth) / passes;
+    let network = depth * (net.rtt.as_secs_f64() / 2.0 + rates.message_s) + wire;
+    let (client, helper) = (ahead(Role::Client), ahead(Role::Helper));
+    let public = public_layers(stretch, s, rates) / passes;
+    let seconds = Seconds {
+        public_layers: public,
+        norm: parts[0].1,
+        attention: parts[1].1,
+        mlp: parts[2].1,
+        head: parts[3].1,
+        network,
+        run_ahead: client.1.max(helper.1),
+    };
+    let compute = parts.iter().map(|p| p.1).sum::<f64>();
+    let ready = public + compute + network;
+    let links = Role::ALL.iter().flat_map(|&a| Role::ALL.map(|b| sent(a, b)));
+    let busiest = links.map(|l| bits_s(l.online_bytes + l.ahead_bytes, net) / passes).fold(0.0, f64::max);
+    let helper_online: f64 = stretch.work[Role::Helper.index()][0].iter().map(|c| split(c).1).sum();
+    let sustained = ready.max(client.1).max(helper.1 + helper_online).max(busiest);
+    let cores = public + parts.iter().map(|p| p.0).sum::<f64>() + client.0 + helper.0;
+    let one_process = ready.max(busiest).max(cores / threads + depth * rates.message_s);
+    let ms = |s: f64| s * 1e3;
+    let parts_ms = Seconds {
+        public_layers: ms(seconds.public_layers),
+        norm: ms(seconds.norm),
+        attention: ms(seconds.attention),
+        mlp: ms(seconds.mlp),
+        head: ms(seconds.head),
+        network: ms(seconds.network),
+        run_ahead: ms(seconds.run_ahead),
+    };
+    Phase { parts_ms, ready_ms: ms(ready), sustained_ms: ms(sustained), one_process_ms: ms(one_process) }
+}
+
+/// The Client's plaintext layers.
+fn public_layers(stretch: &Stretch, s: &Source, rates: &Rates) -> f64 {
+    let c = &s.config;
+    let layer = (2 * c.q_size() + 2 * c.kv_size() + 3 * c.intermediate_size) * c.hidden_size;
+    let weights = (layer * s.plan.first_private) as f64;
+    stretch.tokens as f64 * weights / rates.float_macs
+}

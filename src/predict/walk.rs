@@ -1,0 +1,284 @@
+//! The walk of a request that counts instead of computing.
+//!
+//! Long requests are walked in part and the rest is extrapolated without loss:
+//!
+//! - A message of a decode pass at position `p` carries `n = c + v p` elements of `k` bits in `ceil(n k / 8)` bytes: from `p` to
+//!   `p + 8` that grows by `v k` whole bytes. So the traffic of eight passes in a row grows by the same amount from each eight
+//!   to the next: two such blocks say all.
+//! - A message of a prefill of `t` tokens carries `n = a + b t + c h t (t + 1) / 2` elements, `h` the number of heads. From `t` to
+//!   `t + 8` (16 if `h` is odd) `n` grows by a multiple of 8, so its bytes are a polynomial of degree 2 along such steps: three
+//!   short prompts say all, once their range flags' counters are as wide as the long one's.
+
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::error::{Error, Result};
+use crate::generate::{MAX_BATCH, control_cost};
+use crate::model::ModelConfig;
+use crate::model::secure::{ClientPorts, KvCache, PassOptions, SecureModel};
+use crate::net::Lane;
+use crate::net::meter::LinkTotals;
+use crate::party::Role;
+use crate::plan::Plan;
+use crate::plan::work::{Table, Work};
+use crate::protocol::embedding;
+use crate::protocol::gumbel::Gumbel;
+use crate::world::World;
+
+/// Decode passes after which the traffic repeats its growth: those that make any width a whole number of bytes.
+const PERIOD: usize = 8;
+
+/// Traffic by directed link, `[from][to]`.
+pub type Links = [[LinkTotals; 3]; 3];
+
+/// Bytes of all links of a lane.
+#[must_use]
+pub fn bytes(links: &Links, lane: Lane) -> u64 {
+    links.iter().flatten().map(|l| if lane == Lane::Online { l.online_bytes } else { l.ahead_bytes }).sum()
+}
+
+fn each(a: &Links, b: &Links, f: impl Fn(u64, u64) -> u64) -> Links {
+    let mut out = *a;
+    for (o, b) in out.iter_mut().flatten().zip(b.iter().flatten()) {
+        *o = LinkTotals {
+            online_bytes: f(o.online_bytes, b.online_bytes),
+            ahead_bytes: f(o.ahead_bytes, b.ahead_bytes),
+            messages: f(o.messages, b.messages),
+            ahead_messages: f(o.ahead_messages, b.ahead_messages),
+        };
+    }
+    out
+}
+
+fn sum(a: &Links, b: &Links) -> Links {
+    each(a, b, |a, b| a + b)
+}
+
+/// A stretch of passes.
+#[derive(Clone, Debug, Default)]
+pub struct Stretch {
+    /// Passes in it.
+    pub passes: usize,
+    /// Positions in it.
+    pub tokens: usize,
+    /// Traffic of the requests' control messages included.
+    pub links: Links,
+    /// Longest chain of online messages, all passes together.
+    pub depth: u32,
+    /// Work of all passes together (of a stretch that was extrapolated: scaled from what was walked).
+    pub work: Table,
+}
+
+/// What a request takes.
+#[derive(Clone, Debug)]
+pub struct Walked {
+    /// The pass over the prompt.
+    pub prefill: Stretch,
+    /// All decode passes.
+    pub decode: Stretch,
+    /// What ends the request: where the run-ahead data ends.
+    pub end: Links,
+    /// Messages in sequence of each private layer.
+    pub layer_messages: Vec<u32>,
+}
+
+impl Walked {
+    /// The whole request, from its announcement to its end.
+    #[must_use]
+    pub fn total(&self) -> Links {
+        sum(&sum(&self.prefill.links, &self.decode.links), &self.end)
+    }
+}
+
+struct Walker<'a> {
+    model: &'a SecureModel,
+    caches: [Mutex<KvCache>; 3],
+    next_pass: u64,
+}
+
+/// One run: traffic, depth, work, messages of the layers of its last pass.
+struct Run {
+    links: Links,
+    depth: u32,
+    work: Table,
+    layers: Vec<u32>,
+}
+
+impl<'a> Walker<'a> {
+    /// With `cached` positions cached.
+    fn new(model: &'a SecureModel, cached: usize) -> Self {
+        let caches = Role::ALL.map(|role| {
+            let mut cache = model.cache(cached + 2 * PERIOD);
+            cache.preload(role, cached);
+            Mutex::new(cache)
+        });
+        Walker { model, caches, next_pass: 1 }
+    }
+
+    fn run(&mut self, passes: &[usize]) -> Result<Run> {
+        self.run_as(passes, Work::default())
+    }
+
+    fn run_as(&mut self, passes: &[usize], work: Work) -> Result<Run> {
+        let work = Arc::new(work);
+        let world = World::counting(Arc::clone(&work));
+        let (inputs, source) = channel();
+        let ((token, _tokens), (flags, _flags)) = (channel(), channel());
+        let width = if self.model.plan().private_embedding { 1 } else { self.model.config().hidden_size };
+        for n in passes {
+            inputs.send(vec![0; n * width]).map_err(|_| Error::Internal("the walk's input".into()))?;
+        }
+        let source = embedding::source(source);
+        let ports = ClientPorts { source, token, flags, logits: None, names: Default::default() };
+        let layers = Mutex::new(Vec::new());
+        world.run(self.next_pass, passes, |s| {
+            let role = s.role();
+            let mut cache = self.caches[role.index()].lock().unwrap_or_else(PoisonError::into_inner);
+            let (mut noise, mut depths) = (Gumbel::new(0, 0.0), Vec::new());
+            let options = PassOptions {
+                ports: (role == Role::Client).then_some(&ports),
+                noise: (role == Role::Owner).then_some(&mut noise),
+                open_logits: false,
+                depths: (role == Role::Owner).then_some(&mut depths),
+            };
+            self.model.pass(s, &mut cache, options)?;
+            if role == Role::Owner {
+                *layers.lock().unwrap_or_else(PoisonError::into_inner) = depths;
+            }
+            Ok(())
+        })?;
+        self.next_pass += passes.len() as u64;
+        let links = Role::ALL
+            .map(|from| Role::ALL.map(|to| if from == to { LinkTotals::default() } else { world.sent(from, to) }));
+        let depth = world.meter(Role::Client).depth();
+        let layers = layers.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Ok(Run { links, depth, work: work.table(), layers })
+    }
+}
+
+fn add(a: &mut Table, b: &Table) {
+    let cells = |t: &Table| t.iter().flatten().flatten().copied().collect::<Vec<_>>();
+    a.iter_mut().flatten().flatten().zip(cells(b)).for_each(|(a, b)| *a += b);
+}
+
+fn control(request: bool, passes: u64, end: bool) -> Links {
+    let cost = control_cost(request, passes, end);
+    Role::ALL.map(|from| {
+        Role::ALL.map(|to| {
+            let (online, ahead) = (cost.online(from, to), cost.ahead(from, to));
+            LinkTotals {
+                online_bytes: online.bytes,
+                ahead_bytes: ahead.bytes,
+                messages: online.messages,
+                ahead_messages: ahead.messages,
+            }
+        })
+    })
+}
+
+/// The pass over the prompt, of a long one from three short ones.
+fn walk_prefill(model: &SecureModel, prompt: usize) -> Result<Run> {
+    let step = if model.config().num_heads.is_multiple_of(2) { PERIOD } else { 2 * PERIOD };
+    let shortest = match prompt % step {
+        0 => step,
+        rest => rest,
+    };
+    if prompt <= shortest + 3 * step {
+        return Walker::new(model, 0).run(&[prompt]);
+    }
+    let run = |i: usize| Walker::new(model, 0).run_as(&[shortest + i * step], Work::standing_for(prompt));
+    let (a, b, c) = (run(0)?, run(1)?, run(2)?);
+    // Newton's forward differences.
+    let n = ((prompt - shortest) / step) as u64;
+    let at = |a: u64, b: u64, c: u64| a + n * (b - a) + n * (n - 1) / 2 * (c + a - 2 * b);
+    let abc = |i: usize, f: fn(&LinkTotals) -> u64| {
+        let of = |r: &Run| f(&r.links[i / 3][i % 3]);
+        at(of(&a), of(&b), of(&c))
+    };
+    let mut links = Links::default();
+    for (i, l) in links.iter_mut().flatten().enumerate() {
+        *l = LinkTotals {
+            online_bytes: abc(i, |l| l.online_bytes),
+            ahead_bytes: abc(i, |l| l.ahead_bytes),
+            messages: abc(i, |l| l.messages),
+            ahead_messages: abc(i, |l| l.ahead_messages),
+        };
+    }
+    let mut work = Table::default();
+    let cells = |r: &Run| r.work.into_iter().flatten().flatten().collect::<Vec<_>>();
+    for (w, ((a, b), c)) in work.iter_mut().flatten().flatten().zip(cells(&a).into_iter().zip(cells(&b)).zip(cells(&c)))
+    {
+        let (first, second) = (b.zip(a, |b, a| b - a), c.zip(a, |c, a| c + a).zip(b, |ca, b| ca - 2 * b));
+        *w = a.zip(first, |a, d| a + n * d).zip(second, |v, d| v + n * (n - 1) / 2 * d);
+    }
+    Ok(Run { links, depth: c.depth, work, layers: c.layers })
+}
+
+/// Walks a request of `prompt` tokens and `decode` further passes.
+///
+/// # Errors
+/// [`Error::Config`] for a request beyond the plan's context.
+pub fn walk(config: &ModelConfig, plan: &Plan, prompt: usize, decode: usize) -> Result<Walked> {
+    if prompt == 0 || prompt + decode > plan.max_positions {
+        return Err(Error::Config(format!(
+            "--prefill {prompt} and {decode} decode passes: give 1 to {} positions in all (the context of the plan)",
+            plan.max_positions
+        )));
+    }
+    let model = SecureModel::shape(config.clone(), plan.clone())?;
+    let first = walk_prefill(&model, prompt)?;
+    let mut walker = Walker::new(&model, prompt);
+    let prefill = Stretch {
+        passes: 1,
+        tokens: prompt,
+        links: sum(&first.links, &control(true, 0, false)),
+        depth: first.depth,
+        work: first.work,
+    };
+    let mut stretch =
+        Stretch { passes: decode, tokens: decode, links: control(false, decode as u64, false), ..Stretch::default() };
+    let mut layers = first.layers;
+    if decode <= 2 * PERIOD {
+        for passes in vec![1; decode].chunks(MAX_BATCH) {
+            let run = walker.run(passes)?;
+            stretch.links = sum(&stretch.links, &run.links);
+            stretch.depth += run.depth;
+            add(&mut stretch.work, &run.work);
+            layers = run.layers;
+        }
+    } else {
+        // Eight passes cut where a last, shorter stretch would end: twice.
+        let (whole, rest) = (decode / PERIOD, decode % PERIOD);
+        let mut blocks = Vec::new();
+        for _ in 0..2 {
+            let head = if rest == 0 { None } else { Some(walker.run(&vec![1; rest])?) };
+            let tail = walker.run(&vec![1; PERIOD - rest])?;
+            layers = tail.layers.clone();
+            blocks.push((head, tail));
+        }
+        let links = |run: &Option<Run>| run.as_ref().map_or(Links::default(), |r| r.links);
+        let [heads, wholes] = [
+            [links(&blocks[0].0), links(&blocks[1].0)],
+            [0, 1].map(|i: usize| sum(&links(&blocks[i].0), &blocks[i].1.links)),
+        ];
+        // The sum of `n` blocks whose growth is constant, and the block after them.
+        let n = whole as u64;
+        let all = each(&wholes[0], &wholes[1], |a, b| n * a + n * n.saturating_sub(1) / 2 * (b - a));
+        let last = each(&heads[0], &heads[1], |a, b| a + n * (b - a));
+        stretch.links = sum(&stretch.links, &sum(&all, &last));
+        let depth: u32 = blocks.iter().flat_map(|(h, t)| [h.as_ref().map_or(0, |h| h.depth), t.depth]).sum();
+        stretch.depth = depth / (2 * PERIOD) as u32 * decode as u32;
+        let mut work = Table::default();
+        for (head, tail) in &blocks {
+            head.iter().for_each(|h| add(&mut work, &h.work));
+            add(&mut work, &tail.work);
+        }
+        // Twice the work of a pass in the middle of the answer: that of the passes walked, and as much more as the traffic.
+        let walked = (bytes(&wholes[0], Lane::Online) + bytes(&wholes[1], Lane::Online)) as f64;
+        let scale = bytes(&sum(&all, &last), Lane::Online) as f64 / walked;
+        work.iter_mut().flatten().flatten().for_each(|c| *c = c.scaled(scale));
+        stretch.work = work;
+    }
+    let layer_messages = layers.windows(2).map(|d| d[1] - d[0]).collect();
+    Ok(Walked { prefill, decode: stretch, end: control(false, 0, true), layer_messages })
+}
