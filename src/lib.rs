@@ -11,9 +11,10 @@
 //!   active deviation, model extraction through outputs, lengths and timing.
 //! - A PRF stream is taken once ([`prf`]); a value that may have left its range ends the request instead of giving a
 //!   wrong token ([`protocol::guard`]).
-//! - In this version the three parties are threads of one process: that demonstrates the protocol and isolates nothing.
+//! - Between hosts ([`deploy`]) every link is mutually authenticated TLS 1.3. In one process ([`generate::Local`]) the parties
+//!   are threads: that shows the protocol and isolates nothing.
 //!
-//! More in `docs/threat-model.md` and `docs/protocols.md` of the repository.
+//! More in `docs/threat-model.md`, `docs/protocols.md` and `docs/deployment.md` of the repository.
 //!
 //! # Shares
 //!
@@ -31,7 +32,7 @@
 //! ring            words of Z_2^k: fixed point, packing, matrix products, table folds
 //! share           what a party holds of a secret; local operations
 //! prf             streams shared by pairs of parties, taken once by address
-//! net             channels: tagged messages on two lanes; meter, simulated network
+//! net             channels: tagged messages on two lanes; memory, TLS; meter, simulated network
 //! session         one party's view: role, links, streams, passes, jobs
 //! protocol        one file per operation, each with its cost and privacy argument
 //! approx          tables for functions, with their errors
@@ -39,7 +40,7 @@
 //! model           Hugging Face checkpoints, float twin, calibration, preparation (in memory, on disk), the private model
 //! world           three connected parties in one process
 //! generate        requests: what each party does, and all three in one process
-//! deploy          three hosts: certificates, configuration
+//! deploy          three hosts: certificates, configuration, TLS, sessions, daemons, doctor
 //! predict         what a request will cost: traffic (exact), time and memory (estimates)
 //! ```
 //!

@@ -57,9 +57,11 @@ at client "$trefoil" init client --name Alice --owner $owner:$owner_port --helpe
 # 4: the owner prepares its model.
 at owner "$trefoil" prepare --model "$model" --out prep
 # What they exchange: certificates, and the public part of the model.
-cp "$work"/{owner,client}/certs/*.pem "$work/helper/certs/"
-cp "$work"/{helper,client}/certs/*.pem "$work/owner/certs/" 2> /dev/null || true
-cp "$work/owner/certs/owner.pem" "$work/helper/certs/helper.pem" "$work/client/certs/"
+for to in owner helper client; do
+    for from in owner helper client; do
+        [ $from = $to ] || cp "$work/$from/certs/$from.pem" "$work/$to/certs/"
+    done
+done
 mkdir "$work/client/prep" && cp -r "$work/owner/prep/public" "$work/client/prep/public"
 # 5-6: the two servers.
 at helper "$trefoil" party --config configs/helper.toml > "$work/helper.out" 2> "$work/helper.log" &

@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::deploy::init::{Addresses, text};
+use crate::deploy::init::{Choice, text};
 
 const OWNER: &str = r#"role = "owner"
 [tls]
@@ -215,7 +215,7 @@ proptest! {
 
     #[test]
     fn no_change_makes_it_panic(role in 0..3usize, at in any::<prop::sample::Index>(), cut in 0..20usize, put in "\\PC{0,12}") {
-        let mut text: Vec<char> = text(Role::ALL[role], Addresses::EXAMPLE).replace("\n# ", "\n").chars().collect();
+        let mut text: Vec<char> = text(Role::ALL[role], &Choice::example()).replace("\n# ", "\n").chars().collect();
         let at = at.index(text.len());
         text.splice(at..(at + cut).min(text.len()), put.chars());
         if let Err(e) = parse(&text.iter().collect::<String>()) {
