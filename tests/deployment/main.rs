@@ -4,5 +4,6 @@
 mod attacker;
 mod identities;
 mod intruders;
+mod memory;
 mod sessions;
 mod support;
