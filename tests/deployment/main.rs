@@ -2,7 +2,9 @@
 //! when somebody is wrong, hostile, slow or gone.
 
 mod attacker;
+mod crashes;
 mod identities;
 mod intruders;
+mod proxy;
 mod sessions;
 mod support;
