@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use std::io::Read;
 use std::path::Path;
 use std::process::{Child, Stdio};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use trefoil::party::Role;
@@ -21,11 +21,24 @@ const LONG: &str = "It was a bright morning and the little town by the river was
     the children ran to school, and an old dog slept in the sun. It was a bright morning";
 const TOKENS: usize = 16;
 /// The parties wait five seconds for each other, and tell the others within one more.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(30);
 const RECOVERY: Duration = Duration::from_secs(10);
 
 fn kills() -> usize {
     std::env::var("TREFOIL_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(1)
+}
+
+/// One of these tests at a time: what they measure should not be each other.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Starting a session is work on a busy machine; waiting for a peer that is gone is not.
+fn site() -> Site {
+    let mut site = Site::new();
+    site.limits = "timeout_s = 5\nhandshake_timeout_s = 10\nsessions = 16\n".into();
+    site
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -147,7 +160,10 @@ fn reach(phase: Phase, clients: &mut [Running]) {
     };
     while !reached(clients) {
         assert!(Instant::now() < deadline, "no client comes to {phase:?}");
-        assert!(!clients.iter_mut().all(Running::over), "the clients ended before {phase:?}");
+        if clients.iter_mut().all(Running::over) {
+            let why = String::from_utf8_lossy(&clients[0].complaint.lock().unwrap()).into_owned();
+            panic!("the clients ended before {phase:?}: {why}");
+        }
         std::thread::sleep(Duration::from_millis(2));
     }
 }
@@ -201,10 +217,7 @@ fn strike(trio: &mut Trio, victim: Role, phase: Phase, round: usize, tally: &mut
                 let named =
                     last.starts_with("error: ") && last.contains(&victim.to_string()) && last.contains("at step");
                 assert!(named && victim != Role::Client, "{victim} killed in {phase:?}: {complaint}");
-                tally.complaints.insert(
-                    last.split('(').next().unwrap_or_default().to_string()
-                        + last.rsplit("`: ").next().unwrap_or_default(),
-                );
+                tally.complaints.insert(last.rsplit("`: ").next().unwrap_or_default().to_string());
             }
         }
     }
@@ -258,8 +271,9 @@ fn report(phase: Phase, victim: Role, t: &Tally) {
 }
 
 fn in_session(phase: Phase) {
-    expected_text();
-    let mut trio = Trio::new();
+    (expected_text(), expected(4));
+    let _alone = alone();
+    let mut trio = Trio::at(site());
     for victim in Role::ALL {
         let mut tally = Tally::default();
         for round in 0..kills() {
@@ -283,7 +297,8 @@ fn killed_during_decode() {
 
 #[test]
 fn killed_while_the_helper_receives_its_half() {
-    expected_text();
+    (expected_text(), expected(4));
+    let _alone = alone();
     for victim in Role::ALL {
         let mut tally = Tally::default();
         let mut resumed = 0;
@@ -292,25 +307,29 @@ fn killed_while_the_helper_receives_its_half() {
         }
         report(Phase::Preparation, victim, &tally);
         eprintln!("{resumed} transfers went on where they had ended");
+        assert_eq!(resumed, if victim == Role::Client { 0 } else { tally.kills });
     }
 }
 
 /// A fresh Helper behind a slow network; whether a second transfer went on where the first one ended.
 fn preparing(victim: Role, round: usize, tally: &mut Tally) -> bool {
-    let site = Site::new();
+    let site = site();
     let any = "127.0.0.1:0";
     let helper = Party::start(&site.config("helper", Role::Helper, "helper", any, "", ""));
     let helper_config = site.config("helper", Role::Helper, "helper", &helper.address, "", "");
     let slow = Proxy::to(&helper.address);
-    slow.limit(4_000_000);
+    let manifest = std::fs::read(preparation().join("manifest.json")).unwrap();
+    let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
+    let bytes = manifest["half"]["bytes"].as_u64().unwrap();
+    slow.limit(bytes);
     let owner = Party::start(&site.config("owner", Role::Owner, "owner", any, "", &slow.address));
     let owner_config = site.config("owner", Role::Owner, "owner", &owner.address, "", &slow.address);
     let client = site.config("client", Role::Client, "client", "", &owner.address, &helper.address);
     let mut trio = Trio { site, owner, helper, client, owner_config, helper_config };
     let sending = |l: &serde_json::Value| l["message"] == "sending the model to the helper";
     trio.owner.wait("transfer", sending);
-    // In another place of the transfer each time.
-    let some = 300_000 + round as u64 * 211_000 % 3_000_000;
+    // In another place of the transfer each time, with some chunks through.
+    let some = bytes * (40 + round as u64 * 17 % 50) / 100;
     let deadline = Instant::now() + PATIENCE;
     while slow.forwarded() < some {
         assert!(Instant::now() < deadline, "the transfer stands still");
@@ -320,14 +339,6 @@ fn preparing(victim: Role, round: usize, tally: &mut Tally) -> bool {
     let first = |l: &serde_json::Value| sending(l) && l["from"].as_u64().is_some_and(|from| from > 0);
     let resumed = trio.owner.lines().iter().any(first);
     assert_ids_differ(&trio);
-    if std::env::var("DBG").is_ok() {
-        for l in trio.owner.log.lock().unwrap().iter() {
-            eprintln!("O {l}");
-        }
-        for l in trio.helper.log.lock().unwrap().iter() {
-            eprintln!("H {l}");
-        }
-    }
     resumed
 }
 
