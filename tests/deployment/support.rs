@@ -96,6 +96,11 @@ impl Party {
         }
     }
 
+    /// Entries of a directory of this process in /proc: `task`, `fd`.
+    pub fn entries(&self, directory: &str) -> usize {
+        std::fs::read_dir(format!("/proc/{}/{directory}", self.child.id())).unwrap().count()
+    }
+
     /// The kernel's figure for resident memory, in bytes.
     pub fn memory(&self, field: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
