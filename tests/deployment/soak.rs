@@ -35,10 +35,18 @@ fn daemons_do_not_grow() {
             eprintln!("after {:>4} sessions: owner {owner:.1} MB, helper {helper:.1} MB", i + 1);
         }
     }
+    // Side by side they take more, and give it back.
+    for _ in 0..(sessions / 12).min(8) {
+        let four: Vec<_> = (0..4).map(|_| trio.generate(&trio.client, 4)).collect();
+        std::thread::scope(|s| {
+            let four: Vec<_> = four.into_iter().map(|mut c| s.spawn(move || run(&mut c))).collect();
+            four.into_iter().for_each(|out| assert_eq!(tokens(&out.join().unwrap()), expected(4)));
+        });
+    }
     let after = [held(&trio.owner), held(&trio.helper)];
     for ((name, before), after) in ["owner", "helper"].iter().zip(before.unwrap()).zip(after) {
         eprintln!(
-            "{name}: {:.1} MB after {warm_up} sessions, {:.1} MB after {sessions}; {} and {} threads, {} and {} files",
+            "{name}: {:.1} MB after {warm_up} sessions, {:.1} MB after {sessions} and some at once; {} and {} threads, {} and {} files",
             before.memory as f64 / 1e6,
             after.memory as f64 / 1e6,
             before.threads,
