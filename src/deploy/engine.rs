@@ -99,6 +99,7 @@ pub(super) fn spawn(
             }
         }
         drop((session, links, connection));
+        super::release::freed_memory();
         drop(place);
     };
     thread.spawn(work).map(|_| ()).map_err(|e| Error::io("a session's thread", e))

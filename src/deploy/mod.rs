@@ -9,6 +9,7 @@ mod helper;
 pub mod init;
 mod owner;
 pub mod party;
+mod release;
 mod seen;
 pub mod tls;
 pub mod wire;

@@ -1,9 +1,13 @@
 //! The three parties as separate processes over mutual TLS: that they compute what one process computes, and what happens
 //! when somebody is wrong, hostile, slow or gone.
 
+mod addresses;
 mod attacker;
+mod crashes;
 mod identities;
 mod intruders;
 mod memory;
+mod proxy;
 mod sessions;
+mod soak;
 mod support;

@@ -80,6 +80,11 @@ impl Party {
         self.child.wait().unwrap();
     }
 
+    /// Whether it still runs.
+    pub fn alive(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
     pub fn wait_exit(&mut self, limit: Duration) -> std::process::ExitStatus {
         let deadline = Instant::now() + limit;
         loop {
@@ -89,6 +94,11 @@ impl Party {
             assert!(Instant::now() < deadline, "did not end: {:#?}", self.log.lock().unwrap());
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Entries of a directory of this process in /proc: `task`, `fd`.
+    pub fn entries(&self, directory: &str) -> usize {
+        std::fs::read_dir(format!("/proc/{}/{directory}", self.child.id())).unwrap().count()
     }
 
     /// The kernel's figure for resident memory, in bytes.
