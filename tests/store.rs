@@ -8,7 +8,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use tempfile::TempDir;
 use trefoil::error::{Error, PeerFault, Result};
-use trefoil::generate::{Client, Local, LocalOptions, helper, owner};
+use trefoil::generate::{Client, Grant, Local, LocalOptions, helper, owner};
 use trefoil::model::preparation::Options;
 use trefoil::model::secure::SecureModel;
 use trefoil::model::store::{ClientModel, HelperStore, OwnerPreparation, PublicManifest};
@@ -53,10 +53,11 @@ fn tokens(prep: &Path, store: &HelperStore, public: &Path, prompt: &[u32], max_n
     let world = World::new(Keys::fresh().unwrap(), &Setup::default());
     let mut client = Client::new(world.session(Role::Client), half, at_client.into_public());
     let model: Arc<SecureModel> = at_owner.model();
+    let grant = &Grant::all(Setup::default().timeout);
     std::thread::scope(|scope| {
         let (mut a, mut b) = (world.session(Role::Owner), world.session(Role::Helper));
-        let a = scope.spawn(move || owner(&mut a, &model).map(|_| ()));
-        let b = scope.spawn(move || helper(&mut b, &at_helper));
+        let a = scope.spawn(move || owner(&mut a, &model, grant).map(|_| ()));
+        let b = scope.spawn(move || helper(&mut b, &at_helper, grant));
         let out = client.generate(prompt, max_new, 0.0, 0, false, &mut |_| true).unwrap();
         client.finish().unwrap();
         a.join().unwrap().unwrap();

@@ -1,8 +1,9 @@
-//! `trefoil init`: a first configuration.
+//! `trefoil init`: a first configuration, and an identity.
 
 use std::path::PathBuf;
 
-use trefoil::deploy::init;
+use trefoil::deploy::certs::{Host, Request};
+use trefoil::deploy::init::{self, Choice};
 use trefoil::{Result, Role};
 
 /// Options of `trefoil init`.
@@ -14,7 +15,23 @@ pub struct Args {
     /// The file to write. Default: configs/ROLE.toml
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// Replace the file if it exists.
+    /// Where to listen (owner, helper). Default: every interface, port 7001 (owner) or 7002 (helper).
+    #[arg(long, value_name = "IP:PORT")]
+    listen: Option<String>,
+    /// Where the owner is dialled (client).
+    #[arg(long, value_name = "HOST:PORT")]
+    owner: Option<String>,
+    /// Where the helper is dialled (owner, client).
+    #[arg(long, value_name = "HOST:PORT")]
+    helper: Option<String>,
+    /// Also make a key and a self-signed certificate of this name, in certs/ beside configs/, for the peers to pin; and
+    /// trust the peers by their certificates certs/ROLE.pem instead of by an authority.
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Host in that certificate, as peers dial it (owner, helper); may be repeated.
+    #[arg(long = "host", value_name = "HOST", requires = "name")]
+    hosts: Vec<Host>,
+    /// Replace the configuration if it exists.
     #[arg(long)]
     force: bool,
 }
@@ -22,10 +39,26 @@ pub struct Args {
 /// Runs the command.
 ///
 /// # Errors
-/// If the file exists or cannot be written.
+/// If a file exists or cannot be written, or an address is none.
 pub fn run(a: &Args) -> Result<()> {
     let file = a.out.clone().unwrap_or_else(|| PathBuf::from(format!("configs/{}.toml", a.role)));
-    init::write(a.role, &file, a.force)?;
-    println!("wrote {}: set the addresses and paths in it to yours", file.display());
+    let example = Choice::example();
+    let choice = Choice {
+        listen: a.listen.clone(),
+        owner: a.owner.clone().unwrap_or(example.owner),
+        helper: a.helper.clone().unwrap_or(example.helper),
+        pinned: a.name.is_some(),
+    };
+    let request = a.name.as_deref().map(|name| Request::new(a.role, name, a.hosts.clone())).transpose()?;
+    init::write(a.role, &choice, &file, a.force)?;
+    println!("wrote {}: look through it", file.display());
+    if let Some(request) = request {
+        let (certificate, fingerprint) = init::identity(&request, &file)?;
+        println!("wrote {}: send it to the two peers, for their certs/", certificate.display());
+        println!("fingerprint {fingerprint}: to compare by another way than the file came");
+        println!("wrote its key beside it: it stays on this machine");
+        let peers = Role::ALL.into_iter().filter(|&r| r != a.role).map(|r| format!("certs/{r}.pem"));
+        println!("expects the peers' certificates as {}", peers.collect::<Vec<_>>().join(" and "));
+    }
     Ok(())
 }

@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 
 use super::config::Config;
 use super::engine::{self, Agreed, Peer};
-use super::party::{Served, Shared, refuse};
+use super::party::{Need, Served, Shared, refuse};
 use super::tls::Secured;
 use super::wire::{self, Digest, Go, Nonce, Refusal, Reply, SessionFacts};
 use crate::error::{Error, PeerFault, Result};
@@ -229,7 +229,6 @@ impl Helper {
 
     fn admit(&self, shared: &Arc<Shared>, p: &Pair) -> Result<(super::party::Place, Arc<Loaded>), Box<Denied>> {
         let denied = |why, fault| Box::new(Denied { why, fault });
-        let place = shared.place().map_err(|why| denied(why, None))?;
         let fresh = shared.seen.insert(&p.client_nonce).and_then(|a| Ok(a && shared.seen.insert(&p.owner_nonce)?));
         match fresh {
             Ok(true) => {}
@@ -252,6 +251,12 @@ impl Helper {
             let fault = why.fault();
             return Err(denied(why, Some(fault)));
         }
+        // Several preparations may be in memory.
+        let limits = shared.config.limits();
+        let of = |l: &Loaded| Need::of(Role::Helper, limits, l.model.config(), l.model.plan(), p.ahead_capacity);
+        let need = of(&loaded);
+        let models = lock(&self.loaded).values().map(|l| of(l).model).sum();
+        let place = shared.place(&Need { model: models, ..need }).map_err(|why| denied(why, None))?;
         Ok((place, loaded))
     }
 

@@ -2,33 +2,80 @@
 
 use std::fs::OpenOptions;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use super::certs::{CERTIFICATE_DAYS, Details, Fingerprint, Key, Request, Validity, now, write_new, write_private};
+use super::config::Config;
 use crate::error::{Error, Result};
 use crate::party::Role;
 
-/// The addresses that a configuration is written with.
-#[derive(Clone, Copy, Debug)]
-pub struct Addresses {
-    /// Interface that a server listens at.
-    pub listen: &'static str,
-    /// Host of the Owner.
-    pub owner: &'static str,
-    /// Host of the Helper.
-    pub helper: &'static str,
+/// What a configuration is written with.
+#[derive(Clone, Debug)]
+pub struct Choice {
+    /// Where a server listens, host and port.
+    pub listen: Option<String>,
+    /// Where the Owner is dialled.
+    pub owner: String,
+    /// Where the Helper is dialled.
+    pub helper: String,
+    /// Trust the peers' certificates themselves, instead of an authority that signed them.
+    pub pinned: bool,
 }
 
-impl Addresses {
+impl Choice {
     /// To be replaced by one's own.
-    pub const EXAMPLE: Addresses = Addresses { listen: "0.0.0.0", owner: "owner.example", helper: "helper.example" };
+    #[must_use]
+    pub fn example() -> Choice {
+        Choice { listen: None, owner: "owner.example:7001".into(), helper: "helper.example:7002".into(), pinned: false }
+    }
+
     /// All three on one machine, as in `configs/`.
-    pub const TRIAL: Addresses = Addresses { listen: "127.0.0.1", owner: "127.0.0.1", helper: "127.0.0.1" };
+    #[must_use]
+    pub fn trial(role: Role) -> Choice {
+        let (owner, helper) = ("127.0.0.1:7001".to_string(), "127.0.0.1:7002".to_string());
+        let listen = if role == Role::Helper { helper.clone() } else { owner.clone() };
+        Choice { listen: Some(listen), owner, helper, pinned: false }
+    }
+}
+
+/// Makes a key, readable by its owner only, and a certificate signed with it, for peers to pin: `certs/ROLE.key` and
+/// `certs/ROLE.pem` where the configuration `file` expects them. Returns the certificate's path and fingerprint.
+///
+/// # Errors
+/// [`Error::Config`] if they exist or the request is not possible; [`Error::Io`].
+pub fn identity(request: &Request, file: &Path) -> Result<(PathBuf, Fingerprint)> {
+    let certs = file.parent().unwrap_or(Path::new(".")).join("../certs");
+    std::fs::create_dir_all(&certs).map_err(|e| Error::io(certs.display().to_string(), e))?;
+    // Without the detour, for people to read.
+    let certs = certs.canonicalize().map_err(|e| Error::io(certs.display().to_string(), e))?;
+    let at = |extension: &str| certs.join(format!("{}.{extension}", request.role()));
+    let key = Key::generate()?;
+    let certificate = request.self_signed(&key, Validity::days(CERTIFICATE_DAYS, now()))?;
+    write_private(&at("key"), &key.pem())?;
+    write_new(&at("pem"), &certificate)?;
+    let details = Details::parse_pem(certificate.as_bytes())?;
+    let details = details.first().ok_or_else(|| Error::Internal("a certificate that is none".into()))?;
+    Ok((at("pem"), details.fingerprint))
 }
 
 /// The commented configuration of a role.
 #[must_use]
-pub fn text(role: Role, addresses: Addresses) -> String {
-    let Addresses { listen, owner, helper } = addresses;
+pub fn text(role: Role, choice: &Choice) -> String {
+    let Choice { owner, helper, .. } = choice;
+    let listen = choice.listen.clone().unwrap_or_else(|| {
+        let port = if role == Role::Helper { 7002 } else { 7001 };
+        format!("0.0.0.0:{port}")
+    });
+    let peers: Vec<String> =
+        Role::ALL.into_iter().filter(|&r| r != role).map(|r| format!("\"../certs/{r}.pem\"")).collect();
+    let trust = if choice.pinned {
+        format!(
+            "# ca = \"../certs/ca.pem\"\n# ... and peers whose certificates are in these files. With some pinned, ca may be left out.\npinned = [{}]",
+            peers.join(", ")
+        )
+    } else {
+        "ca = \"../certs/ca.pem\"\n# ... and peers whose certificates are in these files. With some pinned, ca may be left out.\n# pinned = []".into()
+    };
     let head = format!(
         r#"# Configuration of the {role}. Paths are relative to this file. Lines such as `# sessions = 8` show defaults.
 # It names files that hold keys and contains none, so it is no secret.
@@ -41,9 +88,7 @@ certificate = "../certs/{role}.pem"
 # The key of the certificate; only its owner may read it (mode 0600), and it never leaves this machine.
 key = "../certs/{role}.key"
 # Whom it trusts: peers whose certificates one of these authorities signed (one or more certificates in the file) ...
-ca = "../certs/ca.pem"
-# ... and peers whose certificates are in these files. With some pinned, ca may be left out.
-# pinned = []
+{trust}
 # Certificates not accepted any more, by the fingerprint that `trefoil certs show` prints: ["sha256:..."].
 # revoked = []
 "#
@@ -53,11 +98,11 @@ ca = "../certs/ca.pem"
             r#"
 [listen]
 # IP address and port that clients dial; 0.0.0.0 is every interface.
-address = "{listen}:7001"
+address = "{listen}"
 
 [peers]
 # The helper's host and port. The host has to be in the helper's certificate.
-helper = "{helper}:7002"
+helper = "{helper}"
 
 [model]
 # What `trefoil prepare --out DIR` wrote.
@@ -70,7 +115,7 @@ store = "../store/owner"
             r#"
 [listen]
 # IP address and port that the owner and clients dial; 0.0.0.0 is every interface.
-address = "{listen}:7002"
+address = "{listen}"
 
 [model]
 # The preparations it receives from the owner, and its state: the ids of sessions it has seen. No two parties may share it.
@@ -81,8 +126,8 @@ store = "../store/helper"
             r#"
 [peers]
 # Host and port of the two servers. The host has to be in the server's certificate.
-owner = "{owner}:7001"
-helper = "{helper}:7002"
+owner = "{owner}"
+helper = "{helper}"
 
 [model]
 # The public part of the model, as the owner hands it out: config.json, tokenizer.json and the public layers.
@@ -147,7 +192,10 @@ public = "../prep/public"
 ///
 /// # Errors
 /// [`Error::Config`] if the file exists; [`Error::Io`].
-pub fn write(role: Role, file: &Path, force: bool) -> Result<()> {
+pub fn write(role: Role, choice: &Choice, file: &Path, force: bool) -> Result<()> {
+    let text = text(role, choice);
+    // Addresses come from the command line: what is written must load.
+    Config::parse(&text, file)?;
     let io = |e| Error::io(file.display().to_string(), e);
     if let Some(directory) = file.parent() {
         std::fs::create_dir_all(directory).map_err(|e| Error::io(directory.display().to_string(), e))?;
@@ -164,29 +212,29 @@ pub fn write(role: Role, file: &Path, force: bool) -> Result<()> {
         }
         Err(e) => return Err(io(e)),
     };
-    out.write_all(text(role, Addresses::EXAMPLE).as_bytes()).map_err(io)
+    out.write_all(text.as_bytes()).map_err(io)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::deploy::config::{Config, Limits, LogFormat};
+    use crate::deploy::config::{Limits, LogFormat};
 
     #[test]
     fn what_it_writes_is_a_configuration_with_the_defaults() {
         let dir = tempfile::tempdir().unwrap();
         for role in Role::ALL {
             let file = dir.path().join("new").join(format!("{role}.toml"));
-            write(role, &file, false).unwrap();
+            write(role, &Choice::example(), &file, false).unwrap();
             let config = Config::load(&file).unwrap();
             assert_eq!((config.role(), config.limits()), (role, &Limits::default()));
             assert_eq!((config.log().format, config.log().level), (LogFormat::Text, tracing::Level::INFO));
 
             std::fs::write(&file, "mine").unwrap();
-            let refusal = write(role, &file, false).unwrap_err().to_string();
+            let refusal = write(role, &Choice::example(), &file, false).unwrap_err().to_string();
             assert!(refusal.contains("already exists"), "{refusal}");
             assert_eq!(std::fs::read_to_string(&file).unwrap(), "mine");
-            write(role, &file, true).unwrap();
+            write(role, &Choice::example(), &file, true).unwrap();
             assert!(Config::load(&file).is_ok());
         }
     }
@@ -195,7 +243,7 @@ mod tests {
     #[test]
     fn the_defaults_shown_are_the_defaults() {
         for role in Role::ALL {
-            let plain = text(role, Addresses::EXAMPLE);
+            let plain = text(role, &Choice::example());
             let shown: Vec<String> = plain
                 .lines()
                 .map(|line| match line.strip_prefix("# ") {
@@ -219,7 +267,7 @@ mod tests {
         for role in Role::ALL {
             let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("configs/{role}.toml"));
             let found = std::fs::read_to_string(&file).unwrap_or_default();
-            assert_eq!(found, text(role, Addresses::TRIAL), "{} differs from what init.rs writes", file.display());
+            assert_eq!(found, text(role, &Choice::trial(role)), "{} differs from what init.rs writes", file.display());
             assert_eq!(Config::load(&file).unwrap().role(), role);
         }
     }

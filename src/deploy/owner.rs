@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::config::{Address, Config, Party};
 use super::engine::{self, Agreed, Peer, SessionReport};
-use super::party::{Served, Shared, refuse, reply, unexpected};
+use super::party::{Need, Served, Shared, refuse, reply, unexpected};
 use super::tls::{self, Secured};
 use super::wire::{self, Digest, Go, Hello, Nonce, Refusal, Reply, SessionFacts};
 use crate::error::{Error, PeerFault, Result};
@@ -19,6 +19,7 @@ pub(super) struct Owner {
     preparation: Arc<OwnerPreparation>,
     manifest: Vec<u8>,
     agreed: Digest,
+    need: Need,
     helper: Address,
     /// Chunks of the Helper's half that it has; `u64::MAX` once it has all.
     sent: Arc<AtomicU64>,
@@ -34,7 +35,10 @@ impl Owner {
         let helper = helper.clone();
         let preparation = Arc::new(OwnerPreparation::open(preparation)?);
         let manifest = preparation.manifest().to_json()?;
-        Ok(Owner { agreed: wire::digest(&manifest), manifest, preparation, helper, sent: Arc::default() })
+        let (limits, model) = (config.limits(), preparation.model());
+        let need = Need::of(Role::Owner, limits, model.config(), model.plan(), limits.run_ahead_bytes as u64);
+        need.check(limits)?;
+        Ok(Owner { need, agreed: wire::digest(&manifest), manifest, preparation, helper, sent: Arc::default() })
     }
 
     pub fn preparation(&self) -> String {
@@ -72,7 +76,7 @@ impl Owner {
     /// A Client's session: pair up with the Helper, agree, hand over to the engine.
     pub async fn open_session(&self, shared: &Arc<Shared>, mut c: Secured, nonce: Nonce) -> Served {
         let step = "opening a session";
-        let place = match shared.place() {
+        let place = match shared.place(&self.need) {
             Ok(place) => place,
             Err(why) => return refuse(c, step, why).await,
         };

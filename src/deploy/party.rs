@@ -12,15 +12,17 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 
-use super::config::Config;
+use super::config::{Config, Limits};
 use super::helper::Helper;
 use super::owner::Owner;
 use super::seen::Seen;
 use super::tls::{self, Reloading, Secured};
 use super::wire::{self, Digest, ECHO_LIMIT, Echo, Hello, Refusal, Reply, Status};
 use crate::error::{Error, PeerFault, Result};
+use crate::model::ModelConfig;
 use crate::net::{Abort, Links};
 use crate::party::Role;
+use crate::plan::{Plan, memory};
 use crate::prf::AddressLog;
 
 /// What tests want of a party beyond its configuration.
@@ -28,6 +30,39 @@ use crate::prf::AddressLog;
 pub struct Options {
     /// Records every PRF address taken.
     pub addresses: Option<AddressLog>,
+}
+
+/// Memory by prediction ([`crate::plan::memory`]), in bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Need {
+    /// Of the model, whatever the sessions.
+    pub model: u64,
+    /// Of a session with the longest request that the configuration lets in.
+    pub session: u64,
+}
+
+impl Need {
+    pub fn of(role: Role, limits: &Limits, c: &ModelConfig, plan: &Plan, run_ahead: u64) -> Need {
+        let model = memory::model_bytes(role, c, plan);
+        let prefill = limits.prompt_tokens.clamp(1, plan.max_positions);
+        let session = memory::session_bytes(role, c, plan, prefill, plan.max_positions - prefill, run_ahead);
+        Need { model: model.weights + model.tables, session: session.total() }
+    }
+
+    /// Whether at least one session fits.
+    pub fn check(&self, limits: &Limits) -> Result<()> {
+        let (need, have) = (self.model + self.session, limits.memory_bytes);
+        if need <= have {
+            return Ok(());
+        }
+        let gb = |b: u64| b as f64 / 1e9;
+        Err(Error::Config(format!(
+            "[limits] memory_gb = {:.3}: the model takes {:.3} GB and a session up to {:.3} GB here; raise memory_gb, or lower prompt_tokens or run_ahead_mb, or prepare with a shorter --context",
+            gb(have),
+            gb(self.model),
+            gb(self.session)
+        )))
+    }
 }
 
 /// What all tasks of a party share.
@@ -39,6 +74,8 @@ pub(super) struct Shared {
     permits: Arc<Semaphore>,
     running: Mutex<BTreeMap<u64, Links>>,
     numbers: AtomicU64,
+    /// Bytes that the sessions now running may take.
+    taken: AtomicU64,
     waiting: Mutex<HashMap<Digest, (String, oneshot::Sender<Secured>)>>,
     draining: AtomicBool,
     part: Part,
@@ -61,10 +98,12 @@ pub(super) struct Place {
     _permit: OwnedSemaphorePermit,
     shared: Arc<Shared>,
     number: u64,
+    bytes: u64,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
+        self.shared.taken.fetch_sub(self.bytes, Ordering::Relaxed);
         lock(&self.shared.running).remove(&self.number);
     }
 }
@@ -81,15 +120,21 @@ impl Shared {
         self.config.limits().handshake_timeout
     }
 
-    /// A place for one more session.
-    pub fn place(self: &Arc<Self>) -> Result<Place, Refusal> {
+    /// A place for one more session, which needs as much memory as `need` says.
+    pub fn place(self: &Arc<Self>, need: &Need) -> Result<Place, Refusal> {
         if self.draining.load(Ordering::Relaxed) {
             return Err(Refusal::Draining);
         }
         let busy = Refusal::Busy { sessions: self.config.limits().sessions as u64 };
         let permit = Arc::clone(&self.permits).try_acquire_owned().map_err(|_| busy)?;
+        let bytes = need.session;
+        let before = self.taken.fetch_add(bytes, Ordering::Relaxed);
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
-        Ok(Place { _permit: permit, shared: Arc::clone(self), number })
+        let place = Place { _permit: permit, shared: Arc::clone(self), number, bytes };
+        if need.model.saturating_add(before).saturating_add(bytes) > self.config.limits().memory_bytes {
+            return Err(Refusal::Memory);
+        }
+        Ok(place)
     }
 
     /// The connection for the run-ahead lane of `session`, which the party with this certificate will open.
@@ -260,6 +305,7 @@ impl Daemon {
             options,
             running: Mutex::default(),
             numbers: AtomicU64::new(0),
+            taken: AtomicU64::new(0),
             waiting: Mutex::default(),
             draining: AtomicBool::new(false),
             part,

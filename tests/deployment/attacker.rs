@@ -36,12 +36,12 @@ async fn hear(c: &mut Secured) -> Result<Reply> {
 }
 
 /// Opens a session with this nonce; the Owner's answer if it is a refusal.
-pub fn open(config: &Path, nonce: Nonce) -> Result<Attacker, Reply> {
+pub fn open(config: &Path, nonce: Nonce) -> Result<Attacker, Box<Reply>> {
     open_with(config, nonce, None)
 }
 
 /// The same, with raw bytes to the Owner before the first frame: four bytes with their number, then they themselves.
-pub fn open_with(config: &Path, nonce: Nonce, raw: Option<&[u8]>) -> Result<Attacker, Reply> {
+pub fn open_with(config: &Path, nonce: Nonce, raw: Option<&[u8]>) -> Result<Attacker, Box<Reply>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let mut owner = dial(config, Role::Owner).await.unwrap();
@@ -50,7 +50,7 @@ pub fn open_with(config: &Path, nonce: Nonce, raw: Option<&[u8]>) -> Result<Atta
         say(&mut helper, &Hello::Join { nonce }).await.unwrap();
         let session = match hear(&mut owner).await.unwrap() {
             Reply::Welcome { session, .. } => session,
-            other => return Err(other),
+            other => return Err(Box::new(other)),
         };
         hear(&mut helper).await.unwrap();
         let go = wire::encode(&Go { session }).unwrap();
