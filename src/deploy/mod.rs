@@ -4,6 +4,7 @@
 pub mod certs;
 pub mod client;
 pub mod config;
+pub mod doctor;
 mod engine;
 mod helper;
 pub mod init;
