@@ -57,7 +57,7 @@ fn role_of(own: &Details, files: &Tls, role: Role) -> Option<Finding> {
         Some(r) if r == role => Finding::ok("certificate", found),
         Some(other) => Finding::fail(
             "certificate",
-            format!("{path} is the certificate of a {other}, and the configuration's role is {role}"),
+            format!("{path} is the {other}'s certificate, and the configuration's role is {role}"),
             format!("give the {role}'s certificate and key in [tls], or correct the role: somebody has swapped files"),
         ),
         None => Finding::fail(

@@ -19,6 +19,8 @@ use crate::party::Role;
 const ECHOES: usize = 21;
 /// What a first idea of the bandwidth is had from.
 const SAMPLE: u32 = 256 << 10;
+/// The longest status: a store of a thousand preparations.
+const STATUS_LIMIT: u32 = 64 << 10;
 /// The large echoes are left out where they would take longer than this: peers wait no longer than for a handshake.
 const PATIENCE_S: f64 = 1.5;
 /// Clock differences that certificates and logs suffer from.
@@ -156,7 +158,7 @@ struct Visit {
 
 async fn ask(c: &mut Secured) -> Result<Status> {
     c.send("probe", &wire::encode(&Hello::Probe)?).await?;
-    match reply(c, "probe", wire::SHORT.max(64 << 10)).await? {
+    match reply(c, "probe", STATUS_LIMIT).await? {
         Reply::Status(status) if status.clock.is_finite() => Ok(status),
         _ => Err(unexpected(c, "probe")),
     }

@@ -102,11 +102,15 @@ pub(super) fn processor() -> Vec<Finding> {
     vec![isa, cores]
 }
 
-/// `MemAvailable`, in bytes.
+/// Bytes that programs can still take: of the machine, or of the container that this is.
 pub(super) fn available() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    line.trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kb| kb.saturating_mul(1024))
+    let machine = line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()?.saturating_mul(1024);
+    let group = |name: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/memory.{name}")).ok()?.trim().parse().ok();
+    let container: Option<u64> =
+        group("max").zip(group("current")).map(|(max, now): (u64, u64)| max.saturating_sub(now));
+    Some(container.map_or(machine, |c| c.min(machine)))
 }
 
 /// Bytes for people.
