@@ -11,6 +11,8 @@ mod calibrate;
 mod certs;
 #[path = "cli/cost.rs"]
 mod cost;
+#[path = "cli/doctor.rs"]
+mod doctor;
 #[path = "cli/generate.rs"]
 mod generate;
 #[path = "cli/init.rs"]
@@ -44,6 +46,8 @@ enum Command {
     Calibrate(calibrate::Args),
     /// Predict messages, bytes, time and memory of a request without running it.
     Cost(cost::Args),
+    /// Find what keeps a party from serving, with a remedy for each finding; measure its links. Exit code 1 if anything fails.
+    Doctor(doctor::Args),
 }
 
 /// To standard output, at once. A pipe that nobody reads any more ends the output, not the generation's bookkeeping.
@@ -56,6 +60,7 @@ fn say(text: &str) -> Result<()> {
 }
 
 fn main() -> std::process::ExitCode {
+    trefoil::deploy::release::few_arenas();
     let result = match Cli::parse().command {
         Command::Generate(args) => generate::run(&args),
         Command::Party(args) => party::run(&args),
@@ -64,6 +69,12 @@ fn main() -> std::process::ExitCode {
         Command::Prepare(args) => prepare::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Cost(args) => cost::run(&args),
+        Command::Doctor(args) => match doctor::run(&args) {
+            Ok(true) => Ok(()),
+            // What fails is in the list.
+            Ok(false) => return std::process::ExitCode::FAILURE,
+            Err(error) => Err(error),
+        },
     };
     match result {
         Ok(()) => std::process::ExitCode::SUCCESS,

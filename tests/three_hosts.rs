@@ -19,7 +19,9 @@ fn the_readme_s_three_hosts() {
     assert!(said.contains("the same tokens as in one process"), "{said}");
     // The README and the script give the same commands.
     let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
-    for command in ["init owner --name", "init helper --name", "init client --name", "prepare --model", "party --config"] {
+    for command in
+        ["init owner --name", "init helper --name", "init client --name", "prepare --model", "party --config"]
+    {
         assert!(readme.contains(&format!("trefoil {command}")), "{command}");
     }
 }

@@ -4,12 +4,13 @@
 pub mod certs;
 pub mod client;
 pub mod config;
+pub mod doctor;
 mod engine;
 mod helper;
 pub mod init;
 mod owner;
 pub mod party;
-mod release;
+pub mod release;
 mod seen;
 pub mod tls;
 pub mod wire;

@@ -1,9 +1,9 @@
 //! Session ids and nonces seen before: a session is never repeated, not even across a restart.
 
 use std::collections::{HashSet, VecDeque};
-use std::fs::{File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -34,7 +34,9 @@ impl Seen {
     pub fn open(directory: &Path) -> Result<Seen> {
         let path = directory.join("sessions.seen");
         let failed = |e| Error::io(path.display().to_string(), e);
-        std::fs::create_dir_all(directory).map_err(|e| Error::io(directory.display().to_string(), e))?;
+        // The Helper's halves lie in the same directory.
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
+        made.map_err(|e| Error::io(directory.display().to_string(), e))?;
         let options = || {
             let mut o = OpenOptions::new();
             o.read(true).append(true).create(true).mode(0o600);

@@ -252,6 +252,35 @@ fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
     Ok(found)
 }
 
+fn read_roots(path: &Path) -> Result<Arc<RootCertStore>> {
+    let mut roots = RootCertStore::empty();
+    for ca in read_certificates(path)? {
+        roots.add(ca).map_err(|e| Error::Config(format!("{}: {e}", path.display())))?;
+    }
+    Ok(Arc::new(roots))
+}
+
+/// Whether the authorities in the file `ca` have signed the certificate of a `role` in the file `certificate`, as of Unix time
+/// `at`.
+///
+/// # Errors
+/// [`Error::Config`] naming the file that cannot be read.
+pub(super) fn issued(certificate: &Path, ca: &Path, role: Role, at: i64) -> Result<bool> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let (chain, roots) = (read_certificates(certificate)?, read_roots(ca)?);
+    let at = UnixTime::since_unix_epoch(Duration::from_secs(at.max(0).unsigned_abs()));
+    if role == Role::Client {
+        let built = WebPkiClientVerifier::builder_with_provider(roots, provider).build();
+        let clients = built.map_err(|e| Error::Config(format!("{}: {e}", ca.display())))?;
+        return Ok(clients.verify_client_cert(&chain[0], &chain[1..], at).is_ok());
+    }
+    let bad = |e| Error::Config(format!("{}: {e}", certificate.display()));
+    let leaf = ParsedCertificate::try_from(&chain[0]).map_err(bad)?;
+    let algorithms = provider.signature_verification_algorithms.all;
+    let found = rustls::client::verify_server_cert_signed_by_trust_anchor(&leaf, &roots, &chain[1..], at, algorithms);
+    Ok(found.is_ok())
+}
+
 impl Tls {
     /// Reads certificates and key of a party of role `role`.
     ///
@@ -272,16 +301,7 @@ impl Tls {
         let key = PrivateKeyDer::from_pem_slice(Key::load(&config.key)?.pem().as_bytes())
             .map_err(|e| Error::Config(format!("{}: no private key in PEM form ({e})", config.key.display())))?;
         let pinned = config.pinned.iter().map(|p| read_certificates(p)).collect::<Result<Vec<_>>>()?.concat();
-        let roots = match &config.ca {
-            None => None,
-            Some(path) => {
-                let mut roots = RootCertStore::empty();
-                for ca in read_certificates(path)? {
-                    roots.add(ca).map_err(|e| Error::Config(format!("{}: {e}", path.display())))?;
-                }
-                Some(Arc::new(roots))
-            }
-        };
+        let roots = config.ca.as_deref().map(read_roots).transpose()?;
         let internal = |e: &dyn fmt::Display| Error::Config(format!("[tls]: {e}"));
         let clients = match &roots {
             None => None,

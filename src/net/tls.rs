@@ -218,6 +218,11 @@ impl Decoder {
             }
             let len = self.length();
             let n = bytes.len().min(len - self.payload.len());
+            if self.payload.capacity() - self.payload.len() < n {
+                // Not doubled, as a vector does by itself: an eighth at a time is cheap as well, and hardly ahead of what came.
+                let room = (self.payload.len() / 8).max(FIRST_PIECE / 2).max(n);
+                self.payload.reserve_exact(room.min(len - self.payload.len()));
+            }
             self.payload.extend_from_slice(&bytes[..n]);
             bytes = &bytes[n..];
             if self.payload.len() < len {

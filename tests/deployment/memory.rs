@@ -104,7 +104,12 @@ fn peak_memory_is_as_predicted() {
     let mut check = |what: &str, preparation: &Path| {
         for (role, predicted, peak) in compare(preparation, 24) {
             let error = predicted as f64 / peak as f64 - 1.0;
-            println!("{what}, {role}: predicted {:.1} MB, peak {:.1} MB, {:+.0} %", predicted as f64 / 1e6, peak as f64 / 1e6, 100.0 * error);
+            println!(
+                "{what}, {role}: predicted {:.1} MB, peak {:.1} MB, {:+.0} %",
+                predicted as f64 / 1e6,
+                peak as f64 / 1e6,
+                100.0 * error
+            );
             if error.abs() > 0.2 {
                 wrong.push(format!("{what}, {role}: {:+.0} %", 100.0 * error));
             }
@@ -116,7 +121,11 @@ fn peak_memory_is_as_predicted() {
         let model = dir.path().join(format!("model{i}"));
         checkpoint(&model, shape);
         let prep = dir.path().join(format!("prep{i}"));
-        let out = run(trefoil().args(["prepare", "--private-layers", private, "--model"]).arg(&model).arg("--out").arg(&prep));
+        let out = run(trefoil()
+            .args(["prepare", "--private-layers", private, "--model"])
+            .arg(&model)
+            .arg("--out")
+            .arg(&prep));
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
         check(name, &prep);
     }
