@@ -135,7 +135,9 @@ fn layer(c: &ModelConfig, l: &super::LayerPlan, first: usize, tokens: usize) -> 
         + t * (2 * (q + 2 * kv) + 5 * q)
         + scores * (2 * columns + guard(a.score_proven, a.score_k) + 12)
         + t * m * (13 + guard(l.mlp.gate_proven, l.mlp.gate_k));
-    Layer { largest: codes.max(gate).max(exp).max(norm), held: 8 * words }
+    // What lives beside it: hidden states, projections and gated values of the layer.
+    let beside = 8 * t * (2 * m + 3 * h + 2 * q) * 10 / VECTORS;
+    Layer { largest: codes.max(gate).max(exp).max(norm) + beside, held: 8 * words }
 }
 
 /// Run-ahead bytes of one pass of `tokens` from `first` on, about: what linear layers, products and lookups send to the
