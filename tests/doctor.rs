@@ -106,10 +106,9 @@ impl Fake {
         })
     }
 
-    fn serve<F: Future<Output = ()> + Send>(each: impl Fn(tokio::net::TcpStream) -> F + Send + 'static) -> Fake
-    where
-        F: 'static,
-    {
+    fn serve<F: Future<Output = ()> + Send + 'static>(
+        each: impl Fn(tokio::net::TcpStream) -> F + Send + 'static,
+    ) -> Fake {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
         let address = listener.local_addr().unwrap().to_string();

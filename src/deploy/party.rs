@@ -17,7 +17,7 @@ use super::helper::Helper;
 use super::owner::Owner;
 use super::seen::Seen;
 use super::tls::{self, Reloading, Secured};
-use super::wire::{self, Digest, ECHO_LIMIT, Echo, Hello, Refusal, Reply, Status};
+use super::wire::{self, Digest, ECHO_LIMIT, Hello, Refusal, Reply, Status};
 use crate::error::{Error, PeerFault, Result};
 use crate::model::ModelConfig;
 use crate::net::{Abort, Links};
@@ -225,10 +225,10 @@ impl Shared {
                 Err(Error::Peer { kind: PeerFault::Closed, .. }) => return Ok(()),
                 Err(e) => return Err(e),
             };
-            let Some(echo) = wire::decode::<Echo>(&bytes).filter(|e| e.want <= ECHO_LIMIT) else {
+            let Some(want) = wire::echo_wanted(&bytes) else {
                 return refuse(c, "probe", Refusal::Malformed).await;
             };
-            c.send("probe", &vec![0; echo.want as usize]).await?;
+            c.send("probe", &vec![0; want as usize]).await?;
         }
         Ok(())
     }

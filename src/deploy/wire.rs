@@ -152,6 +152,14 @@ pub struct Echo {
 /// Bytes of an echo, each way.
 pub const ECHO_LIMIT: u32 = 8 << 20;
 
+/// How much an [`Echo`] wants back; `None` if it is none, or wants more than there is.
+#[must_use]
+pub fn echo_wanted(bytes: &[u8]) -> Option<u32> {
+    // Read as a pair, which is the same on the wire: the filler is not copied byte by byte, which would be measured too.
+    let ((want, _), rest) = postcard::take_from_bytes::<(u32, &[u8])>(bytes).ok()?;
+    (rest.is_empty() && want <= ECHO_LIMIT).then_some(want)
+}
+
 /// Why a party says no.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Refusal {

@@ -5,7 +5,7 @@ use std::path::Path;
 use proptest::prelude::*;
 use trefoil::deploy::certs::{Details, Fingerprint, Host};
 use trefoil::deploy::config::{Address, Config};
-use trefoil::deploy::init::{Addresses, text};
+use trefoil::deploy::init::{Choice, text};
 use trefoil::error::Error;
 use trefoil::party::Role;
 
@@ -27,7 +27,7 @@ fn parse(text: &str) -> Result<(), TestCaseError> {
 
 /// Every default written out, so that there is something to change.
 fn complete(role: Role) -> String {
-    let plain = text(role, Addresses::EXAMPLE);
+    let plain = text(role, &Choice::example());
     let lines = plain.lines().map(|line| match line.strip_prefix("# ") {
         Some(field) if field.contains(" = ") && !field.contains('`') => field,
         _ => line,
@@ -37,7 +37,8 @@ fn complete(role: Role) -> String {
 
 #[test]
 fn configuration() {
-    let good: Vec<String> = Role::ALL.iter().flat_map(|&role| [text(role, Addresses::TRIAL), complete(role)]).collect();
+    let good: Vec<String> =
+        Role::ALL.iter().flat_map(|&role| [text(role, &Choice::trial(role)), complete(role)]).collect();
     let mutated = (prop::sample::select(good), changes())
         .prop_map(|(text, changes)| String::from_utf8_lossy(&apply(text.as_bytes(), &changes)).into_owned());
     fuzz("configuration, mutated", &mutated, |text| parse(&text));

@@ -149,7 +149,8 @@ fn one_who_is_dialled() {
                 speak(tcp, &bytes, piece, false).await;
             };
             let (out, ()) = tokio::join!(tls::connect(&client, &address, Role::Owner, PATIENCE), server);
-            prop_assert!(matches!(out, Err(Error::Peer { role: Role::Owner, .. })));
+            let blamed = matches!(out, Err(Error::Peer { role: Role::Owner, .. }));
+            prop_assert!(blamed);
             prop_assert!(begun.elapsed() < IN_TIME);
             Ok(())
         })

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use trefoil::deploy::certs::{Authority, Details, Host, Key, Request, Validity, now};
-use trefoil::deploy::wire::{Echo, Go, Hello, Refusal, Reply, Status, decode, encode};
+use trefoil::deploy::wire::{ECHO_LIMIT, Echo, Go, Hello, Refusal, Reply, Status, decode, echo_wanted, encode};
 use trefoil::net::Abort;
 use trefoil::party::Role;
 
@@ -88,7 +88,8 @@ fn read<T: Serialize + DeserializeOwned + Debug>(bytes: &[u8]) -> Result<Option<
 fn all(bytes: &[u8]) -> Result<(), TestCaseError> {
     read::<Hello>(bytes)?;
     read::<Go>(bytes)?;
-    read::<Echo>(bytes)?;
+    let echo = read::<Echo>(bytes)?.map(|e| e.want).filter(|want| *want <= ECHO_LIMIT);
+    prop_assert_eq!(echo_wanted(bytes), echo);
     read::<Status>(bytes)?;
     if let Some(Reply::Refused(why)) = read::<Reply>(bytes)? {
         let said = why.fault().to_string();

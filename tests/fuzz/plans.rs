@@ -78,7 +78,7 @@ fn plan_check() {
         let chunks: u64 = (0..layout.chunks()).filter_map(|i| layout.chunk(i)).map(|c| c.bytes as u64).sum();
         prop_assert_eq!(chunks, layout.bytes());
         prop_assert!(table_bytes(&plan) < plan.layers.len().max(1) as u64 * (64 << 20));
-        if accepted.get() % 4 == 0 {
+        if accepted.get().is_multiple_of(4) {
             let parts = Prepared::helper(&config, &plan, &mut |n| Ok(vec![0; n]));
             let parts = parts.map_err(|e| TestCaseError::fail(e.to_string()))?;
             drop(SecureModel::new(config, plan, parts));

@@ -119,9 +119,10 @@ pub fn examine(path: &Path) -> Result<Diagnosis, Error> {
     out.findings.extend(machine::processor());
     out.findings.extend(machine::memory(&config, &model, met.own.as_ref()));
     out.findings.extend(machine::disk(&config, &model));
-    out.findings.extend(models::compare(&config, &model, &met));
+    let compared = models::compare(&config, &model, &met);
     out.findings.extend(model.findings);
     out.findings.extend(met.findings);
+    out.findings.extend(compared);
     out.links = met.links;
     match predicted::predict(&config, model.manifest.as_ref(), &out.links) {
         Ok(prediction) => out.prediction = prediction,

@@ -8,6 +8,7 @@ use super::links::Met;
 use super::machine::{available, gb};
 use super::{Finding, remedy};
 use crate::error::Result;
+use crate::model::TextCodec;
 use crate::model::store::{ClientModel, HelperStore, OwnerPreparation, PreparationId, PublicManifest};
 use crate::party::Role;
 use crate::plan::memory::model_bytes;
@@ -37,10 +38,16 @@ pub(super) fn examine(config: &Config) -> Model {
                 ))
             });
         }
-        Party::Client { public, .. } => model.one(Role::Client, public, |dir| {
-            let p = ClientModel::open(dir)?;
-            Ok(format!("{} at {}: public part {}, recomputed", p.manifest().id, dir.display(), p.public_hash()))
-        }),
+        Party::Client { public, .. } => {
+            model.one(Role::Client, public, |dir| {
+                let p = ClientModel::open(dir)?;
+                Ok(format!("{} at {}: public part {}, recomputed", p.manifest().id, dir.display(), p.public_hash()))
+            });
+            model.findings.push(match TextCodec::open(public) {
+                Ok(_) => Finding::ok("tokenizer", "can be read"),
+                Err(error) => Finding::fail("tokenizer", error.to_string(), advice(Role::Client)),
+            });
+        }
         Party::Helper { store, .. } => model.store(store),
     }
     model
