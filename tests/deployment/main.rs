@@ -3,10 +3,12 @@
 
 mod addresses;
 mod attacker;
+mod canary;
 mod crashes;
 mod identities;
 mod intruders;
 mod proxy;
+mod search;
 mod sessions;
 mod soak;
 mod support;
