@@ -80,7 +80,7 @@ impl Remote {
             let step = "agreeing on a session";
             let manifest = PublicManifest::parse(&welcome.manifest, "the owner's manifest")
                 .map_err(|_| owner.blame(step, PeerFault::Malformed("a manifest that is none")))?;
-            let seed = PreparationSeed::from_bytes(welcome.seed);
+            let seed = PreparationSeed::from_bytes(welcome.seed.0);
             let secure = model.secure_model(&manifest, &seed).map_err(|e| match e {
                 Error::Peer { kind, .. } => owner.blame(step, kind),
                 other => other,
@@ -189,7 +189,7 @@ fn owner_address(config: &Config) -> Result<&Address> {
 
 struct Welcome {
     manifest: Vec<u8>,
-    seed: [u8; 32],
+    seed: wire::Seed,
     ahead_capacity: u64,
     prompt_tokens: u64,
 }

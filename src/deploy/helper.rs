@@ -27,6 +27,8 @@ struct Loaded {
 /// A Client that has come for its session, or is awaited.
 struct Meeting {
     since: Instant,
+    /// The Client that waits here, by its certificate.
+    client: Option<String>,
     give: Option<oneshot::Sender<Secured>>,
     take: Option<oneshot::Receiver<Secured>>,
 }
@@ -59,6 +61,8 @@ struct Denied {
 const IN_MEMORY: usize = 2;
 /// Clients that wait for an Owner, at most.
 const MEETINGS: usize = 1024;
+/// Of these, with one certificate.
+const MEETINGS_OF_ONE: usize = 64;
 /// More run-ahead buffer than any Owner has.
 const MOST_AHEAD: u64 = 1 << 40;
 
@@ -126,27 +130,47 @@ impl Helper {
 
     /// The end of a meeting that `which` takes; whoever comes first makes it.
     fn meeting<T>(&self, nonce: &Nonce, which: impl FnOnce(&mut Meeting) -> Option<T>) -> Option<T> {
+        self.forget_old_meetings();
         let mut meetings = lock(&self.meetings);
-        meetings.retain(|_, m| m.since.elapsed() < 2 * self.patience);
         if meetings.len() >= MEETINGS && !meetings.contains_key(nonce) {
             return None;
         }
         let m = meetings.entry(*nonce).or_insert_with(|| {
             let (give, take) = oneshot::channel();
-            Meeting { since: Instant::now(), give: Some(give), take: Some(take) }
+            Meeting { since: Instant::now(), client: None, give: Some(give), take: Some(take) }
         });
         which(m)
     }
 
+    fn forget_old_meetings(&self) {
+        lock(&self.meetings).retain(|_, m| m.since.elapsed() < 2 * self.patience);
+    }
+
     /// A Client comes for its session. The Owner's task takes it from here.
-    pub async fn join(&self, c: Secured, nonce: Nonce) -> Served {
-        let Some(give) = self.meeting(&nonce, |m| m.give.take()) else {
+    pub async fn join(self: &Arc<Self>, c: Secured, nonce: Nonce) -> Served {
+        let fingerprint = c.peer.fingerprint.to_string();
+        // A Client that joins and joins, and never opens a session at the Owner, takes no more than its share.
+        let waiting = |m: &&Meeting| m.client.as_deref() == Some(&fingerprint) && m.take.is_some();
+        if lock(&self.meetings).values().filter(waiting).count() >= MEETINGS_OF_ONE {
+            return refuse(c, "joining a session", Refusal::Busy { sessions: MEETINGS_OF_ONE as u64 }).await;
+        }
+        let give = self.meeting(&nonce, |m| {
+            m.client = Some(fingerprint);
+            m.give.take()
+        });
+        let Some(give) = give else {
             let blamed = c.blame("joining a session", PeerFault::Replay);
             let _ = refuse(c, "joining a session", Refusal::Replay).await;
             return Err(blamed);
         };
         // If nobody waits any more, the connection closes.
         let _ = give.send(c);
+        // And if nobody ever comes, it closes as well: not only when the next one joins.
+        let helper = Arc::clone(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(2 * helper.patience).await;
+            helper.forget_old_meetings();
+        });
         Ok(())
     }
 

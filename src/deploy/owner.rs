@@ -106,7 +106,7 @@ impl Owner {
             helper_nonce,
             helper: online.peer.fingerprint.to_string(),
             manifest: self.manifest.clone(),
-            seed: self.preparation.seed().to_bytes(),
+            seed: wire::Seed(self.preparation.seed().to_bytes()),
             ahead_capacity: limits.run_ahead_bytes as u64,
             prompt_tokens: limits.prompt_tokens as u64,
             session,

@@ -3,7 +3,7 @@
 //! A session has its own connections, keys and threads. What happens to one of them, happens to no other.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -83,7 +83,7 @@ pub(super) struct Shared {
 
 enum Part {
     Owner(Owner),
-    Helper(Helper),
+    Helper(Arc<Helper>),
 }
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -218,8 +218,12 @@ impl Shared {
 
     async fn probe(&self, mut c: Secured) -> Served {
         c.send("probe", &wire::encode(&Reply::Status(self.status()))?).await?;
-        // As many echoes as a measurement needs, and no more work than that for whoever asks.
+        // As many echoes as a measurement needs, and no more work and time than that for whoever asks.
+        let begun = Instant::now();
         for _ in 0..256 {
+            if begun.elapsed() > PROBE {
+                break;
+            }
             let bytes = match c.recv("probe", ECHO_LIMIT + wire::SHORT).await {
                 Ok(bytes) => bytes,
                 Err(Error::Peer { kind: PeerFault::Closed, .. }) => return Ok(()),
@@ -267,6 +271,42 @@ pub struct Daemon {
 
 /// Connections that are not sessions yet.
 const HANDSHAKES: usize = 128;
+/// Of these, as many as one address may have: nobody keeps all others out by opening connections and saying nothing.
+const HANDSHAKES_FROM_ONE: usize = HANDSHAKES / 2;
+/// The longest that one probe is answered.
+const PROBE: Duration = Duration::from_secs(60);
+
+/// Connections by where they come from.
+#[derive(Clone, Default)]
+struct Doors(Arc<Mutex<HashMap<IpAddr, usize>>>);
+
+/// One of them; gone when dropped.
+struct Door(Doors, IpAddr);
+
+impl Doors {
+    /// One more from `address`, if it has not as many as one may have.
+    fn open(&self, address: IpAddr) -> Option<Door> {
+        let mut all = lock(&self.0);
+        let count = all.entry(address).or_default();
+        if *count >= HANDSHAKES_FROM_ONE {
+            return None;
+        }
+        *count += 1;
+        Some(Door(self.clone(), address))
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        let mut all = lock(&self.0.0);
+        if let Some(count) = all.get_mut(&self.1) {
+            *count -= 1;
+            if *count == 0 {
+                all.remove(&self.1);
+            }
+        }
+    }
+}
 
 impl Daemon {
     /// Starts the party that the file `path` configures.
@@ -285,7 +325,7 @@ impl Daemon {
         let seen = Seen::open(config.store().unwrap_or(Path::new(".")))?;
         let part = match config.role() {
             Role::Owner => Part::Owner(Owner::open(&config)?),
-            _ => Part::Helper(Helper::open(&config)?),
+            _ => Part::Helper(Arc::new(Helper::open(&config)?)),
         };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -371,7 +411,8 @@ impl Daemon {
 
     fn close_doors(&self) {
         self.shared.draining.store(true, Ordering::Relaxed);
-        self.stop.notify_waiters();
+        // Kept if the listener is busy just now.
+        self.stop.notify_one();
     }
 
     async fn empty(&self, limit: Duration) {
@@ -398,7 +439,8 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        self.stop.notify_waiters();
+        // Kept if the listener is busy just now.
+        self.stop.notify_one();
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
@@ -407,6 +449,7 @@ impl Drop for Daemon {
 
 async fn listen_on(listener: TcpListener, shared: Arc<Shared>, stop: Arc<Notify>) {
     let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
+    let doors = Doors::default();
     loop {
         let accepted = tokio::select! {
             () = stop.notified() => return,
@@ -421,7 +464,8 @@ async fn listen_on(listener: TcpListener, shared: Arc<Shared>, stop: Arc<Notify>
                 continue;
             }
         };
-        let Ok(permit) = Arc::clone(&handshakes).try_acquire_owned() else {
+        let permit = Arc::clone(&handshakes).try_acquire_owned().ok();
+        let Some(permit) = permit.and_then(|permit| Some((permit, doors.open(address.ip())?))) else {
             tracing::warn!(%address, "too many connections at once: dropped");
             continue;
         };

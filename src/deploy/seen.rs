@@ -70,7 +70,11 @@ impl Seen {
         if s.written >= 2 * KEEP {
             self.compact(&mut s)?;
         }
-        s.file.write_all(id).map_err(failed)?;
+        if let Err(e) = s.file.write_all(id) {
+            // Half an entry (a full disk) would shift all that come after it.
+            let _ = s.file.set_len(32 * s.written as u64);
+            return Err(failed(e));
+        }
         s.written += 1;
         s.known.insert(*id);
         s.order.push_back(*id);

@@ -12,6 +12,7 @@
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
+use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use super::tls::ALPN;
 use crate::error::{Error, PeerFault, Result};
@@ -66,6 +67,16 @@ pub enum Hello {
     Probe,
 }
 
+/// The preparation's seed on its way to a Client; never printed, wiped when dropped.
+#[derive(Serialize, Deserialize, Zeroize, ZeroizeOnDrop)]
+pub struct Seed(pub [u8; 32]);
+
+impl std::fmt::Debug for Seed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Seed(redacted)")
+    }
+}
+
 /// What the other one answers.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Reply {
@@ -82,7 +93,7 @@ pub enum Reply {
         /// The public manifest of the preparation, JSON.
         manifest: Vec<u8>,
         /// The preparation's seed.
-        seed: [u8; 32],
+        seed: Seed,
         /// Bytes that the Owner keeps of the Client's run-ahead.
         ahead_capacity: u64,
         /// The longest prompt that it takes.

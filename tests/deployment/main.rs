@@ -3,11 +3,13 @@
 
 mod addresses;
 mod attacker;
+mod canary;
 mod crashes;
 mod identities;
 mod intruders;
 mod memory;
 mod proxy;
+mod search;
 mod sessions;
 mod soak;
 mod support;

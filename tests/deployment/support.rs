@@ -29,9 +29,15 @@ pub struct Party {
 
 impl Party {
     pub fn start(config: &Path) -> Party {
+        Party::start_as(config, "json", &[])
+    }
+
+    /// With a log of this format, and this environment.
+    pub fn start_as(config: &Path, format: &str, environment: &[(&str, &str)]) -> Party {
         let mut child = trefoil()
-            .args(["party", "--log", "json", "--config"])
+            .args(["party", "--log", format, "--config"])
             .arg(config)
+            .envs(environment.iter().copied())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
