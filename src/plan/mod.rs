@@ -3,6 +3,8 @@
 pub mod cost;
 mod layer;
 mod ranges;
+#[cfg(test)]
+mod tests;
 
 pub use layer::{AttentionPlan, HeadPlan, LayerPlan, MlpPlan, NormPlan, Plan};
 pub use layer::{F, F_EXP, F_EXP_HI, F_EXP_LO, F_ROPE, FW};
