@@ -38,7 +38,7 @@ fn at_the_limit(w: &Weights, first: [bool; 3], part: f64) -> Weights {
     let mut w = w.clone();
     for i in 0..w.layers.len() {
         let place = format!("layer {i}");
-        for _ in 0..4 {
+        for _ in 0..2 {
             let now = rounding::losses(&w, i, false);
             let by = |names: [&str; 2], first: bool| {
                 let l = loss(&now, &place, names[usize::from(!first)]);
@@ -75,7 +75,7 @@ fn what_is_accepted_keeps_the_distribution() {
         assert!(rounding::check(&r, 0, true).is_err());
     }
     // What no other matrix can make up for: a smaller gate, head or embedding is another model, and keeps itself as well.
-    for (what, limit) in [("gate", 0.015), ("head", 0.01), ("embedding", 0.02)] {
+    for (what, limit) in [("gate", 0.015), ("head", 0.009), ("embedding", 0.015)] {
         let mut r = w.clone();
         let now = rounding::losses(&w, 0, true);
         let by = |l: &Loss| (0.97 * limit / l.all) as f32;

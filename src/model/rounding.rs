@@ -110,9 +110,8 @@ impl Loss {
     pub fn limit(&self) -> f64 {
         match self.matrix {
             "self_attn.q_proj" | "self_attn.k_proj" => 0.045,
-            "mlp.gate_proj" | "mlp.up_proj" => 0.015,
-            "mlp.down_proj" | "lm_head" => 0.01,
-            _ => 0.02,
+            "mlp.down_proj" | "lm_head" => 0.009,
+            _ => 0.015,
         }
     }
 }
