@@ -150,8 +150,17 @@ fn a_plan_and_a_proposal_are_the_same() {
         bos_id: None,
         eos_ids: Vec::new(),
     };
-    let bound =
-        LayerBounds { qk: 30.0, qk_raw: 30.0, v: 9.0, score: 200.0, attention: 20.0, gate: 30.0, up: 20.0, mlp: 90.0 };
+    let bound = LayerBounds {
+        qk: 30.0,
+        qk_raw: 30.0,
+        v: 9.0,
+        score: 200.0,
+        attention: 20.0,
+        gate: 30.0,
+        up: 20.0,
+        mlp: 90.0,
+        mlp_slope: 1.0,
+    };
     let range = LayerRanges {
         input_sum: (3.0, 400.0),
         post_sum: (3.0, 400.0),

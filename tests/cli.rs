@@ -68,11 +68,7 @@ fn one_json_object_with_all_the_figures() {
     assert!(r["prefill_ms"].as_f64().unwrap() > 0.0);
     let (median, p95) = (r["decode_ms"]["median"].as_f64().unwrap(), r["decode_ms"]["p95"].as_f64().unwrap());
     assert!(median > 0.0 && p95 >= median);
-    assert!(
-        (4..=60).contains(&r["messages_per_private_layer"].as_u64().unwrap()),
-        "{}",
-        r["messages_per_private_layer"]
-    );
+    assert_eq!(r["messages_per_private_layer"], 38);
     let links = r["links"].as_object().unwrap();
     let mut names: Vec<&str> = links.keys().map(String::as_str).collect();
     names.sort_unstable();
@@ -139,6 +135,7 @@ fn options_that_work() {
         "7",
         "--json",
     ]);
+    // Positions 1 to 6 are the prompt's and 7 the first new token's; nothing follows the second, which needs none.
     assert_eq!(huge["tokens"].as_array().unwrap().len(), 2);
 }
 
@@ -164,7 +161,7 @@ fn options_that_cannot_be() {
     for t in ["-1", "4.1", "NaN", "inf", "hot"] {
         refused(&quill(), &with(&[Box::leak(format!("--temperature={t}").into_boxed_str())]), &["temperature"]);
     }
-    for net in ["fast", "1", "1,0", "-1,1", "nan,1", "1,inf", "", "lan,wan"] {
+    for net in ["fast", "1", "1,0", "-1,1", "nan,1", "1,inf", "1,1e-300", "1,9e-7", "", "lan,wan"] {
         refused(&quill(), &with(&[Box::leak(format!("--net={net}").into_boxed_str())]), &["--net"]);
     }
     refused(&quill(), &["--prompt", "It was", "--max-new-tokens", "0"], &["max-new-tokens"]);
@@ -180,6 +177,45 @@ fn options_that_cannot_be() {
     std::fs::write(&binary, [0xff, 0xfe, 0x00]).unwrap();
     let binary = Box::leak(binary.display().to_string().into_boxed_str());
     refused(&quill(), &with(&["--calibration-text", binary]), &["--calibration-text", "UTF-8"]);
+}
+
+#[test]
+fn files_and_bases_that_cannot_be() {
+    let with = |more: &[&'static str]| SHORT.iter().copied().chain(more.iter().copied()).collect::<Vec<_>>();
+    let dir = tempfile::tempdir().unwrap();
+    let large = dir.path().join("large");
+    // Sparse: 65 MB of nothing.
+    std::fs::File::create(&large).unwrap().set_len(65 << 20).unwrap();
+    let large = Box::leak(large.display().to_string().into_boxed_str());
+    refused(&quill(), &with(&["--calibration-text", large]), &["--calibration-text", "longer than"]);
+    for not_a_file in ["/dev/zero", "/"] {
+        refused(&quill(), &with(&["--calibration-text", not_a_file]), &["--calibration-text", "regular file"]);
+    }
+    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/llama-plain");
+    refused(&quill(), &with(&["--base", fixture]), &["--base", "hidden_size is 32", "192"]);
+    refused(
+        &quill(),
+        &with(&["--base", concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/qwen3-qknorm")]),
+        &["--base", "Qwen3"],
+    );
+}
+
+#[test]
+fn a_base_with_another_norm_leaves_the_head_private_and_says_so() {
+    let quiet = good(&[&SHORT[..], &["--json", "--base", quill().to_str().unwrap()]].concat());
+    assert_eq!(quiet["private_head"], false);
+    let base = copy();
+    let path = base.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let at = 8 + length + header["model.norm.weight"]["data_offsets"][0].as_u64().unwrap() as usize;
+    bytes[at] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let out = generate(&quill(), &[&SHORT[..], &["--json", "--base", base.path().to_str().unwrap()]].concat());
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success() && stderr.contains("warning: final norm and head"), "{stderr}");
+    assert_eq!(serde_json::from_slice::<Value>(&out.stdout).unwrap()["private_head"], true);
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod layer;
 
 use layer::{Layer, Measured, shape};
 use trefoil::Role;
+use trefoil::model::{Arch, ModelConfig};
 use trefoil::net::FRAME_HEADER;
 use trefoil::world::Setup;
 
@@ -46,6 +47,33 @@ fn a_whole_layer_costs_what_it_declares() {
     let m = layer.run(20, &[1, 1, 1]);
     declared_is_metered(&m, &[(64, k); 3]);
     assert!(m.depth <= 40, "{} messages in sequence", m.depth);
+}
+
+/// Llama: 38. A norm on queries and keys adds 8, or 6 where its output's ring is wide enough for the scores, so that the two need
+/// no lift.
+#[test]
+fn messages_in_sequence_by_architecture() {
+    let layer = Layer::new(shape("tiny", 40), Setup::default());
+    assert_eq!(layer.run(20, &[1]).depth, 38, "Llama");
+    for (heads, head_dim) in [(4, 16), (4, 64), (2, 128)] {
+        let qwen3 = ModelConfig {
+            arch: Arch::Qwen3,
+            num_heads: heads,
+            num_kv_heads: heads / 2,
+            head_dim,
+            qk_norm: true,
+            ..shape("tiny", 40)
+        };
+        let layer = Layer::new(qwen3, Setup::default());
+        let a = &layer.plan().layers[0].attention;
+        let n = a.qk_norm.as_ref().unwrap();
+        // Ring after gain, rotation and the step to the scores' 10 fraction bits; the scores' product has 8 bits more.
+        let no_lift = 64 - n.f_gain - 22 >= a.score_proven + 8;
+        let depth = layer.run(20, &[1]).depth;
+        eprintln!("Qwen3, head dimension {head_dim}: {depth} messages in sequence");
+        // Values are lifted all the same, unless theirs is wide enough too: beside the norm, off the critical path.
+        assert_eq!(depth, if no_lift { 44 } else { 46 }, "head dimension {head_dim}: {a:?}");
+    }
 }
 
 #[test]

@@ -141,6 +141,7 @@ fn a_large_model_in_seconds() {
         gate: 50.0,
         up: 40.0,
         mlp: 900.0,
+        mlp_slope: 1.0,
     };
     let range = |i: usize| LayerRanges {
         input_sum: (2.0, 4000.0 * (i + 1) as f64),

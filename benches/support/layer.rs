@@ -92,8 +92,8 @@ impl Layer {
         let mut weights = Weights::random(config.clone(), 7).unwrap();
         // A residual stream as in the middle of a model, not the tiny one of an initial embedding.
         weights.embed *= 25.0;
-        let ranges = calibrate::ranges(&weights, 0, &calibrate::inputs(&config, None));
-        let bounds = calibrate::bounds(&weights, 0);
+        let ranges = calibrate::ranges(&weights, 0, &calibrate::inputs(&config, config.max_positions, None));
+        let bounds = calibrate::bounds(&weights, 0).unwrap();
         let plan: Plan = plan(&config, 0, false, &bounds, &ranges).unwrap();
         let seed = PreparationSeed::from_bytes([3; 32]);
         let owner = Prepared::owner(&weights, &plan, &seed).unwrap();

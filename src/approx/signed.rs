@@ -133,6 +133,16 @@ mod tests {
         }
     }
 
+    /// The windows of the plan (`plan/layer.rs`): rows an eighth wide, a quarter at 21 bits.
+    #[test]
+    fn the_gates_windows() {
+        for (k, lo_bits, limit) in [(16, 9, 2e-3), (18, 9, 2e-3), (20, 9, 2e-3), (21, 10, 7.9e-3)] {
+            let table = SignedTable::activation(Activation::Silu, k, 12, 0, lo_bits, k - lo_bits);
+            let worst = worst(&table, Activation::Silu, 12);
+            assert!(worst <= limit && table.max_error <= limit && worst > 0.4 * limit, "{k}: {worst}");
+        }
+    }
+
     #[test]
     fn below_the_safe_range_lies_the_alias() {
         let table = SignedTable::activation(Activation::Silu, 18, 12, 0, 9, 9);

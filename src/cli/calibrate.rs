@@ -87,7 +87,7 @@ pub fn run(a: &Args) -> Result<()> {
     let mut windows: Vec<Vec<u32>> = ids.chunks(context).map(<[u32]>::to_vec).collect();
     let count = windows.len();
     // As a preparation does: pseudorandom tokens stress a model as prose does not.
-    windows.push(calibrate::stress(&config));
+    windows.push(calibrate::stress(&config, context));
     let bar =
         if a.json { ProgressBar::hidden() } else { ProgressBar::new(windows.iter().map(|w| w.len() as u64).sum()) };
     if let Ok(style) = ProgressStyle::with_template("calibrating {bar:30} {pos}/{len} tokens, {eta} left") {
@@ -95,7 +95,7 @@ pub fn run(a: &Args) -> Result<()> {
     }
     let ranges = calibrate::ranges_watched(&weights, first, &windows, &mut |n| bar.inc(n as u64));
     bar.finish_and_clear();
-    let bounds = calibrate::bounds(&weights, first);
+    let bounds = calibrate::bounds(&weights, first)?;
     let proposed = propose(&config, first, private_embedding, &bounds, &ranges);
     let mut warnings = Vec::new();
     if ids.len() < 2 * context {

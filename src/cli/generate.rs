@@ -11,7 +11,7 @@ use trefoil::deploy::party::Options;
 use trefoil::error::{Error, Result};
 use trefoil::generate::{Check, Generation, LinkReport, Local, LocalOptions, Stop, check};
 use trefoil::model::preparation::parse_private_layers;
-use trefoil::model::{Checkpoint, TextCodec, TextStream, Weights};
+use trefoil::model::{Checkpoint, TextCodec, TextStream, Weights, calibrate};
 use trefoil::net::shape::Profile;
 use trefoil::plan::{MAX_TEMPERATURE, Plan};
 
@@ -47,10 +47,12 @@ pub struct Args {
     /// Simulated network: none, lan (0.1 ms, 16 Gbit/s), wan (20 ms, 0.4 Gbit/s), or RTT_MS,GBPS. Round-trip figures.
     #[arg(long, default_value = "none")]
     net: String,
-    /// Limit on prompt and answer together, below the model's own (shorter is cheaper).
+    /// Limit on positions, below the model's own (shorter is cheaper): prompt and answer together, but for the answer's last
+    /// token, which needs none. A prompt of N tokens can so have an answer of TOKENS - N + 1.
     #[arg(long, value_name = "TOKENS")]
     context: Option<usize>,
-    /// Text like the prompts to come: fixed-point ranges are calibrated on it, instead of on a built-in text.
+    /// Text like the prompts to come (UTF-8, at most 64 MB; the beginning is read): fixed-point ranges are calibrated on it,
+    /// instead of on a built-in text.
     #[arg(long, value_name = "FILE")]
     calibration_text: Option<PathBuf>,
     /// Print one JSON object at the end instead of streaming text.
@@ -276,17 +278,22 @@ fn local(a: &Args) -> Result<Report> {
         )));
     }
     let mut options = LocalOptions::new(private_layers).net(profile);
-    options.max_positions = Some(limit.min(prompt.len().saturating_add(a.max_new_tokens)));
+    // Nothing of the request: the plan is the model's, and tells nobody how long a prompt is.
+    options.max_positions = a.context;
     options.base = a.base.clone();
     if let Some(file) = &a.calibration_text {
-        let text = std::fs::read_to_string(file)
-            .map_err(|e| Error::io(format!("--calibration-text {}", file.display()), e))?;
-        options.calibration_text = Some(text);
+        options.calibration_text = Some(calibrate::read_text(file)?);
     }
     if !a.json {
         eprintln!("preparing {} (calibration, fixed point, shares of the weights) ...", a.model.display());
     }
     let mut local = Local::open(&a.model, options)?;
+    if let (Some(base), false) = (&a.base, local.plan().head.public) {
+        eprintln!(
+            "warning: final norm and head are not those of --base {}, bit for bit: they stay private",
+            base.display()
+        );
+    }
     let mut speaker = Speaker::new(a, codec, &prompt, &config.eos_ids)?;
     speaker.begin(&a.prompt)?;
     let out = local.generate(&prompt, a.max_new_tokens, a.temperature, a.seed, a.check, &mut |id| speaker.token(id));

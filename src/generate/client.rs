@@ -76,17 +76,18 @@ impl Client {
         open_logits: bool,
         on_token: &mut dyn FnMut(u32) -> bool,
     ) -> Result<Generation> {
-        let context = self.model.plan().max_positions;
         if prompt.is_empty() {
             return Err(Error::Config("the prompt is empty: give at least one token of text".into()));
         }
         if max_new == 0 {
             return Err(Error::Config("nothing to generate: ask for at least one token".into()));
         }
-        if prompt.len() > context {
+        let longest = self.model.plan().longest_answer(prompt.len());
+        if longest == 0 {
             return Err(Error::Config(format!(
-                "the prompt has {} tokens, but the model's context is {context}: shorten the prompt",
-                prompt.len()
+                "the prompt has {} tokens, but the model's context is {}: shorten the prompt",
+                prompt.len(),
+                self.model.plan().max_positions
             )));
         }
         if !(0.0..=crate::plan::MAX_TEMPERATURE).contains(&temperature) {
@@ -96,7 +97,7 @@ impl Client {
             )));
         }
         self.model.config().check_ids(prompt)?;
-        let max_new = max_new.min(context - prompt.len() + 1);
+        let max_new = max_new.min(longest);
         let r = Request {
             first_pass: self.next_pass,
             prompt: prompt.len() as u32,

@@ -30,7 +30,7 @@ use crate::world::{Keys, Setup, World, first_cause};
 pub struct LocalOptions {
     /// Private layers; `None` is all of them and the embedding.
     pub private_layers: Option<usize>,
-    /// Limit on prompt and answer together; shortens the model's own context.
+    /// Limit on positions: prompt and answer together, but for the answer's last token. Shortens the model's own context.
     pub max_positions: Option<usize>,
     /// The public base: where its final norm and head are this model's bit for bit, they are public.
     pub base: Option<PathBuf>,

@@ -50,6 +50,11 @@ const REQUEST_BYTES: usize = 33;
 const WALKED_BYTES: usize = 8;
 
 impl Request {
+    /// Positions that it may compute: the answer's last token needs none.
+    fn positions(&self) -> usize {
+        (self.prompt as usize).saturating_add(self.max_new as usize).saturating_sub(1)
+    }
+
     fn encode(&self) -> Vec<u8> {
         let mut b = self.first_pass.to_le_bytes().to_vec();
         b.extend(self.prompt.to_le_bytes());
@@ -84,8 +89,8 @@ impl Request {
         if r.prompt == 0 {
             return Ok(r);
         }
-        let positions = u64::from(r.prompt) + u64::from(r.max_new);
-        if bytes[16] > 1 || r.max_new == 0 || positions > model.plan().max_positions as u64 + 1 {
+        let longest = model.plan().longest_answer(r.prompt as usize);
+        if bytes[16] > 1 || r.max_new == 0 || r.max_new as usize > longest {
             return Err(bad("a request beyond the model's context"));
         }
         if r.prompt as usize > grant.prompt {
@@ -135,7 +140,7 @@ fn walk(
     ports: Option<&ClientPorts>,
     stop: &AtomicBool,
 ) -> Result<u64> {
-    let mut cache = model.cache((r.prompt + r.max_new) as usize);
+    let mut cache = model.cache(r.positions());
     let jobs = s.jobs();
     let mut walked = 0u64;
     let mut batch = vec![r.prompt as usize];

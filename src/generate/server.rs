@@ -60,7 +60,7 @@ pub fn owner(s: &mut Session, model: &SecureModel, grant: &Grant) -> Result<Owne
         if r.prompt == 0 {
             break;
         }
-        let mut cache = model.cache((r.prompt + r.max_new) as usize);
+        let mut cache = model.cache(r.positions());
         let mut noise = Gumbel::new(r.seed, r.temperature);
         let mut used = 0;
         while used < u64::from(r.max_new) {

@@ -1,17 +1,41 @@
 //! Bounds and ranges of a checkpoint: what its weights prove for every input, and what the float twin shows over text.
 
+use std::path::Path;
+
 use ndarray::{Array1, Array2, ArrayView2, ArrayView3, s};
 
 use super::float::{self, FloatCache};
 use super::observe::{Norm, Observer};
-use super::{LayerWeights, Linear, ModelConfig, Weights};
-use crate::plan::{Bounds, LayerBounds, LayerRanges, Ranges};
+use super::secure::F_QK;
+use super::{LayerWeights, Linear, ModelConfig, Weights, files, rounding};
+use crate::error::{Error, Result};
+use crate::plan::{Bounds, F, LayerBounds, LayerRanges, Ranges};
 
 /// Text that calibration reads when the provider gives none: prose, dialogue, numbers, code.
 pub const DEFAULT_TEXT: &str = include_str!("calibration.txt");
 
-/// Slack for rounding of weights and of the norm.
+/// Slack for the f32 arithmetic of these bounds.
 const SLACK: f64 = 1.01;
+
+/// How far the norm's fixed-point output may exceed `sqrt(n)`, as a factor. `1/rms` is a line per row of a table, whose error is at
+/// most 4.5e-4. Its columns are rounded to half a unit, the slope's half taken up to 126 times; the plan leaves 13 bits
+/// to `1/rms`, so that these 63.5 units are at most 7.8e-3 of it. The truncation of each of `n` outputs by less than 2^-12 adds
+/// less than `2^-12 sqrt(n)` to the norm: 2.5e-4. Together below 8.5e-3.
+const NORM: f64 = 1.01;
+
+/// A unit in the last place of activations: what a truncation may add.
+const ULP: f64 = 1.0 / (1u64 << F) as f64;
+
+/// A unit in the last place of queries and keys in the scores' product.
+const QK_ULP: f64 = 1.0 / (1u64 << F_QK) as f64;
+
+/// The rotation's sines and cosines have 8 fraction bits: each is off by at most 2^-9, the length of a rotated pair by a factor
+/// of at most `1 + sqrt(2) 2^-9`.
+const ROTATION: f64 = 1.003;
+
+/// A softmax weight sum `sum e_i / sum e_i` as the engine normalises it, its reciprocal's constant not counted, which depends on the
+/// plan: the reciprocal's table errs by at most 1.1e-3, its slope's rounding moves it by at most `2 / 32`.
+const SOFTMAX: f64 = 1.065;
 
 /// An upper bound of the spectral norm: the Frobenius norm of a power of the Gram matrix.
 #[must_use]
@@ -49,79 +73,92 @@ fn bias_at(l: &Linear, i: usize) -> f64 {
 }
 
 /// Largest output element for inputs of norm `radius`.
-fn largest(w: ArrayView2<'_, f32>, l: &Linear, radius: f64) -> f64 {
-    row_norm(w).iter().enumerate().fold(0.0, |m: f64, (i, n)| m.max(n * radius * SLACK + bias_at(l, i)))
+fn largest(l: &Linear, radius: f64) -> f64 {
+    row_norm(l.w.view()).iter().enumerate().fold(0.0, |m: f64, (i, n)| m.max(n * radius * SLACK + bias_at(l, i))) + ULP
 }
 
 /// Bound of the norm of each head's output.
-fn head_norms(w: &Array2<f32>, l: &Linear, dim: usize, radius: f64) -> Vec<f64> {
-    (0..w.nrows() / dim)
+fn head_norms(l: &Linear, dim: usize, radius: f64) -> Vec<f64> {
+    (0..l.w.nrows() / dim)
         .map(|h| {
             let bias = (0..dim).map(|i| bias_at(l, h * dim + i).powi(2)).sum::<f64>().sqrt();
-            spectral_bound(w.slice(s![h * dim..(h + 1) * dim, ..])) * radius + bias
+            let rounding = (dim as f64).sqrt() * ULP;
+            spectral_bound(l.w.slice(s![h * dim..(h + 1) * dim, ..])) * radius + bias + rounding
         })
         .collect()
 }
 
+/// `l` as it is multiplied ([`rounding::layer`]): gains folded in, rounded.
 fn layer_bounds(c: &ModelConfig, l: &LayerWeights) -> LayerBounds {
-    let radius = (c.hidden_size as f64).sqrt() * SLACK;
+    let radius = (c.hidden_size as f64).sqrt() * NORM;
     let (dim, scale) = (c.head_dim, (c.head_dim as f64).sqrt());
-    let [q, k, v] = [&l.q, &l.k, &l.v].map(|m| folded(&m.w, &l.input_norm));
-    let qk_raw = largest(q.view(), &l.q, radius).max(largest(k.view(), &l.k, radius));
+    let largest_qk = largest(&l.q, radius).max(largest(&l.k, radius));
     let gain = |g: &Option<Array1<f32>>| g.as_ref().map(|g| g.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs()))));
     let (qk, qn, kn) = if let (Some(a), Some(b)) = (gain(&l.q_norm), gain(&l.k_norm)) {
-        // After its norm a head has norm sqrt(dim) before the gain.
-        let one = |g: f64, heads| vec![g * scale * SLACK; heads];
-        (a.max(b) * scale * SLACK, one(a, c.num_heads), one(b, c.num_kv_heads))
+        // After its norm a head has norm sqrt(dim) before the gain, which is not truncated before the rotation.
+        let one = |g: f64, heads| vec![g * scale * NORM; heads];
+        (a.max(b) * scale * NORM, one(a, c.num_heads), one(b, c.num_kv_heads))
     } else {
-        (qk_raw, head_norms(&q, &l.q, dim, radius), head_norms(&k, &l.k, dim, radius))
+        (largest_qk, head_norms(&l.q, dim, radius), head_norms(&l.k, dim, radius))
     };
     let group = c.num_heads / c.num_kv_heads;
-    let score = qn.iter().enumerate().fold(0.0f64, |m, (h, q)| m.max(q * kn[h / group] / scale));
-    let v_norms = head_norms(&v, &l.v, dim, radius);
+    // Rotated, and truncated to the fraction bits of the scores' product.
+    let rotated = |norm: f64| norm * ROTATION + scale * QK_ULP;
+    let score = qn.iter().enumerate().fold(0.0f64, |m, (h, q)| m.max(rotated(*q) * rotated(kn[h / group])));
+    let v_norms = head_norms(&l.v, dim, radius);
     let context = (0..c.num_heads).map(|h| v_norms[h / group].powi(2)).sum::<f64>().sqrt();
-    let [g, u] = [&l.gate, &l.up].map(|m| folded(&m.w, &l.post_norm));
-    let (gate, up) = (largest(g.view(), &l.gate, radius), largest(u.view(), &l.up, radius));
+    // Truncated before and after it is normalised.
+    let context = context * SOFTMAX + (c.q_size() as f64).sqrt() * 3.0 * ULP;
+    let (gate, up) = (largest(&l.gate, radius), largest(&l.up, radius));
     // |silu(g)| <= |g|, so a change is at most sum_i |w_i g_i u_i|: by elements, or by norms.
-    let (gr, ur) = (row_norm(g.view()), row_norm(u.view()));
-    let by_elements = l.down.w.rows().into_iter().map(|row| {
-        row.iter().enumerate().fold(0.0, |sum, (i, w)| {
-            let each = (gr[i] * radius + bias_at(&l.gate, i)) * (ur[i] * radius + bias_at(&l.up, i));
-            sum + f64::from(w.abs()) * each
-        })
-    });
-    let by_elements = by_elements.fold(0.0f64, f64::max);
+    let (gr, ur) = (row_norm(l.gate.w.view()), row_norm(l.up.w.view()));
+    let g_at = |i: usize| gr[i] * radius + bias_at(&l.gate, i) + ULP;
+    let u_at = |i: usize| ur[i] * radius + bias_at(&l.up, i) + ULP;
+    let sums = |each: &dyn Fn(usize) -> f64| {
+        let row = |row: ndarray::ArrayView1<'_, f32>| {
+            row.iter().enumerate().fold(0.0, |sum, (i, w)| sum + f64::from(w.abs()) * each(i))
+        };
+        l.down.w.rows().into_iter().map(row).fold(0.0f64, f64::max)
+    };
     let bias_norm =
         |l: &Linear| l.bias.as_ref().map_or(0.0, |b| b.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt());
     let steepest = l.down.w.iter().fold(0.0f64, |m, w| m.max(f64::from(w.abs())));
-    let by_norms = steepest
-        * (spectral_bound(g.view()) * radius + bias_norm(&l.gate))
-        * (spectral_bound(u.view()) * radius + bias_norm(&l.up));
+    let width = (c.intermediate_size as f64).sqrt();
+    let norm_of = |l: &Linear| spectral_bound(l.w.view()) * radius + bias_norm(l) + width * ULP;
+    let up_norm = norm_of(&l.up);
+    let by_norms = steepest * norm_of(&l.gate) * up_norm;
     let bias_max =
         |l: &Linear| l.bias.as_ref().map_or(0.0, |b| b.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs()))));
+    let down_sum = sums(&|_| 1.0);
     LayerBounds {
         qk,
-        qk_raw,
-        v: largest(v.view(), &l.v, radius),
+        qk_raw: largest_qk,
+        v: largest(&l.v, radius),
         score,
-        attention: row_norm(l.o.w.view()).iter().fold(0.0f64, |m, n| m.max(*n)) * context * SLACK + bias_max(&l.o),
+        attention: row_norm(l.o.w.view()).iter().fold(0.0f64, |m, n| m.max(*n)) * context * SLACK
+            + bias_max(&l.o)
+            + ULP,
         gate,
         up,
-        mlp: by_elements.min(by_norms) * SLACK + bias_max(&l.down),
+        mlp: sums(&|i| g_at(i) * u_at(i)).min(by_norms) * SLACK + down_sum * ULP + bias_max(&l.down) + ULP,
+        mlp_slope: sums(&u_at).min(steepest * width * up_norm) * SLACK,
     }
 }
 
-/// What the weights of the layers from `first` on prove.
-#[must_use]
-pub fn bounds(w: &Weights, first: usize) -> Bounds {
-    let radius = (w.config.hidden_size as f64).sqrt() * SLACK;
-    let largest_of = |w: ArrayView2<'_, f32>| row_norm(w).iter().fold(0.0f64, |m, n| m.max(*n));
-    let head = folded(&w.head_matrix().to_owned(), &w.norm);
-    Bounds {
-        layers: w.layers[first..].iter().map(|l| layer_bounds(&w.config, l)).collect(),
-        logit: largest_of(head.view()) * radius * SLACK,
-        embedding: w.embed.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs()))),
-    }
+/// What the weights of the layers from `first` on prove: of the numbers that the engine multiplies by, not of those that
+/// they were rounded from.
+///
+/// # Errors
+/// [`crate::Error::Internal`] for weights that do not match their configuration.
+pub fn bounds(w: &Weights, first: usize) -> Result<Bounds> {
+    let radius = (w.config.hidden_size as f64).sqrt() * NORM;
+    let head = rounding::head(w);
+    let layers = w.layers[first..].iter().map(|l| Ok(layer_bounds(&w.config, &rounding::layer(&w.config, l)?)));
+    Ok(Bounds {
+        layers: layers.collect::<Result<_>>()?,
+        logit: row_norm(head.view()).iter().fold(0.0f64, |m, n| m.max(*n)) * radius * SLACK + ULP,
+        embedding: w.embed.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs()))) + ULP,
+    })
 }
 
 struct Watch<'a> {
@@ -215,38 +252,117 @@ pub fn ranges_watched(w: &Weights, first: usize, texts: &[Vec<u32>], done: &mut 
     };
     for ids in texts.iter().filter(|ids| !ids.is_empty()) {
         let mut cache = FloatCache::new(&w.config);
-        let ids = &ids[..ids.len().min(w.config.max_positions)];
         let _ = float::advance(w, ids, &mut cache, &mut watch);
         done(ids.len());
     }
     Ranges { layers: watch.layers.split_off(first), final_sum: watch.final_sum, logit: watch.logit }
 }
 
-/// Calibration inputs: `text` cut to the context, and pseudorandom tokens, which stress a model as prose does not.
+/// Longest calibration text, in bytes.
+const TEXT_BYTES: u64 = 64 << 20;
+
+/// Bytes of a text that are given to the tokenizer: far more than [`inputs`] takes.
+const USED_BYTES: usize = 1 << 20;
+
+/// Reads a provider's calibration text: plain UTF-8 of at most 64 MB, of which the beginning is used.
+///
+/// # Errors
+/// [`Error::Config`] naming the file.
+pub fn read_text(path: &Path) -> Result<String> {
+    let option = |e: &dyn std::fmt::Display| Error::Config(format!("--calibration-text: {e}"));
+    let bytes = files::read_required(path, TEXT_BYTES, "give a file of plain text").map_err(|e| option(&e))?;
+    let mut text = String::from_utf8(bytes)
+        .map_err(|_| option(&format!("{}: not UTF-8; give a file of plain text", path.display())))?;
+    let end = (0..=USED_BYTES.min(text.len())).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
+    text.truncate(end);
+    Ok(text)
+}
+
+/// Windows of text that calibration reads.
+const WINDOWS: usize = 4;
+/// Their longest length: attention over it costs as much as everything else.
+const WINDOW: usize = 512;
+
+/// Calibration inputs of at most `context` tokens: four windows of `text`, and pseudorandom tokens, which stress a model as prose does not.
+/// The context is the model's, not what a request needs: values at later positions are part of what the plan must hold.
 #[must_use]
-pub fn inputs(c: &ModelConfig, text: Option<Vec<u32>>) -> Vec<Vec<u32>> {
-    let length = c.max_positions.min(256);
-    let mut all = vec![stress(c)];
+pub fn inputs(c: &ModelConfig, context: usize, text: Option<Vec<u32>>) -> Vec<Vec<u32>> {
+    let length = context.clamp(1, WINDOW);
+    let mut all = vec![stress(c, length)];
     if let Some(ids) = text {
-        all.extend(ids.chunks(length).take(4).map(<[u32]>::to_vec));
+        all.extend(ids.chunks(length).take(WINDOWS).map(<[u32]>::to_vec));
     }
     all
 }
 
-/// Pseudorandom tokens.
+/// Pseudorandom tokens, `length` at most.
 #[must_use]
-pub fn stress(c: &ModelConfig) -> Vec<u32> {
+pub fn stress(c: &ModelConfig, length: usize) -> Vec<u32> {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     let mut random = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         ((state >> 33) % c.vocab_size as u64) as u32
     };
-    (0..c.max_positions.min(64)).map(|_| random()).collect()
+    (0..length.min(64)).map(|_| random()).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Activation, Arch, Rope, RopeScaling};
     use super::*;
+
+    fn wide(ulps: f32) -> Weights {
+        let n = 8700;
+        let c = ModelConfig {
+            arch: Arch::Llama,
+            hidden_size: n,
+            intermediate_size: 8,
+            num_layers: 1,
+            num_heads: 1,
+            num_kv_heads: 1,
+            head_dim: 8,
+            vocab_size: 16,
+            max_positions: 16,
+            rms_norm_eps: 1e-5,
+            rope: Rope { theta: 1e4, scaling: RopeScaling::None },
+            tie_word_embeddings: true,
+            qkv_bias: false,
+            o_bias: false,
+            mlp_bias: false,
+            qk_norm: false,
+            activation: Activation::Silu,
+            bos_id: None,
+            eos_ids: vec![],
+        };
+        let mut w = Weights::random(c, 1).unwrap();
+        let l = &mut w.layers[0];
+        l.input_norm.fill(1.0);
+        l.post_norm.fill(1.0);
+        for m in [&mut l.q.w, &mut l.k.w, &mut l.v.w, &mut l.gate.w, &mut l.up.w] {
+            m.fill(ulps / 4096.0);
+        }
+        w
+    }
+
+    /// 3.505 units become 4: with an input of ones the gate is 7.45 in float and 8.50 as it is multiplied, where a bound from
+    /// the float weights proved a ring that holds 8.
+    #[test]
+    fn bounds_are_those_of_the_rounded_weights() {
+        for (ulps, rounded) in [(3.0, 3.0f64), (3.505, 4.0), (0.501, 1.0)] {
+            let w = wide(ulps);
+            let b = &bounds(&w, 0).unwrap().layers[0];
+            let n = w.config.hidden_size as f64;
+            // An input along the rows, as long as the norm's output gets: rounded outward, element by element.
+            let largest = rounded / 4096.0 * n * 1.0085;
+            for (name, bound) in [("gate", b.gate), ("up", b.up), ("v", b.v), ("qk", b.qk)] {
+                assert!(bound >= largest && bound < 1.03 * largest, "{name} of {ulps}: {bound}, {largest}");
+            }
+            // q carries 1 / sqrt(8) and is rounded with it.
+            let q = (f64::from(ulps) / 8f64.sqrt()).round() / 4096.0 * n;
+            let score = q * rounded / 4096.0 * n * 8.0;
+            assert!(b.score >= score, "{} {score}", b.score);
+        }
+    }
 
     #[test]
     fn the_spectral_bound_is_above_and_near() {

@@ -1,4 +1,4 @@
-//! Reading the small JSON files of a model directory: bounded in size, with errors that name the file. A model directory
+//! Reading the small files of a model directory, and text for calibration: bounded in size, with errors that name the file. A model directory
 //! comes from somebody else, so no file in it may make us read without end.
 
 use std::fs::File;
@@ -17,9 +17,7 @@ pub(super) fn read_optional(path: &Path, limit: u64) -> Result<Option<Vec<u8>>> 
     };
     // A pipe or a device under this name would block us or never end.
     if !meta.is_file() {
-        return Err(Error::Model(format!(
-            "{name}: not a regular file; a model directory holds plain files (or links to them)"
-        )));
+        return Err(Error::Model(format!("{name}: not a regular file; give a plain file (or a link to one)")));
     }
     let too_long = || {
         Error::Model(format!(

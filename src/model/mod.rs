@@ -13,6 +13,7 @@ mod observe;
 pub mod preparation;
 pub mod prepare;
 mod public;
+pub mod rounding;
 pub mod sections;
 pub mod secure;
 pub mod store;

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use super::prepare::Prepared;
-use super::{Checkpoint, ModelConfig, TextCodec, Weights, calibrate};
+use super::{Checkpoint, ModelConfig, TextCodec, Weights, calibrate, rounding};
 use crate::error::{Error, Result};
 use crate::plan::{self, Plan};
 use crate::prf::PreparationSeed;
@@ -14,7 +14,7 @@ use crate::prf::PreparationSeed;
 pub struct Options {
     /// Private layers; `None` is all of them and the embedding.
     pub private_layers: Option<usize>,
-    /// Limit on prompt and answer together; shortens the model's own context.
+    /// Limit on positions: prompt and answer together, but for the answer's last token. Shortens the model's own context.
     pub max_positions: Option<usize>,
     /// The public base: where its final norm and head are this model's bit for bit, they are public.
     pub base: Option<PathBuf>,
@@ -69,6 +69,8 @@ pub struct Loaded {
     pub weights: Weights,
     /// What calibration reads.
     pub text: Option<Vec<u32>>,
+    /// The model's own context, for calibration: the plan of a shortened one is calibrated on as long a text.
+    pub context: usize,
     /// What is private.
     pub split: Split,
 }
@@ -96,27 +98,33 @@ impl Loaded {
     /// # Errors
     /// As [`Loaded::open`].
     pub fn new(mut weights: Weights, text: Option<Vec<u32>>, options: &Options) -> Result<Loaded> {
+        let context = weights.config.max_positions;
         if let Some(n) = options.max_positions {
             weights.config.max_positions = weights.config.max_positions.min(n.max(2));
         }
         let (first_private, private_embedding) = split_layers(&weights.config, options.private_layers)?;
         let public_head = match &options.base {
             None => false,
-            Some(dir) => same_head(&weights, &Weights::load(&Checkpoint::open(dir)?)?),
+            Some(dir) => {
+                let base = Checkpoint::open(dir)?;
+                same_shape(&weights.config, base.config(), dir)?;
+                same_head(&weights, &Weights::load(&base)?)
+            }
         };
-        Ok(Loaded { weights, text, split: Split { first_private, private_embedding, public_head } })
+        Ok(Loaded { weights, text, context, split: Split { first_private, private_embedding, public_head } })
     }
 
     /// The plan that weights and calibration give.
     ///
     /// # Errors
-    /// [`Error::Model`] naming the layer and the quantity that does not fit.
+    /// [`Error::Model`] naming the layer and the quantity that does not fit, or the matrix of which rounding leaves too little.
     pub fn plan(&self) -> Result<Plan> {
         let (w, first) = (&self.weights, self.split.first_private);
         w.check()?;
-        let inputs = calibrate::inputs(&w.config, self.text.clone());
+        rounding::check(w, first, self.split.private_embedding)?;
+        let inputs = calibrate::inputs(&w.config, self.context, self.text.clone());
         let ranges = calibrate::ranges(w, first, &inputs);
-        let bounds = calibrate::bounds(w, first);
+        let bounds = calibrate::bounds(w, first)?;
         let mut plan = plan::plan(&w.config, first, self.split.private_embedding, &bounds, &ranges)?;
         plan.head.public = self.split.public_head;
         Ok(plan)
@@ -142,6 +150,38 @@ pub struct Preparation {
     pub seed: PreparationSeed,
     /// The Owner's part.
     pub parts: Prepared,
+}
+
+/// A base is the model that this one was tuned from: of the same shape.
+fn same_shape(c: &ModelConfig, base: &ModelConfig, dir: &Path) -> Result<()> {
+    let shape = |c: &ModelConfig| {
+        [
+            ("hidden_size", c.hidden_size),
+            ("vocab_size", c.vocab_size),
+            ("num_hidden_layers", c.num_layers),
+            ("intermediate_size", c.intermediate_size),
+            ("num_attention_heads", c.num_heads),
+            ("num_key_value_heads", c.num_kv_heads),
+            ("head_dim", c.head_dim),
+        ]
+    };
+    if c.arch != base.arch {
+        return Err(Error::Config(format!(
+            "--base {}: a {:?} model, but the model is a {:?}: give the checkpoint that it was fine-tuned from",
+            dir.display(),
+            base.arch,
+            c.arch
+        )));
+    }
+    for ((name, own), (_, theirs)) in shape(c).into_iter().zip(shape(base)) {
+        if own != theirs {
+            return Err(Error::Config(format!(
+                "--base {}: {name} is {theirs}, the model's is {own}: give the checkpoint that it was fine-tuned from",
+                dir.display()
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Whether final norm and head are the base's, bit for bit.

@@ -60,7 +60,7 @@ fn stack_bias(parts: &[(&Linear, f32)]) -> Option<Vec<f32>> {
 }
 
 /// A layer's weights as they are multiplied, gains and factors folded in, and their bias.
-fn layer_matrix(c: &ModelConfig, l: &LayerWeights, slot: Slot) -> Result<(Array2<f32>, Option<Vec<f32>>)> {
+pub(super) fn layer_matrix(c: &ModelConfig, l: &LayerWeights, slot: Slot) -> Result<(Array2<f32>, Option<Vec<f32>>)> {
     let scale = 1.0 / (c.head_dim as f32).sqrt();
     // With a norm on the queries the factor goes behind it, into its gain.
     let q_scale = if c.qk_norm { 1.0 } else { scale };

@@ -36,6 +36,19 @@ impl Profile {
     }
 }
 
+const MAX_RTT_MS: f64 = 60_000.0;
+/// A kilobit per second: slower than any modem.
+const MIN_GBPS: f64 = 1e-6;
+const MAX_GBPS: f64 = 1e6;
+
+/// Longer than any simulation runs: what a link that is too slow for its traffic is taken to need.
+const FOREVER: Duration = Duration::from_secs(10 * 365 * 86_400);
+
+/// `by` later, however far that is.
+fn later(at: Instant, by: Duration) -> Instant {
+    at.checked_add(by.min(FOREVER)).unwrap_or(at)
+}
+
 impl FromStr for Profile {
     type Err = Error;
 
@@ -48,13 +61,13 @@ impl FromStr for Profile {
         }
         let bad = || {
             Error::Config(format!(
-                "--net {s}: expected none, lan, wan, or RTT_MS,GBPS such as 5,1 (round trip in ms, bandwidth in Gbit/s, both positive)"
+                "--net {s}: expected none, lan, wan, or RTT_MS,GBPS such as 5,1 (round trip of 0 to {MAX_RTT_MS} ms, bandwidth of {MIN_GBPS} to {MAX_GBPS} Gbit/s)"
             ))
         };
         let (rtt, gbps) = s.split_once(',').ok_or_else(bad)?;
         let rtt: f64 = rtt.trim().parse().map_err(|_| bad())?;
         let gbps: f64 = gbps.trim().parse().map_err(|_| bad())?;
-        if !((0.0..=60_000.0).contains(&rtt) && gbps > 0.0 && gbps.is_finite()) {
+        if !((0.0..=MAX_RTT_MS).contains(&rtt) && (MIN_GBPS..=MAX_GBPS).contains(&gbps)) {
             return Err(bad());
         }
         Ok(Profile { rtt: Duration::from_secs_f64(rtt / 1e3), bits_per_second: gbps * 1e9 })
@@ -94,21 +107,22 @@ impl<C: Channel> Channel for Shaped<C> {
     fn send(&self, lane: Lane, mut frame: Frame) -> Result<(), PeerFault> {
         if !self.profile.is_none() {
             let bits = 8.0 * (frame.payload.len() + FRAME_HEADER) as f64;
-            let transfer = Duration::from_secs_f64(bits / self.profile.bits_per_second);
+            // The fields are public: a profile may have any numbers in them.
+            let transfer = Duration::try_from_secs_f64(bits / self.profile.bits_per_second).unwrap_or(FOREVER);
             let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
             let now = Instant::now();
             let done = match lane {
                 Lane::Online => {
-                    busy.online = busy.online.max(now) + transfer;
-                    busy.ahead = busy.ahead.max(now) + transfer;
+                    busy.online = later(busy.online.max(now), transfer);
+                    busy.ahead = later(busy.ahead.max(now), transfer);
                     busy.online
                 }
                 Lane::Ahead => {
-                    busy.ahead = busy.ahead.max(now) + transfer;
+                    busy.ahead = later(busy.ahead.max(now), transfer);
                     busy.ahead
                 }
             };
-            frame.not_before = Some(done + self.profile.rtt / 2);
+            frame.not_before = Some(later(done, self.profile.rtt / 2));
         }
         self.inner.send(lane, frame)
     }
@@ -143,9 +157,27 @@ mod tests {
         let p: Profile = "4,0.4".parse().unwrap();
         assert_eq!(p.rtt, Duration::from_millis(4));
         assert!((p.bits_per_second - 0.4e9).abs() < 1.0);
-        for bad in ["", "fast", "1", "1,0", "1,-2", "-1,1", "nan,1", "1,inf"] {
+        for bad in [
+            "", "fast", "1", "1,0", "1,-2", "-1,1", "nan,1", "1,inf", "1,1e-300", "1,9e-7", "1,1e7", "60001,1",
+            "1e300,1", "inf,1",
+        ] {
             assert!(bad.parse::<Profile>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn no_profile_makes_a_send_panic() {
+        for bits_per_second in [1e-300, 0.0, -1.0, f64::NAN, f64::MIN_POSITIVE] {
+            for rtt in [Duration::ZERO, Duration::MAX] {
+                let (a, _b) = super::super::memory::link(1 << 20);
+                let a = Shaped::new(a, Profile { rtt, bits_per_second });
+                for lane in [Lane::Online, Lane::Ahead, Lane::Online] {
+                    a.send(lane, Frame { tag: 1, depth: 0, not_before: None, payload: vec![0; 10] }).unwrap();
+                }
+            }
+        }
+        let slowest: Profile = "60000,1e-6".parse().unwrap();
+        assert_eq!(slowest.rtt, Duration::from_secs(60));
     }
 
     #[test]

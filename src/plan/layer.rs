@@ -125,85 +125,172 @@ pub struct Plan {
 /// What is wrong with a received plan.
 type Fault = &'static str;
 
-fn within<T: PartialOrd>(v: T, low: T, high: T, what: Fault) -> Result<(), Fault> {
-    if v >= low && v <= high { Ok(()) } else { Err(what) }
+/// Fraction bits of the probabilities before normalisation.
+pub(super) const F_PROB: u32 = 14;
+/// Widest scores: their product has 8 bits more, and a lift to come.
+pub(super) const SCORE_PROVEN: u32 = 54;
+
+/// Rounded up; 0 below 1.
+pub(super) fn log2_ceil(x: f64) -> u32 {
+    x.max(1e-300).log2().ceil().max(0.0) as u32
+}
+
+/// The widest ring in which the sum of `n` squares of values below `2^(k-2)` stays below `2^63`.
+pub(super) fn widest_square(n: usize) -> u32 {
+    62u32.saturating_sub(log2_ceil(n as f64)) / 2 + 2
+}
+
+/// Fraction bits that leave 13 to `1/rms` of `n` elements when their sum of squares is below `2^bits`: the precision on which
+/// every bound of a norm's output rests.
+pub(super) fn least_gain(n: usize, bits: u32) -> u32 {
+    log2_ceil((f64::from(bits).exp2() / f64::from(2 * F).exp2() / n as f64).sqrt()) + 13
+}
+
+/// Dropped and low bits of the exponential's window.
+pub(super) fn exp_digits(score_k: u32) -> (u32, u32) {
+    let low = if score_k >= 21 { 5 } else { 4 };
+    (low, score_k.saturating_sub(low) / 2)
+}
+
+/// What the thermometer's highest threshold `top` needs of half the scores' ring: two steps above it, and the exponential's two
+/// end rows, or the smallest probabilities would alias to the largest.
+pub(super) fn score_room(score_k: u32, top: f64, step: f64) -> f64 {
+    let (low, lo) = exp_digits(score_k);
+    top.max(0.0) + 2.0 * step + 2.0 * f64::from(low + lo).exp2() / f64::from(F).exp2()
+}
+
+/// The largest sum of a row's exponentials: every position two steps above the reference.
+pub(super) fn softmax_mass(max_positions: usize, step_log: u32) -> f64 {
+    max_positions as f64 * (2.0 * f64::from(step_log).exp2()).exp()
+}
+
+/// Row bits of the reciprocal's windows: a row's sum is at least 1, which must be a good row of the second window.
+pub(super) fn total_window(total_bits: u32) -> u32 {
+    (total_bits.saturating_sub(F_PROB) + 12).div_ceil(2).clamp(10, 16)
+}
+
+/// Fraction bits of a softmax's reciprocal: the context's ring is what they leave, and the residual stream's has to fit in it
+/// after the output projection.
+pub(super) fn f_inverse(residual_k: u32) -> u32 {
+    52u32.saturating_sub(residual_k).min(26)
+}
+
+/// Bits of the low digit of the gate's window: rows an eighth wide where that takes at most 2^11 of them, since the error of a
+/// line grows with the square.
+pub(super) fn gate_lo_bits(gate_k: u32) -> u32 {
+    if gate_k <= 20 { 9 } else { gate_k - 11 }
+}
+
+/// Radix of the tournament.
+pub(super) fn radix(vocab_size: usize) -> usize {
+    if vocab_size > 16_384 { 8 } else { 4 }
+}
+
+/// Signed: no difference of two widths wraps.
+fn within(v: impl Into<i64>, low: impl Into<i64>, high: impl Into<i64>, what: Fault) -> Result<(), Fault> {
+    let v = v.into();
+    if v >= low.into() && v <= high.into() { Ok(()) } else { Err(what) }
+}
+
+fn equal<T: PartialEq>(a: T, b: T, what: Fault) -> Result<(), Fault> {
+    if a == b { Ok(()) } else { Err(what) }
 }
 
 impl NormPlan {
-    fn check(&self, ring: u32) -> Result<(), Fault> {
-        within(self.k, 16, 34, "a norm's ring")?;
+    /// Of `n` elements in a ring of `ring` bits, `1/rms` with at least `gain` fraction bits.
+    fn check(&self, n: usize, ring: i64, gain: u32) -> Result<(), Fault> {
+        let widest = i64::from(widest_square(n));
+        within(self.k, 16, widest.min(ring), "a norm's ring")?;
         within(self.bits, 24, 62, "a norm's sum of squares")?;
         within(self.window, 12, 16, "a norm's window")?;
-        within(self.f_gain, 12, 26, "a norm's gain")?;
+        let least = least_gain(n, self.bits);
+        within(self.f_gain, gain.max(least), (least + 1).clamp(16, 26), "a norm's gain")?;
         match self.coarse {
-            Some(t) => within(t, 1, self.k - 4, "a norm's coarse sum").and(within(
-                self.k.saturating_add(t),
-                ring,
-                ring,
-                "a norm's ring",
-            )),
-            None => within(self.k, 0, ring, "a norm's ring"),
+            Some(t) => {
+                equal(i64::from(self.k), widest, "a norm's ring")?;
+                within(t, ring - widest, ring - widest, "a norm's coarse sum")?;
+                within(t, 1, widest - 4, "a norm's coarse sum")
+            }
+            None => Ok(()),
         }
     }
 }
 
 impl AttentionPlan {
-    fn check(&self) -> Result<(), Fault> {
-        within(self.score_k, 13, 26, "the scores' ring")?;
-        within(self.score_proven, self.score_k, 54, "the scores' proven ring")?;
+    fn check(&self, c: &ModelConfig, plan: &Plan, f_gain: u32) -> Result<(), Fault> {
+        within(self.score_k, 17, 26, "the scores' ring")?;
+        within(self.score_proven, self.score_k, SCORE_PROVEN, "the scores' proven ring")?;
         within(self.step_bits, F, F + 3, "the thermometer's step")?;
-        within(self.score_k.saturating_sub(self.step_bits), 3, 16, "the thermometer's codes")?;
-        within(self.base, -(1 << 16), 1 << 16, "the thermometer's base")?;
-        within(self.steps, 2, 62, "the thermometer's steps")?;
-        within(self.exp_lo_bits, 3, 14, "the exponential's low digit")?;
-        within(self.exp_low, 0, 8, "the exponential's dropped bits")?;
-        let hi = self.score_k.checked_sub(self.exp_low + self.exp_lo_bits).ok_or("the exponential's window")?;
-        within(hi, 3, 14, "the exponential's high digit")?;
-        within(self.f_prob, 8, F_EXP, "the probabilities' fraction")?;
-        within(self.prob_k, self.f_prob + 4, 64 - F_EXP + self.f_prob, "the probabilities' ring")?;
-        within(self.total_window, 10, 16, "the reciprocal's window")?;
-        within(self.total_bits, self.total_window, self.prob_k.min(62), "the reciprocal's range")?;
-        within(self.f_inverse, 10, 26, "the reciprocal's fraction")?;
-        self.qk_norm.iter().try_for_each(|n| n.check(n.k.saturating_add(n.coarse.unwrap_or(0))))
+        within(self.base, -(1i64 << 16), 1i64 << 16, "the thermometer's base")?;
+        within(u32::try_from(self.steps).unwrap_or(u32::MAX), 2, 62, "the thermometer's steps")?;
+        let step_log = self.step_bits - F;
+        let step = f64::from(step_log).exp2();
+        let top = (self.base + self.steps as i64) as f64 * step;
+        if f64::from(self.score_k - F).exp2() / 2.0 < score_room(self.score_k, top, step) {
+            return Err("the thermometer's highest threshold");
+        }
+        equal((self.exp_low, self.exp_lo_bits), exp_digits(self.score_k), "the exponential's window")?;
+        equal(self.f_prob, F_PROB, "the probabilities' fraction")?;
+        // Compared as numbers, not as logarithms rounded up: parties may differ in the last bit of an exponential.
+        within(self.total_bits, F_PROB + 1, 62, "the reciprocal's range")?;
+        let (mass, carried) =
+            (softmax_mass(plan.max_positions, step_log), f64::from(self.total_bits - F_PROB - 1).exp2());
+        if carried < 0.999_999 * mass || carried > 2.000_001 * mass {
+            return Err("the reciprocal's range");
+        }
+        equal(self.total_window, total_window(self.total_bits), "the reciprocal's window")?;
+        // Values are bounded by no less than 1 in the sum that they are weighted to.
+        within(self.prob_k, self.total_bits + F + 1, 64 - F_EXP + F_PROB, "the probabilities' ring")?;
+        equal(self.f_inverse, f_inverse(plan.residual_k), "the reciprocal's fraction")?;
+        equal(self.qk_norm.is_some(), c.qk_norm, "the norm of queries and keys")?;
+        let ring = 64 - i64::from(f_gain) - i64::from(FW);
+        self.qk_norm.iter().try_for_each(|n| n.check(c.head_dim, ring, 14))
     }
 }
 
 impl MlpPlan {
-    fn check(&self) -> Result<(), Fault> {
-        within(self.gate_k, 13, 24, "the gate's ring")?;
-        within(self.gate_proven, self.gate_k, 40, "the gate's proven ring")?;
-        within(self.gate_k.saturating_sub(self.gate_lo_bits), 3, 14, "the gate's window")?;
-        within(self.f_table, 10, 20, "the activation's fraction")
+    fn check(&self, residual_k: u32, f_gain: u32) -> Result<(), Fault> {
+        within(self.gate_k, 16, 21, "the gate's ring")?;
+        within(self.gate_proven, self.gate_k, 64 - i64::from(f_gain) - i64::from(FW), "the gate's proven ring")?;
+        equal(self.gate_lo_bits, gate_lo_bits(self.gate_k), "the gate's window")?;
+        within(self.f_table, 10, (52 - i64::from(residual_k)).min(20), "the activation's fraction")
     }
 }
 
 impl Plan {
-    /// Whether a received plan is one that this version could have made for the model: nothing in it can make a table
-    /// too large or a window impossible.
+    /// Whether a received plan is one that this version could have made for the model: all widths and the relations between
+    /// them are as [`plan`](super::plan) makes them, so that nothing in it can make a table too large, a window impossible or a
+    /// value wrap that a bound or guard covers.
     ///
     /// # Errors
     /// The first thing that is wrong.
     pub fn check(&self, c: &ModelConfig) -> Result<(), &'static str> {
-        within(self.first_private, 0, c.num_layers, "the first private layer")?;
-        within(
-            self.layers.len(),
-            c.num_layers - self.first_private,
-            c.num_layers - self.first_private,
-            "the number of layers",
-        )?;
-        within(self.max_positions, 1, c.max_positions, "the context")?;
-        within(self.residual_k, 28, 40, "the residual stream's ring")?;
-        for l in &self.layers {
-            l.input_norm.check(self.residual_k)?;
-            l.attention.check()?;
-            let same = u32::from(l.attention.qk_norm.is_some());
-            within(same, c.qk_norm.into(), c.qk_norm.into(), "the norm of queries and keys")?;
-            l.post_norm.check(self.residual_k)?;
-            l.mlp.check()?;
+        let layers = c.num_layers.checked_sub(self.first_private).ok_or("the first private layer")?;
+        equal(self.layers.len(), layers, "the number of layers")?;
+        if self.max_positions == 0 || self.max_positions > c.max_positions {
+            return Err("the context");
         }
-        self.head.norm.check(self.residual_k)?;
-        within(self.head.logit_k, 5, 23, "the logits' ring")?;
-        within(self.head.f_logit, 1, F, "the logits' fraction")?;
-        within(self.head.radix, 2, 8, "the tournament's radix")
+        within(self.residual_k, 28, 40, "the residual stream's ring")?;
+        let (n, ring) = (c.hidden_size, i64::from(self.residual_k));
+        for l in &self.layers {
+            l.input_norm.check(n, ring, 16)?;
+            l.attention.check(c, self, l.input_norm.f_gain)?;
+            l.post_norm.check(n, ring, 16)?;
+            l.mlp.check(self.residual_k, l.post_norm.f_gain)?;
+        }
+        let h = &self.head;
+        h.norm.check(n, ring, 16)?;
+        within(h.f_logit, 4, F, "the logits' fraction")?;
+        // What the truncation of the head's product leaves.
+        let left = 64 - i64::from(h.norm.f_gain) - i64::from(F + FW) + i64::from(h.f_logit);
+        within(h.logit_k, h.f_logit + 2, left.min(23), "the logits' ring")?;
+        equal(h.radix, radix(c.vocab_size), "the tournament's radix")
+    }
+
+    /// The most tokens that may follow a prompt: prompt and answer take a position each, but for the answer's last token,
+    /// which nothing follows. 0 for a prompt beyond the context.
+    #[must_use]
+    pub fn longest_answer(&self, prompt: usize) -> usize {
+        self.max_positions.saturating_add(1).saturating_sub(prompt)
     }
 }

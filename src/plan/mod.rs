@@ -5,6 +5,8 @@ pub mod headroom;
 mod layer;
 pub mod memory;
 mod ranges;
+#[cfg(test)]
+mod tests;
 pub mod work;
 
 pub use layer::{AttentionPlan, HeadPlan, LayerPlan, MlpPlan, NormPlan, Plan};

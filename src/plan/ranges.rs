@@ -11,7 +11,11 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::layer::{AttentionPlan, F, F_EXP, F_ROPE, FW, HeadPlan, LayerPlan, MlpPlan, NormPlan, Plan};
+use super::layer::{
+    AttentionPlan, F, F_EXP, F_PROB, F_ROPE, FW, HeadPlan, LayerPlan, MlpPlan, NormPlan, Plan, SCORE_PROVEN,
+    exp_digits, f_inverse, gate_lo_bits, least_gain, log2_ceil, radix, score_room, softmax_mass, total_window,
+    widest_square,
+};
 use crate::error::{Error, Result};
 use crate::model::config::ModelConfig;
 use crate::protocol::gumbel;
@@ -33,8 +37,10 @@ pub struct LayerBounds {
     pub gate: f64,
     /// Largest up element.
     pub up: f64,
-    /// Largest change of the residual stream by the MLP.
+    /// Largest change of the residual stream by the MLP, its activation exact.
     pub mlp: f64,
+    /// How far it moves for each unit that the activation may be off.
+    pub mlp_slope: f64,
 }
 
 /// Bounds of a model.
@@ -97,11 +103,6 @@ const MARGIN: f64 = 2.0;
 /// Highest sampling temperature that the head's ring reserves room for.
 pub const MAX_TEMPERATURE: f64 = 4.0;
 
-fn log2_ceil(x: f64) -> u32 {
-    // No ring has as many; far from where sums of bits overflow.
-    x.max(1e-300).log2().ceil().clamp(0.0, 1000.0) as u32
-}
-
 /// Bits of a signed ring for `|x| <= bound` with `f` fraction bits.
 fn ring_for(bound: f64, f: u32) -> u32 {
     log2_ceil(bound * 1.001 + 1e-3) + f + 1
@@ -151,11 +152,9 @@ impl Who<'_> {
 
     /// A norm over `n` elements of ring `ring`, `|h| <= bound` proven, squares seen in `sum`; its output must carry linear
     /// outputs up to `output` with the bit that a lift needs. Where they do not fit, precision of the gain is given up for
-    /// them, down to 11 bits.
+    /// them, down to 13 bits.
     fn norm(&self, n: usize, bound: f64, sum: (f64, f64), output: f64, ring: u32) -> NormPlan {
-        let n_bits = log2_ceil(n as f64);
-        // The sum of squares of ring values |h| < 2^(k-2) must stay below 2^63.
-        let widest = (62 - n_bits) / 2 + 2;
+        let widest = widest_square(n);
         let needed = ring_for(bound, F) + 1;
         self.fits("the input of a norm (bits)", f64::from(needed), f64::from(ring) + 0.5);
         let (k, coarse) =
@@ -166,10 +165,13 @@ impl Who<'_> {
         let dynamic = (bits as f64 - (low * unit).log2() + 11.05).max(0.0) / 2.0;
         // Two windows of w bits cover 2^(2w - 11).
         let window = (dynamic.ceil() as u32).clamp(12, 16);
-        let rms_max = (f64::from(bits).exp2() / unit / n as f64).sqrt();
         // Linear outputs have F + FW fraction bits in ring 64 - f_gain; a lift takes what is below 2^(k-2).
         let room = |f_gain: u32| f64::from(64 - f_gain - F - FW - 2).exp2();
-        let [least, best] = [11, 14].map(|bits| (log2_ceil(rms_max) + bits).clamp(16, 26));
+        let lowest = least_gain(n, bits);
+        self.fits("the sum of squares of a norm (bits of its root)", f64::from(lowest), 26.5);
+        let (least, best) = (lowest.clamp(16, 26), (lowest + 1).clamp(16, 26));
+        // As much above the bound as the widths that follow from it are rounded up for.
+        let output = output * 1.002 + 0.01;
         let f_gain = (least..=best).rev().find(|&f| output < room(f)).unwrap_or(least);
         self.fits("a linear output after the norm", output, room(f_gain));
         NormPlan { k, bits, window, f_gain, coarse }
@@ -207,29 +209,29 @@ pub fn propose(
     let misfits = RefCell::new(Vec::new());
     let named = |place: String| Who { place, misfits: &misfits };
     let n = config.hidden_size;
-    let context = config.max_positions as f64;
+    let context = config.max_positions;
     // The Client refuses to give an input beyond this; a private embedding is bounded by its table.
     let input = if private_embedding { bounds.embedding } else { INPUT_LIMIT };
-    // |h| at every norm: what the guards of the norm before prove, plus the largest change since.
-    let mut h = input;
-    let mut at_norm = Vec::new();
-    for (b, r) in bounds.layers.iter().zip(&ranges.layers) {
-        at_norm.push(h);
-        h = h.min(proven_by_guard(r.input_sum)) + b.attention;
-        at_norm.push(h);
-        h = h.min(proven_by_guard(r.post_sum)) + b.mlp;
-    }
-    at_norm.push(h);
-    // One ring for the residual stream, with the bit that a lift needs.
-    let residual_k = at_norm.iter().fold(28, |k, &h| ring_for(h, F).saturating_add(1).max(k));
-    if residual_k > 40 {
-        for (i, &h) in at_norm.iter().enumerate().filter(|(_, h)| ring_for(**h, F) >= 40) {
-            let who = named(format!("layer {}", first_private + i.saturating_sub(1) / 2));
-            who.refuse("the residual stream", h, 2f64.powi(26));
+    // One ring for the residual stream, with the bit that a lift needs. The wider it is, the less precise are a softmax's
+    // reciprocal and the activation, and so the further it may move.
+    let mut residual_k = 28;
+    let at_norm = loop {
+        let at_norm = residual(bounds, ranges, input, context, residual_k);
+        let needed = at_norm.iter().fold(residual_k, |k, &h| ring_for(h, F).saturating_add(1).max(k));
+        if needed > 40 {
+            for (i, &h) in at_norm.iter().enumerate().filter(|(_, h)| ring_for(**h, F) >= 40) {
+                let who = named(format!("layer {}", first_private + i.saturating_sub(1) / 2));
+                who.refuse("the residual stream", h, 2f64.powi(26));
+            }
+            // What follows is looked at for what else does not fit, too.
+            residual_k = 40;
+            break at_norm;
         }
-    }
-    // What follows is looked at for what else does not fit, too.
-    let residual_k = residual_k.min(40);
+        if needed == residual_k {
+            break at_norm;
+        }
+        residual_k = needed;
+    };
     let mut layers: Vec<LayerPlan> = Vec::new();
     for (i, (b, r)) in bounds.layers.iter().zip(&ranges.layers).enumerate() {
         let who = named(format!("layer {}", first_private + i));
@@ -245,14 +247,15 @@ pub fn propose(
     }
     let who = named("the head".into());
     let largest = bounds.logit + MAX_TEMPERATURE * gumbel::CLIP;
-    let norm = who.norm(n, h, ranges.final_sum, largest, residual_k);
+    let last = at_norm.last().copied().unwrap_or(input);
+    let norm = who.norm(n, last, ranges.final_sum, largest, residual_k);
     // One bit for the lift into the tournament's ring, which takes at most 23.
     let whole = ring_for(largest, 0) + 1;
     let f_logit = F.min(23u32.saturating_sub(whole));
     if f_logit < 4 {
         who.refuse("a logit", largest, 2f64.powi(17));
     }
-    let radix = if config.vocab_size > 16_384 { 8 } else { 4 };
+    let radix = radix(config.vocab_size);
     let head = HeadPlan { norm, public: false, logit_k: whole + f_logit, f_logit, radix };
     let misfits = misfits.into_inner();
     if !misfits.is_empty() {
@@ -274,14 +277,53 @@ fn proven_by_guard(sum: (f64, f64)) -> f64 {
     (f64::from(sum_bits(sum)) / 2.0 - f64::from(F)).exp2()
 }
 
+/// |h| at every norm: what the guards of the norm before prove, plus the largest change since.
+fn residual(bounds: &Bounds, ranges: &Ranges, input: f64, context: usize, residual_k: u32) -> Vec<f64> {
+    let mut h = input;
+    let mut at_norm = Vec::new();
+    for (b, r) in bounds.layers.iter().zip(&ranges.layers) {
+        at_norm.push(h);
+        // The reciprocal's constant is rounded to f_inverse bits; relative to the reciprocal that is the softmax's sum.
+        let mass = softmax_mass(context, Steps::new(b, r).log);
+        let rounding = mass * (-1.0 - f64::from(f_inverse(residual_k))).exp2();
+        h = h.min(proven_by_guard(r.input_sum)) + b.attention * (1.0 + rounding);
+        at_norm.push(h);
+        let f_table = f_table(b, residual_k).unwrap_or(10);
+        h = h.min(proven_by_guard(r.post_sum)) + b.mlp + b.mlp_slope * silu_error(gate_window(b, r).1, f_table);
+    }
+    at_norm.push(h);
+    at_norm
+}
+
+/// Thermometer thresholds around the calibrated row maxima, a step of 1, or more where the range is wide.
+struct Steps {
+    log: u32,
+    base: i64,
+    count: usize,
+}
+
+impl Steps {
+    fn new(b: &LayerBounds, r: &LayerRanges) -> Steps {
+        let spread = (r.row_max.1 - r.row_max.0).max(0.0);
+        let slack = 4.0 + spread / 2.0;
+        let (from, to) = ((r.row_max.0 - slack).max(-b.score - 2.0), (r.row_max.1 + slack).min(b.score + 2.0));
+        let log = u32::from(to - from > 40.0) + u32::from(to - from > 100.0) + u32::from(to - from > 200.0);
+        let step = f64::from(log).exp2();
+        let base = (from / step).floor() as i64 - 1;
+        let count = ((to / step).ceil() as i64).saturating_sub(base).saturating_add(1).clamp(2, 62) as usize;
+        Steps { log, base, count }
+    }
+}
+
 fn attention(
     who: &Who<'_>,
     config: &ModelConfig,
     b: &LayerBounds,
     r: &LayerRanges,
-    (context, residual_k, f_gain): (f64, u32, u32),
+    (context, residual_k, f_gain): (usize, u32, u32),
 ) -> AttentionPlan {
     let score_proven = ring_for(b.score + 1.0, F).max(17);
+    who.fits("a score (bits)", f64::from(score_proven), f64::from(SCORE_PROVEN) + 0.5);
     let qk_norm = match r.qk_sum {
         None => None,
         Some(sum) => {
@@ -289,7 +331,8 @@ fn attention(
             // Gain, rotation and the step to the scores' fraction drop 22 bits; where the rest is as wide as the scores'
             // product, queries and keys need no lift. 14 bits hold 1 / rms as long as rms is not large.
             let wide_enough = 64u32.saturating_sub(score_proven + 8 + 22);
-            norm.f_gain = norm.f_gain.min(wide_enough).max(norm.f_gain.min(14));
+            let least = norm.f_gain.min(14.max(least_gain(config.head_dim, norm.bits)));
+            norm.f_gain = norm.f_gain.min(wide_enough).max(least);
             Some(norm)
         }
     };
@@ -298,37 +341,24 @@ fn attention(
     let limit = f64::from(62 - f_before - F - FW - F_ROPE).exp2() / std::f64::consts::SQRT_2;
     who.fits("a query or key", b.qk, limit);
     let mut score_k = ring_for(r.score * MARGIN + 4.0, F).clamp(17, 24).min(score_proven);
-    // Thresholds around the calibrated row maxima, a step of 1, or 2 where the range is wide.
-    let spread = (r.row_max.1 - r.row_max.0).max(0.0);
-    let slack = 4.0 + spread / 2.0;
-    let (from, to) = ((r.row_max.0 - slack).max(-b.score - 2.0), (r.row_max.1 + slack).min(b.score + 2.0));
-    let step_log = u32::from(to - from > 40.0) + u32::from(to - from > 100.0) + u32::from(to - from > 200.0);
+    let Steps { log: step_log, base, count: steps } = Steps::new(b, r);
     let step = f64::from(step_log).exp2();
-    let base = ((from / step).floor() as i64).saturating_sub(1);
-    let steps = ((to / step).ceil() as i64).saturating_sub(base).saturating_add(1).clamp(2, 62) as usize;
     let top = (base as f64 + steps as f64) * step;
-    // x = s - m runs from -R / 2 - top to 2 steps: it must fit the cyclic window of range R but for its two end rows, or
-    // the smallest probabilities would alias to the largest.
-    let digits = |k: u32| {
-        let low = if k >= 21 { 5 } else { 4 };
-        (low, (k - low) / 2)
-    };
-    let end_rows = |k: u32| 2.0 * f64::from(digits(k).0 + digits(k).1).exp2() / f64::from(F).exp2();
-    while score_k <= 26 && f64::from(score_k - F).exp2() / 2.0 < top.max(0.0) + 2.0 * step + end_rows(score_k) {
+    // x = s - m runs from -R / 2 - top to 2 steps: it must fit the cyclic window of range R but for its two end rows.
+    while score_k <= 26 && f64::from(score_k - F).exp2() / 2.0 < score_room(score_k, top, step) {
         score_k += 1;
     }
     if score_k > 26 {
         who.refuse("a score", b.score.min(r.score * MARGIN), 4096.0);
     }
-    let (exp_low, exp_lo_bits) = digits(score_k);
-    let mass = context * (2.0 * step).exp();
-    let f_prob = 14;
+    let (exp_low, exp_lo_bits) = exp_digits(score_k);
+    let mass = softmax_mass(context, step_log);
+    let f_prob = F_PROB;
     let prob_k = log2_ceil(mass * (b.v + 1.0)) + f_prob + F + 3;
     who.fits("a weighted sum of values (bits)", f64::from(prob_k), f64::from(64 - F_EXP + f_prob) + 0.5);
     let total_bits = log2_ceil(mass) + f_prob + 1;
-    // A row's sum is at least 1, which must be a good row of the second window.
-    let total_window = ((total_bits - f_prob + 12).div_ceil(2)).clamp(10, 16);
-    let f_inverse = (52 - residual_k).min(26);
+    let total_window = total_window(total_bits);
+    let f_inverse = f_inverse(residual_k);
     AttentionPlan {
         qk_norm,
         score_proven: score_proven.max(score_k),
@@ -346,17 +376,40 @@ fn attention(
     }
 }
 
-fn mlp(who: &Who<'_>, b: &LayerBounds, r: &LayerRanges, residual_k: u32) -> MlpPlan {
+/// The gate's window and the bits of its low digit.
+fn gate_window(b: &LayerBounds, r: &LayerRanges) -> (u32, u32) {
+    let gate_k = ring_for(r.gate * MARGIN + 2.0, F).clamp(16, 21).min(gate_proven(b));
+    (gate_k, gate_lo_bits(gate_k))
+}
+
+fn gate_proven(b: &LayerBounds) -> u32 {
     // The lowest row of the window belongs to the carry: the bound stays above it.
-    let gate_proven = ring_for(b.gate * 1.05, F).max(16);
-    let gate_k = ring_for(r.gate * MARGIN + 2.0, F).clamp(16, 21).min(gate_proven);
-    // Rows an eighth wide where that takes at most 2^11 of them: the error of a line grows with the square.
-    let gate_lo_bits = if gate_k <= 20 { 9 } else { gate_k - 11 };
-    // Both the product (in ring 64) and the down projection's output (12 bits less after its truncation) must fit.
-    let product = ring_for(b.gate * b.up, F);
-    let f_table = (64u32.saturating_sub(product)).min(52 - residual_k).min(20);
-    if f_table < 10 {
+    ring_for(b.gate * 1.05, F).max(16)
+}
+
+/// How far the activation's table may be off, its slope of `f_table` bits taken up to `2^(lo_bits + 1)` times: measured by
+/// the tests of `approx/signed.rs` before the rounding.
+fn silu_error(gate_lo_bits: u32, f_table: u32) -> f64 {
+    SILU_ERROR + (f64::from(gate_lo_bits) - f64::from(f_table)).exp2()
+}
+
+/// The largest error of the activation's lines in any window of the plan.
+const SILU_ERROR: f64 = 0.008;
+
+/// Fraction bits of the activation's table: both the product with `up` (in ring 64) and the down projection's output (12 bits
+/// less after its truncation) must fit.
+fn f_table(b: &LayerBounds, residual_k: u32) -> Option<u32> {
+    // The activation may be off by one at most, see `silu_error`.
+    let product = ring_for((b.gate + 1.1) * b.up, F);
+    let f = 64u32.saturating_sub(product).min(52 - residual_k).min(20);
+    (f >= 10).then_some(f)
+}
+
+fn mlp(who: &Who<'_>, b: &LayerBounds, r: &LayerRanges, residual_k: u32) -> MlpPlan {
+    let (gate_k, gate_lo_bits) = gate_window(b, r);
+    let f_table = f_table(b, residual_k).unwrap_or_else(|| {
         who.refuse("gate times up", b.gate * b.up, f64::from(64 - 10 - F).exp2());
-    }
-    MlpPlan { gate_proven, gate_k, gate_lo_bits, f_table }
+        10
+    });
+    MlpPlan { gate_proven: gate_proven(b), gate_k, gate_lo_bits, f_table }
 }

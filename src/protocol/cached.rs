@@ -43,11 +43,14 @@ pub struct Cached {
     share: Store,
 }
 
+/// Tokens for which room is made at once.
+const RESERVED: usize = 1024;
+
 impl Cached {
-    /// Empty, with room for `capacity` tokens.
+    /// Empty, with room for `capacity` tokens, or for the first of them: a request may allow far more than it will use.
     #[must_use]
     pub fn new(width: usize, k: u32, f: u32, capacity: usize) -> Self {
-        let store = || Arc::new(RwLock::new(Vec::with_capacity(width * capacity)));
+        let store = || Arc::new(RwLock::new(Vec::with_capacity(width * capacity.min(RESERVED))));
         Cached { width, k, f, tokens: 0, own: store(), share: store() }
     }
 

@@ -41,6 +41,10 @@ use crate::share::{Masked, Rows, Side};
 /// fn sendable<T: serde::Serialize>(_: &T) {}
 /// fn send(w: &trefoil::protocol::shared_linear::SharedMatrix) { sendable(w) }
 /// ```
+/// ```
+/// fn sendable<T: serde::Serialize>(_: &T) {}
+/// fn send(w: &trefoil::protocol::shared_linear::SharedMatrix) { sendable(&w.facts()) }
+/// ```
 #[derive(Clone)]
 pub struct SharedMatrix {
     outputs: usize,

@@ -7,11 +7,21 @@
 //! fn sendable<T: serde::Serialize>(_: &T) {}
 //! fn send(x: &trefoil::share::Bits) { sendable(x) }
 //! ```
+//! ```
+//! fn sendable<T: serde::Serialize>(_: &T) {}
+//! fn send(x: &trefoil::share::Bits) { sendable(&x.facts()) }
+//! ```
 //! ```compile_fail
 //! fn print(x: &trefoil::share::Bits) { println!("{x}") }
 //! ```
+//! ```
+//! fn print(x: &trefoil::share::Bits) { println!("{}", x.facts()) }
+//! ```
 //! ```compile_fail
 //! fn peek(x: &trefoil::share::Bits) -> u64 { x.next[0] }
+//! ```
+//! ```
+//! fn peek(x: &trefoil::share::Bits) -> u64 { x.facts().len() as u64 }
 //! ```
 
 use std::fmt;

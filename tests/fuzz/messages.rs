@@ -57,7 +57,7 @@ fn replies() -> Vec<Reply> {
             helper_nonce: [2; 32],
             helper: "sha256:cd".into(),
             manifest: b"{}".to_vec(),
-            seed: [3; 32],
+            seed: trefoil::deploy::wire::Seed([3; 32]),
             ahead_capacity: 1,
             prompt_tokens: 4096,
             session: [4; 32],

@@ -57,8 +57,8 @@ pub fn qwen3() -> ModelConfig {
 /// The public plan of weights, as the Owner makes it.
 pub fn plan_of(w: &Weights, private_layers: Option<usize>) -> Plan {
     let (first, private_embedding) = split_layers(&w.config, private_layers).unwrap();
-    let ranges = ranges(w, first, &inputs(&w.config, None));
-    trefoil::plan::plan(&w.config, first, private_embedding, &bounds(w, first), &ranges).unwrap()
+    let ranges = ranges(w, first, &inputs(&w.config, w.config.max_positions, None));
+    trefoil::plan::plan(&w.config, first, private_embedding, &bounds(w, first).unwrap(), &ranges).unwrap()
 }
 
 /// What the Helper gets before any session.

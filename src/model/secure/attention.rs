@@ -26,7 +26,7 @@ use crate::session::{Scope, Session};
 use crate::share::{Masked, Rows};
 
 /// Fraction bits of queries and keys in the scores' product.
-pub(super) const F_QK: u32 = 10;
+pub(in crate::model) const F_QK: u32 = 10;
 
 /// Ring of the scores' product: `2 F_QK` fraction bits, truncated to `F`.
 pub(super) fn product_ring(p: &AttentionPlan) -> u32 {

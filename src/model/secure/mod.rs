@@ -23,6 +23,7 @@ use crate::protocol::{embedding, input};
 use crate::session::{Scope, Session};
 use crate::share::{Masked, Rows};
 use attention::AttentionTables;
+pub(super) use attention::F_QK;
 use mlp::MlpTables;
 use norm::Norm;
 

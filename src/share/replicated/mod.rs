@@ -15,14 +15,27 @@
 //! fn sendable<T: serde::Serialize>(_: &T) {}
 //! fn send(x: &trefoil::share::Replicated) { sendable(x) }
 //! ```
+//! ```
+//! fn sendable<T: serde::Serialize>(_: &T) {}
+//! fn send(x: &trefoil::share::Replicated) { sendable(&x.facts()) }
+//! ```
 //! ```compile_fail
 //! fn print(x: &trefoil::share::Replicated) { println!("{x}") }
+//! ```
+//! ```
+//! fn print(x: &trefoil::share::Replicated) { println!("{}", x.facts()) }
 //! ```
 //! ```compile_fail
 //! fn peek(x: &trefoil::share::Replicated) -> u64 { x.next[0] }
 //! ```
+//! ```
+//! fn peek(x: &trefoil::share::Replicated) -> u64 { x.facts().len() as u64 }
+//! ```
 //! ```compile_fail
 //! fn peek(x: &trefoil::share::Additive) -> u64 { x.v[0] }
+//! ```
+//! ```
+//! fn peek(x: &trefoil::share::Additive) -> u64 { x.facts().len() as u64 }
 //! ```
 
 mod additive;

@@ -1,0 +1,196 @@
+//! Plans that are made pass the check of plans that are received; no other plan does, and none makes the check panic.
+
+use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use serde_json::Value;
+
+use super::*;
+use crate::model::{Activation, Arch, ModelConfig, Rope, RopeScaling};
+
+fn config(hidden_size: usize, qk_norm: bool, max_positions: usize, vocab_size: usize) -> ModelConfig {
+    ModelConfig {
+        arch: if qk_norm { Arch::Qwen3 } else { Arch::Llama },
+        hidden_size,
+        intermediate_size: 2 * hidden_size,
+        num_layers: 3,
+        num_heads: 4,
+        num_kv_heads: 2,
+        head_dim: hidden_size / 4,
+        vocab_size,
+        max_positions,
+        rms_norm_eps: 1e-5,
+        rope: Rope { theta: 1e4, scaling: RopeScaling::None },
+        tie_word_embeddings: true,
+        qkv_bias: false,
+        o_bias: false,
+        mlp_bias: false,
+        qk_norm,
+        activation: Activation::Silu,
+        bos_id: None,
+        eos_ids: vec![],
+    }
+}
+
+/// Positive, over many orders of magnitude.
+fn size(low: f64, high: f64) -> impl Strategy<Value = f64> {
+    (low..high).prop_map(f64::exp2)
+}
+
+prop_compose! {
+    fn layer_bounds()(qk in size(-3.0, 14.0), raw in size(-3.0, 14.0), v in size(-3.0, 14.0), score in size(-3.0, 24.0),
+        attention in size(-6.0, 20.0), gate in size(-3.0, 18.0), up in size(-3.0, 18.0), mlp in size(-3.0, 26.0),
+        mlp_slope in size(-6.0, 12.0)) -> LayerBounds {
+        LayerBounds { qk, qk_raw: raw, v, score, attention, gate, up, mlp, mlp_slope }
+    }
+}
+
+prop_compose! {
+    fn layer_ranges(qk_norm: bool)(sums in proptest::array::uniform3(size(-10.0, 34.0)), spread in size(0.0, 8.0),
+        score in size(-2.0, 11.0), depth in 0.0..1.0f64, gate in size(-3.0, 12.0)) -> LayerRanges {
+        let [a, b, c] = sums;
+        LayerRanges {
+            input_sum: (a / spread, a),
+            post_sum: (b / spread, b),
+            score,
+            row_max: (-score * depth, score),
+            gate,
+            qk_sum: qk_norm.then_some((c / spread, c)),
+        }
+    }
+}
+
+fn made() -> impl Strategy<Value = (ModelConfig, Option<Plan>)> {
+    (3u32..13, any::<bool>(), 1usize..200_000, 5usize..200_000).prop_flat_map(|(hidden, qk_norm, positions, vocab)| {
+        let c = config(1 << hidden, qk_norm, positions, vocab);
+        let layer = (layer_bounds(), layer_ranges(qk_norm));
+        (proptest::collection::vec(layer, 3), size(0.0, 12.0), size(-4.0, 8.0), any::<bool>(), 0..=3usize).prop_map(
+            move |(layers, logit, embedding, private, first)| {
+                let private = private && first == 0;
+                let (b, r): (Vec<_>, Vec<_>) = layers.into_iter().skip(first).unzip();
+                let last = (r.last().map_or(1.0, |r| r.post_sum.0), r.last().map_or(64.0, |r| r.post_sum.1));
+                let bounds = Bounds { layers: b, logit, embedding };
+                let ranges = Ranges { layers: r, final_sum: last, logit };
+                (c.clone(), plan(&c, first, private, &bounds, &ranges).ok())
+            },
+        )
+    })
+}
+
+/// Paths of all numbers of a plan.
+fn numbers(v: &Value, path: String, out: &mut Vec<String>) {
+    match v {
+        Value::Number(_) => out.push(path),
+        Value::Object(m) => m.iter().for_each(|(k, v)| numbers(v, format!("{path}/{k}"), out)),
+        Value::Array(a) => a.iter().enumerate().for_each(|(i, v)| numbers(v, format!("{path}/{i}"), out)),
+        _ => {}
+    }
+}
+
+fn edges() -> impl Strategy<Value = i64> {
+    prop_oneof![
+        -70i64..70,
+        Just(i64::from(u32::MAX)),
+        Just(i64::from(u32::MAX) - 1),
+        Just(i64::MAX),
+        Just(i64::MIN),
+        Just(1 << 31),
+        Just(1 << 40)
+    ]
+}
+
+/// What the engine takes for granted of a plan's widths, said once more and in other words.
+fn fits(p: &Plan) -> bool {
+    p.layers.iter().all(|l| {
+        let (a, m) = (&l.attention, &l.mlp);
+        let linear = |n: &NormPlan| 64 - n.f_gain - FW;
+        64 - a.f_inverse - FW >= p.residual_k
+            && 64 - m.f_table - FW >= p.residual_k
+            && linear(&l.post_norm) >= m.gate_proven
+            && m.gate_proven >= m.gate_k
+            && a.score_proven >= a.score_k
+            && a.qk_norm.as_ref().is_none_or(|n| n.k + n.coarse.unwrap_or(0) <= linear(&l.input_norm))
+            && [&l.input_norm, &l.post_norm].iter().all(|n| n.k + n.coarse.unwrap_or(0) <= p.residual_k)
+            && a.exp_low + a.exp_lo_bits < a.score_k
+            && a.total_bits < a.prob_k
+    }) && linear_ring(p) >= p.head.logit_k
+}
+
+fn linear_ring(p: &Plan) -> u32 {
+    64 - p.head.norm.f_gain - (F + FW - p.head.f_logit)
+}
+
+#[test]
+fn the_bounds_and_ranges_of_these_tests_do_make_plans() {
+    let mut runner = proptest::test_runner::TestRunner::deterministic();
+    let n = (0..400).filter(|_| made().new_tree(&mut runner).unwrap().current().1.is_some()).count();
+    assert!((20..380).contains(&n), "{n} of 400");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1500))]
+
+    #[test]
+    fn what_is_made_is_accepted((c, p) in made()) {
+        if let Some(p) = p {
+            prop_assert_eq!(p.check(&c), Ok(()), "{:?}", p);
+            prop_assert!(fits(&p), "{:?}", p);
+        }
+    }
+
+    /// With overflow checks (`cargo test`) a width that wraps would panic here; without them it would be accepted.
+    #[test]
+    fn a_changed_plan_is_refused_or_still_fits(
+        (c, p) in made(),
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), edges(), any::<bool>()), 1..4),
+    ) {
+        if let Some(p) = p {
+            let mut json = serde_json::to_value(&p).unwrap();
+            let mut paths = Vec::new();
+            numbers(&json, String::new(), &mut paths);
+            for (i, to, near) in changes {
+                let at = json.pointer_mut(i.get::<String>(&paths).as_str()).unwrap();
+                let old = at.as_i64().unwrap();
+                *at = if near { old.saturating_add(to % 3) } else { to }.into();
+            }
+            if let Ok(p) = serde_json::from_value::<Plan>(json)
+                && p.check(&c).is_ok()
+            {
+                prop_assert!(fits(&p), "{:?}", p);
+            }
+        }
+    }
+}
+
+#[test]
+fn relations_that_do_not_hold_are_refused_by_name() {
+    let mut runner = proptest::test_runner::TestRunner::deterministic();
+    let (c, p) = std::iter::repeat_with(|| made().new_tree(&mut runner).unwrap().current())
+        .find_map(|(c, p)| p.filter(|p| p.layers.len() == 3 && c.qk_norm).map(|p| (c, p)))
+        .unwrap();
+    assert_eq!(p.check(&c), Ok(()));
+    let refused = |edit: &dyn Fn(&mut Plan), what: &str| {
+        let mut p = p.clone();
+        edit(&mut p);
+        let e = p.check(&c).expect_err(what);
+        assert!(e.contains(what), "{e}, not {what}");
+    };
+    refused(&|p| p.layers[1].attention.f_inverse += 1, "reciprocal");
+    refused(&|p| p.layers[1].mlp.f_table = 53 - p.residual_k, "activation");
+    refused(&|p| p.layers[0].mlp.gate_proven = 53 - p.layers[0].post_norm.f_gain, "gate");
+    refused(&|p| p.layers[2].input_norm.k += 20, "norm's ring");
+    refused(&|p| p.layers[2].input_norm.coarse = Some(u32::MAX), "norm");
+    refused(&|p| p.layers[2].attention.qk_norm.as_mut().unwrap().k = 64, "norm's ring");
+    refused(&|p| p.layers[2].attention.qk_norm = None, "queries and keys");
+    refused(&|p| p.layers[0].attention.step_bits = u32::MAX, "step");
+    refused(&|p| p.layers[0].attention.base = i64::MAX, "base");
+    refused(&|p| p.layers[0].attention.base = 1 << 15, "threshold");
+    refused(&|p| p.layers[0].attention.score_proven = 64, "proven");
+    refused(&|p| p.layers[0].attention.total_bits += 1, "reciprocal");
+    refused(&|p| p.head.logit_k = 24, "logits");
+    refused(&|p| p.head.radix = 5, "radix");
+    refused(&|p| p.max_positions = 0, "context");
+    refused(&|p| p.first_private = 9, "first private");
+    assert_eq!(p.longest_answer(1), p.max_positions);
+    assert_eq!((p.longest_answer(p.max_positions), p.longest_answer(p.max_positions + 1)), (1, 0));
+    assert_eq!(p.longest_answer(usize::MAX), 0);
+}
