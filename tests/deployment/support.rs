@@ -160,7 +160,7 @@ impl Site {
         let site = Site {
             dir: tempfile::tempdir().unwrap(),
             ca,
-            limits: "timeout_s = 5\nhandshake_timeout_s = 2\n".into(),
+            limits: "timeout_s = 5\nhandshake_timeout_s = 5\n".into(),
             tls: String::new(),
             preparation: preparation().to_path_buf(),
         };
