@@ -86,7 +86,7 @@ impl Running {
         let mut c = trefoil();
         c.args(["generate", "--prompt", LONG, "--config"]).arg(config).args(more());
         let mut child = c.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let (said, complaint): (Arc<Mutex<Vec<u8>>>, Arc<Mutex<Vec<u8>>>) = Default::default();
+        let (said, complaint) = (Arc::<Mutex<Vec<u8>>>::default(), Arc::<Mutex<Vec<u8>>>::default());
         let mut readers = Vec::new();
         let streams: [(Box<dyn Read + Send>, _); 2] = [
             (Box::new(child.stdout.take().unwrap()), Arc::clone(&said)),
@@ -271,7 +271,8 @@ fn report(phase: Phase, victim: Role, t: &Tally) {
 }
 
 fn in_session(phase: Phase) {
-    (expected_text(), expected(4));
+    expected_text();
+    expected(4);
     let _alone = alone();
     let mut trio = Trio::at(site());
     for victim in Role::ALL {
@@ -297,7 +298,8 @@ fn killed_during_decode() {
 
 #[test]
 fn killed_while_the_helper_receives_its_half() {
-    (expected_text(), expected(4));
+    expected_text();
+    expected(4);
     let _alone = alone();
     for victim in Role::ALL {
         let mut tally = Tally::default();
