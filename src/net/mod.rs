@@ -108,6 +108,8 @@ impl Abort {
             // Hearsay is passed on as it was heard.
             Error::Peer { kind: PeerFault::Aborted { blamed: Some(role), code }, .. } => (Some(*role), code.as_str()),
             Error::Peer { role, kind, .. } => (Some(*role), kind.code()),
+            // Which flag went up, or that one did, tells something about the Client's values: it is nobody else's business.
+            Error::Range { .. } => (None, "ended"),
             other => (None, other.code()),
         };
         Abort { blamed, code: code.to_string() }
@@ -239,4 +241,24 @@ impl Links {
 #[must_use]
 pub fn blame(role: Role, step: &Address, kind: PeerFault) -> Error {
     Error::Peer { role, step: step.to_string(), kind }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_said_at_the_end() {
+        let peer = |kind| Error::Peer { role: Role::Helper, step: "s".into(), kind };
+        let said = Abort::of(&peer(PeerFault::Timeout(5)));
+        assert_eq!((said.blamed, said.code.as_str()), (Some(Role::Helper), "timeout"));
+        assert_eq!(Abort::decode(&said.encode()), Some(said.clone()));
+        // Hearsay keeps its source.
+        assert_eq!(Abort::of(&peer(said.fault())), said);
+        let range = Abort::of(&Error::Range { layer: "3".into(), quantity: "a score".into() });
+        assert_eq!((range.blamed, range.code.as_str()), (None, "ended"));
+        for bad in [&[] as &[u8], &[4, b'a'], &[0, b'A'], &[3; 40], &[1, 0xff]] {
+            assert_eq!(Abort::decode(bad), None);
+        }
+    }
 }
