@@ -109,7 +109,7 @@ impl Loss {
     #[must_use]
     pub fn limit(&self) -> f64 {
         match self.matrix {
-            "self_attn.q_proj" | "self_attn.k_proj" => 0.045,
+            "self_attn.q_proj" | "self_attn.k_proj" => 0.03,
             "mlp.down_proj" | "lm_head" => 0.009,
             _ => 0.015,
         }
@@ -235,7 +235,7 @@ pub fn check(w: &Weights, first_private: usize, private_embedding: bool) -> Resu
             continue;
         };
         return Err(Error::Model(format!(
-            "{}: {}: rounding to {FW} fraction bits changes {what} by {:.1} % (limit {:.0} %), too much for the right tokens: they are very small once the norm's gain is folded in; rescale the checkpoint (multiply this matrix, divide what it feeds or is fed by), or keep that part public with --private-layers",
+            "{}: {}: rounding to {FW} fraction bits changes {what} by {:.1} % (limit {:.1} %), too much for the right tokens: they are very small once the norm's gain is folded in; rescale the checkpoint (multiply this matrix, divide what it feeds or is fed by), or keep that part public with --private-layers",
             l.place,
             l.matrix,
             100.0 * lost,
