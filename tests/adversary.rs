@@ -266,6 +266,10 @@ fn a_closed_link_is_seen_by_all() {
                 let result = misbehave(culprit, None, capacity, Some((culprit, step)));
                 match result {
                     Err(Error::Peer { step, kind: PeerFault::Closed, .. }) => assert!(step.starts_with("pass ")),
+                    // One that saw it tells the others.
+                    Err(Error::Peer { step, kind: PeerFault::Aborted { code, .. }, .. }) => {
+                        assert!(step.starts_with("pass ") && code == "closed", "{step}: {code}");
+                    }
                     other => panic!("{culprit} closed at {step}: {other:?}"),
                 }
             }

@@ -77,6 +77,9 @@ impl Request {
         let word = |at: usize| -> Result<[u8; 8]> {
             bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).ok_or_else(|| bad("a short request"))
         };
+        if bytes.len() != REQUEST_BYTES {
+            return Err(bad("a request of another length"));
+        }
         let half = u64::from_le_bytes(word(8)?);
         let r = Request {
             first_pass: u64::from_le_bytes(word(0)?),
