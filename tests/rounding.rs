@@ -75,7 +75,7 @@ fn what_is_accepted_keeps_the_distribution() {
         assert!(rounding::check(&r, 0, true).is_err());
     }
     // What no other matrix can make up for: a smaller gate, head or embedding is another model, and keeps itself as well.
-    for (what, limit) in [("gate", 0.015), ("head", 0.009), ("embedding", 0.015)] {
+    for (what, limit) in [("gate", 0.015), ("head", 0.009), ("embedding", 0.006)] {
         let mut r = w.clone();
         // Some of the weights are multiples of a unit before they are made smaller: not proportional at first.
         for _ in 0..3 {

@@ -111,6 +111,7 @@ impl Loss {
         match self.matrix {
             "self_attn.q_proj" | "self_attn.k_proj" => 0.03,
             "mlp.down_proj" | "lm_head" => 0.009,
+            "embed_tokens" => 0.006,
             _ => 0.015,
         }
     }
