@@ -84,8 +84,7 @@ fn source(a: &Args) -> Result<Source> {
         )));
     }
     let private_layers = parse_private_layers(a.private_layers.as_deref(), &config)?;
-    let context = Some(a.context.unwrap_or(request).min(config.max_positions));
-    let options = Options { private_layers, max_positions: context, base: a.base.clone(), calibration_text: None };
+    let options = Options { private_layers, max_positions: a.context, base: a.base.clone(), calibration_text: None };
     Source::checkpoint(&a.model, &options)
 }
 
