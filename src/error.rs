@@ -93,7 +93,7 @@ pub enum PeerFault {
     #[error("sent a malformed value ({0})")]
     Malformed(&'static str),
     /// It ended the session and said why.
-    #[error("ended the session: {}{code}", blamed.map_or(String::new(), |r| format!("it blames the {r}: ")))]
+    #[error("ended the session: {}{code}; its log says more", blamed.map_or(String::new(), |r| format!("it blames the {r}: ")))]
     Aborted {
         /// Whom it blames, if not itself.
         blamed: Option<Role>,

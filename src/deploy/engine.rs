@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::certs::Fingerprint;
 use super::party::{Options, Place};
 use super::tls::Secured;
 use super::wire::Digest;
@@ -35,12 +36,15 @@ pub(super) struct Connected {
     pub session: Session,
     pub meter: Arc<Meter>,
     pub channels: Vec<(Role, Arc<TlsChannel>)>,
+    /// Certificates of the peers.
+    pub peers: Vec<Fingerprint>,
 }
 
 /// Hands the connections over to the engine. The pairs' keys come out of the TLS connections.
 pub(super) fn connect(agreed: &Agreed, peers: Vec<Peer>, options: &Options) -> Result<Connected> {
     let meter = Arc::new(Meter::default());
     let (mut keys, mut channels) = (Vec::new(), Vec::new());
+    let fingerprints = peers.iter().map(|p| p.online.peer.fingerprint).collect();
     let mut links: Vec<(Role, Arc<dyn Channel>)> = Vec::new();
     for peer in peers {
         let role = peer.online.peer.role;
@@ -62,7 +66,7 @@ pub(super) fn connect(agreed: &Agreed, peers: Vec<Peer>, options: &Options) -> R
     };
     let links = Links::new(agreed.role, links, agreed.timeout, agreed.ahead_capacity);
     let session = Session::new(agreed.role, links, prf, Arc::clone(&meter));
-    Ok(Connected { session, meter, channels })
+    Ok(Connected { session, meter, channels, peers: fingerprints })
 }
 
 /// A session's first eight hex digits, for logs: the id is public to all three.
@@ -78,9 +82,9 @@ pub(super) fn spawn(
     place: Place,
     run: impl FnOnce(&mut Session, &Connection) -> Result<()> + Send + 'static,
 ) -> Result<()> {
-    let Connected { mut session, meter, channels } = connected;
+    let Connected { mut session, meter, channels, peers } = connected;
     let links = session.links().clone();
-    place.occupy(&links);
+    place.occupy(&links, peers);
     let started = Instant::now();
     let thread = std::thread::Builder::new().name(format!("session {}", short(&id)));
     let work = move || {

@@ -21,6 +21,8 @@ use crate::party::Role;
 /// A preparation in memory.
 struct Loaded {
     agreed: Digest,
+    /// Digest of the half's hashes.
+    half: Digest,
     model: Arc<SecureModel>,
 }
 
@@ -48,6 +50,7 @@ pub(super) struct Pair {
     pub client: String,
     pub preparation: String,
     pub agreed: Digest,
+    pub half: Digest,
     pub ahead_capacity: u64,
 }
 
@@ -80,7 +83,8 @@ impl Helper {
             meetings: Mutex::default(),
             patience: config.limits().handshake_timeout,
         };
-        for id in helper.store.ids()?.into_iter().take(IN_MEMORY) {
+        // The newest: others are loaded when an Owner asks for them.
+        if let Some(id) = helper.store.newest()? {
             // One that cannot be read does not keep the others from being served.
             if let Err(error) = helper.load(&id) {
                 tracing::warn!(preparation = %id, code = error.code(), %error, "a stored preparation cannot be used");
@@ -99,8 +103,15 @@ impl Helper {
         self.keep(id, &manifest, model)
     }
 
+    /// Drops models that no session uses, but for `name`.
+    fn drop_idle(&self, name: &str) {
+        lock(&self.loaded)
+            .retain(|other, l| other == name || Arc::strong_count(l) > 1 || Arc::strong_count(&l.model) > 1);
+    }
+
     fn keep(&self, id: &PreparationId, manifest: &PublicManifest, model: SecureModel) -> Result<()> {
-        let loaded = Arc::new(Loaded { agreed: wire::digest(&manifest.to_json()?), model: Arc::new(model) });
+        let half = wire::digest(&self.store.hashes(id)?);
+        let loaded = Arc::new(Loaded { agreed: wire::digest(&manifest.to_json()?), half, model: Arc::new(model) });
         let mut all = lock(&self.loaded);
         all.insert(id.to_string(), loaded);
         // Older ones stay on disk; in memory only as long as a session uses them.
@@ -190,9 +201,14 @@ impl Helper {
                 let Denied { why, fault: blame } = *denied;
                 let code = blame.as_ref().map_or("refused", |k| k.code());
                 let blamed = blame.map(|kind| o.blame(step, kind));
+                // Why there is no room is the Client's to know as well.
+                let to_client = match &why {
+                    Refusal::Busy { .. } | Refusal::Memory | Refusal::Draining | Refusal::Local => why.clone(),
+                    _ => Refusal::Third { role: Role::Owner, code: code.into() },
+                };
                 let _ = refuse(o, step, why).await;
                 if let Some(c) = client.await {
-                    let _ = refuse(c, step, Refusal::Third { role: Role::Owner, code: code.into() }).await;
+                    let _ = refuse(c, step, to_client).await;
                 }
                 return blamed.map_or(Ok(()), Err);
             }
@@ -266,11 +282,13 @@ impl Helper {
             return Err(denied(Refusal::Malformed, Some(PeerFault::Malformed("an impossible run-ahead buffer"))));
         }
         let Some(loaded) = lock(&self.loaded).get(&p.preparation).cloned() else {
-            let why = Refusal::Preparation { wanted: p.preparation.clone(), known: self.preparations() };
+            let wanted = p.preparation.chars().take(64).collect();
+            let known = self.preparations().into_iter().take(8).collect();
+            let why = Refusal::Preparation { wanted, known };
             let fault = why.fault();
             return Err(denied(why, Some(fault)));
         };
-        if loaded.agreed != p.agreed {
+        if loaded.agreed != p.agreed || loaded.half != p.half {
             let why = Refusal::Manifest { ours: loaded.agreed, theirs: p.agreed };
             let fault = why.fault();
             return Err(denied(why, Some(fault)));
@@ -279,9 +297,15 @@ impl Helper {
         let limits = shared.config.limits();
         let of = |l: &Loaded| Need::of(Role::Helper, limits, l.model.config(), l.model.plan(), p.ahead_capacity);
         let need = of(&loaded);
-        let models = lock(&self.loaded).values().map(|l| of(l).model).sum();
-        let place = shared.place(&Need { model: models, ..need }).map_err(|why| denied(why, None))?;
-        Ok((place, loaded))
+        let models = || lock(&self.loaded).values().map(|l| of(l).model).sum();
+        let place = match shared.place(&Need { model: models(), ..need }) {
+            Err(Refusal::Memory) => {
+                self.drop_idle(&p.preparation);
+                shared.place(&Need { model: models(), ..need })
+            }
+            other => other,
+        };
+        Ok((place.map_err(|why| denied(why, None))?, loaded))
     }
 
     /// The Owner offers a half: what is missing is received, verified chunk by chunk, and loaded.
@@ -300,7 +324,15 @@ impl Helper {
         let id = manifest.id;
         let count = manifest.half.chunks;
         self.fetch(&id.to_string()).await;
-        if lock(&self.loaded).contains_key(&id.to_string()) {
+        let loaded = lock(&self.loaded).get(&id.to_string()).cloned();
+        if let Some(loaded) = loaded {
+            let agreed = wire::digest(&manifest.to_json()?);
+            if loaded.agreed != agreed || loaded.half != wire::digest(&chunks) {
+                let why = Refusal::Manifest { ours: loaded.agreed, theirs: agreed };
+                let blamed = o.blame(step, why.fault());
+                let _ = refuse(o, step, why).await;
+                return Err(blamed);
+            }
             o.send(step, &wire::encode(&Reply::Have { next: count })?).await?;
             o.send(step, &wire::encode(&Reply::Stored)?).await?;
             return Ok(());

@@ -80,7 +80,14 @@ impl Owner {
             Ok(place) => place,
             Err(why) => return refuse(c, step, why).await,
         };
-        if !shared.seen.insert(&nonce)? {
+        let fresh = match shared.seen.insert(&nonce) {
+            Ok(fresh) => fresh,
+            Err(error) => {
+                let _ = refuse(c, step, Refusal::Local).await;
+                return Err(error);
+            }
+        };
+        if !fresh {
             let blamed = c.blame(step, PeerFault::Replay);
             let _ = refuse(c, step, Refusal::Replay).await;
             return Err(blamed);
@@ -155,6 +162,7 @@ impl Owner {
             client: c.peer.fingerprint.to_string(),
             preparation: self.preparation(),
             agreed: self.agreed,
+            half: wire::digest(self.preparation.hashes()),
             ahead_capacity: shared.config.limits().run_ahead_bytes as u64,
         };
         online.send(step, &wire::encode(&pair)?).await?;

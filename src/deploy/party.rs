@@ -12,6 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 
+use super::certs::Fingerprint;
 use super::config::{Config, Limits};
 use super::helper::Helper;
 use super::owner::Owner;
@@ -72,7 +73,7 @@ pub(super) struct Shared {
     pub seen: Seen,
     pub options: Options,
     permits: Arc<Semaphore>,
-    running: Mutex<BTreeMap<u64, Links>>,
+    running: Mutex<BTreeMap<u64, (Links, Vec<Fingerprint>)>>,
     numbers: AtomicU64,
     /// Bytes that the sessions now running may take.
     taken: AtomicU64,
@@ -109,9 +110,9 @@ impl Drop for Place {
 }
 
 impl Place {
-    /// The session runs on `links` now: a shutdown ends them.
-    pub fn occupy(&self, links: &Links) {
-        lock(&self.shared.running).insert(self.number, links.clone());
+    /// The session runs on `links` with these peers now: a shutdown ends them, or that a peer is revoked.
+    pub fn occupy(&self, links: &Links, peers: Vec<Fingerprint>) {
+        lock(&self.shared.running).insert(self.number, (links.clone(), peers));
     }
 }
 
@@ -180,10 +181,17 @@ impl Shared {
             (
                 Part::Helper(helper),
                 Role::Owner,
-                Hello::Pair { client_nonce, owner_nonce, client, preparation, agreed, ahead_capacity },
+                Hello::Pair { client_nonce, owner_nonce, client, preparation, agreed, half, ahead_capacity },
             ) => {
-                let pair =
-                    super::helper::Pair { client_nonce, owner_nonce, client, preparation, agreed, ahead_capacity };
+                let pair = super::helper::Pair {
+                    client_nonce,
+                    owner_nonce,
+                    client,
+                    preparation,
+                    agreed,
+                    half,
+                    ahead_capacity,
+                };
                 helper.pair(&self, c, pair).await
             }
             (Part::Helper(helper), Role::Owner, Hello::Offer { manifest, chunks }) => {
@@ -199,10 +207,23 @@ impl Shared {
         }
     }
 
+    /// Ends sessions with peers that were revoked since.
+    fn end_revoked(&self) {
+        let tls = self.tls.current();
+        let revoked = |peers: &[Fingerprint]| peers.iter().any(|p| tls.revoked(p));
+        let gone: Vec<Links> =
+            lock(&self.running).values().filter(|(_, peers)| revoked(peers)).map(|(links, _)| links.clone()).collect();
+        for links in gone {
+            tracing::warn!("ending a session: a certificate in it was revoked");
+            links.end(&Abort { blamed: None, code: "revoked".into() });
+        }
+    }
+
     fn status(&self) -> Status {
         let (preparations, provisioned) = match &self.part {
             Part::Owner(owner) => (vec![owner.preparation().to_string()], owner.provisioned()),
-            Part::Helper(helper) => (helper.preparations(), false),
+            // The message is short, and more than these nobody compares.
+            Part::Helper(helper) => (helper.preparations().into_iter().take(64).collect(), false),
         };
         let limit = self.config.limits().sessions;
         let clock = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
@@ -273,6 +294,8 @@ pub struct Daemon {
 const HANDSHAKES: usize = 128;
 /// Of these, as many as one address may have: nobody keeps all others out by opening connections and saying nothing.
 const HANDSHAKES_FROM_ONE: usize = HANDSHAKES / 2;
+/// How often running sessions are compared with the list of revoked certificates.
+const REVOCATION: Duration = Duration::from_secs(2);
 /// The longest that one probe is answered.
 const PROBE: Duration = Duration::from_secs(60);
 
@@ -352,6 +375,15 @@ impl Daemon {
         });
         let stop = Arc::new(Notify::new());
         runtime.spawn(listen_on(listener, Arc::clone(&shared), Arc::clone(&stop)));
+        let watched = Arc::clone(&shared);
+        runtime.spawn(async move {
+            loop {
+                tokio::time::sleep(REVOCATION).await;
+                let shared = Arc::clone(&watched);
+                // Reads files.
+                let _ = tokio::task::spawn_blocking(move || shared.end_revoked()).await;
+            }
+        });
         if let Part::Owner(owner) = &shared.part {
             runtime.spawn(owner.provision(Arc::clone(&shared)));
         }
@@ -423,7 +455,7 @@ impl Daemon {
     }
 
     fn end_rest(&self) {
-        let left: Vec<Links> = lock(&self.shared.running).values().cloned().collect();
+        let left: Vec<Links> = lock(&self.shared.running).values().map(|(links, _)| links.clone()).collect();
         if !left.is_empty() {
             tracing::warn!(sessions = left.len(), "ending sessions that did not end by themselves");
         }

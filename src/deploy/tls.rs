@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_signature};
@@ -238,6 +238,7 @@ pub struct Tls {
     client: Arc<ClientConfig>,
     server: Arc<ServerConfig>,
     own: Identity,
+    revoked: Vec<Fingerprint>,
 }
 
 fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
@@ -300,7 +301,9 @@ impl Tls {
         }
         let key = PrivateKeyDer::from_pem_slice(Key::load(&config.key)?.pem().as_bytes())
             .map_err(|e| Error::Config(format!("{}: no private key in PEM form ({e})", config.key.display())))?;
-        let pinned = config.pinned.iter().map(|p| read_certificates(p)).collect::<Result<Vec<_>>>()?.concat();
+        // One peer a file: what follows its certificate is a chain, not other peers.
+        let first = |p: &PathBuf| read_certificates(p).map(|mut all| all.swap_remove(0));
+        let pinned = config.pinned.iter().map(first).collect::<Result<Vec<_>>>()?;
         let roots = config.ca.as_deref().map(read_roots).transpose()?;
         let internal = |e: &dyn fmt::Display| Error::Config(format!("[tls]: {e}"));
         let clients = match &roots {
@@ -315,7 +318,13 @@ impl Tls {
         let verifier = Arc::new(Verifier { pinned, revoked: config.revoked.clone(), roots, clients, algorithms });
         let (client, server) = configs(provider, verifier, chain, key)
             .map_err(|e| Error::Config(format!("{}, {}: {e}", config.certificate.display(), config.key.display())))?;
-        Ok(Tls { client: Arc::new(client), server: Arc::new(server), own })
+        Ok(Tls { client: Arc::new(client), server: Arc::new(server), own, revoked: config.revoked.clone() })
+    }
+
+    /// Whether a certificate is on the list of revoked ones.
+    #[must_use]
+    pub fn revoked(&self, fingerprint: &Fingerprint) -> bool {
+        self.revoked.contains(fingerprint)
     }
 
     /// Who we are.
@@ -642,7 +651,7 @@ pub async fn connect(tls: &Tls, address: &Address, want: Role, timeout: Duration
 pub struct Reloading {
     path: PathBuf,
     role: Role,
-    state: Mutex<(Vec<Option<SystemTime>>, TlsConfig, Arc<Tls>)>,
+    state: Mutex<(Vec<Stamp>, TlsConfig, Arc<Tls>)>,
 }
 
 impl Reloading {
@@ -661,16 +670,20 @@ impl Reloading {
     #[must_use]
     pub fn current(&self) -> Arc<Tls> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if stamps(&self.path, &state.1) != state.0 {
+        // Taken before the files are read: what changes meanwhile is read again next time.
+        let now = stamps(&self.path, &state.1);
+        if now != state.0 {
             let fresh = Config::load(&self.path).and_then(|c| Ok((Tls::load(c.tls(), self.role)?, c.tls().clone())));
             match fresh {
                 Ok((tls, config)) => {
                     tracing::info!("certificates and lists read again");
-                    *state = (stamps(&self.path, &config), config, Arc::new(tls));
+                    // Other files may be named now: they count as read only if they are the same ones.
+                    let stamps = if config == state.1 { now } else { Vec::new() };
+                    *state = (stamps, config, Arc::new(tls));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "certificates changed but cannot be used; the old ones stay in force");
-                    state.0 = stamps(&self.path, &state.1);
+                    state.0 = now;
                 }
             }
         }
@@ -678,8 +691,23 @@ impl Reloading {
     }
 }
 
-fn stamps(path: &Path, tls: &TlsConfig) -> Vec<Option<SystemTime>> {
+/// What tells that a file has changed.
+type Stamp = Option<(u64, u64, i64, i64)>;
+
+fn stamps(path: &Path, tls: &TlsConfig) -> Vec<Stamp> {
+    use std::os::unix::fs::MetadataExt;
     let files = [path, &tls.certificate, &tls.key].into_iter();
     let files = files.chain(tls.ca.as_deref()).chain(tls.pinned.iter().map(PathBuf::as_path));
-    files.map(|f| std::fs::metadata(f).and_then(|m| m.modified()).ok()).collect()
+    files
+        .map(|f| {
+            std::fs::metadata(f).ok().map(|m| {
+                (
+                    m.ino(),
+                    m.len(),
+                    m.mtime_nsec() + m.mtime() * 1_000_000_000,
+                    m.ctime_nsec() + m.ctime() * 1_000_000_000,
+                )
+            })
+        })
+        .collect()
 }

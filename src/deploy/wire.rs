@@ -48,6 +48,9 @@ pub enum Hello {
         preparation: String,
         /// Digest of its public manifest.
         agreed: Digest,
+        /// Digest of the hashes of the Helper's half: only the Owner that made it and the Helper know them, so that no other
+        /// Owner gets sessions on this half. Never sent to a Client (`docs/preparation.md`).
+        half: Digest,
         /// Bytes that the Owner keeps of the Helper's run-ahead.
         ahead_capacity: u64,
     },
@@ -246,7 +249,7 @@ impl Refusal {
                     what: "the preparation (id, plan, configuration or hash of the public part)",
                     ours: hex(theirs),
                     theirs: hex(ours),
-                    remedy: "restart the owner so that it offers the helper its present preparation",
+                    remedy: "prepare the model anew, or remove this preparation from the helper's store",
                 };
             }
             Refusal::Session => {
@@ -279,8 +282,9 @@ impl Refusal {
             Refusal::Preparing { percent } => {
                 format!("the helper is still receiving the model ({percent} %): try again when that is done")
             }
+            // Hearsay: the one it blames, if it can be asked, knows better.
             Refusal::Third { role, code } => {
-                format!("it has a problem with the {role} ({}): see its log", plain(code))
+                return PeerFault::Aborted { blamed: Some(*role), code: plain(code) };
             }
             Refusal::Corrupt { chunk } => format!("chunk {chunk} arrived damaged: start the transfer again"),
             Refusal::Local => "it has a problem of its own: see its log".into(),

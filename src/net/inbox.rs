@@ -8,6 +8,11 @@ use std::time::{Duration, Instant};
 use super::{FRAME_HEADER, Frame, Lane};
 use crate::error::PeerFault;
 
+/// What a message takes in memory beyond its payload: empty ones must fill a lane, too.
+const OVERHEAD: usize = size_of::<Frame>() + FRAME_HEADER;
+/// The same for one that is kept out of turn, under a tag of its own.
+const EARLY_OVERHEAD: usize = 384;
+
 #[derive(Default)]
 struct Queue {
     frames: VecDeque<Frame>,
@@ -37,13 +42,14 @@ impl Pipe {
     fn push(&self, frame: Frame) -> Result<(), PeerFault> {
         let mut q = self.lock();
         // A frame larger than the whole buffer goes through alone: holding it back would be a deadlock.
-        while q.ended.is_none() && q.bytes > 0 && q.bytes + frame.payload.len() > self.capacity {
+        let size = frame.payload.len() + OVERHEAD;
+        while q.ended.is_none() && q.bytes > 0 && q.bytes + size > self.capacity {
             q = self.changed.wait(q).unwrap_or_else(PoisonError::into_inner);
         }
         if let Some(fault) = &q.ended {
             return Err(fault.clone());
         }
-        q.bytes += frame.payload.len();
+        q.bytes += size;
         q.written += (frame.payload.len() + FRAME_HEADER) as u64;
         q.messages += 1;
         q.frames.push_back(frame);
@@ -57,7 +63,7 @@ impl Pipe {
         let mut q = self.lock();
         loop {
             if let Some(frame) = q.frames.pop_front() {
-                q.bytes -= frame.payload.len();
+                q.bytes -= frame.payload.len() + OVERHEAD;
                 drop(q);
                 self.changed.notify_all();
                 return Ok(frame);
@@ -153,7 +159,7 @@ impl Inbox {
                 early.bytes += frame.payload.len();
                 early.count += 1;
                 // Empty messages take memory as well.
-                if early.bytes + early.count * 64 > self.early_limit {
+                if early.bytes + early.count * EARLY_OVERHEAD > self.early_limit {
                     return Err(PeerFault::Flood(self.early_limit));
                 }
                 early.frames.entry(frame.tag).or_default().push_back(frame);
@@ -175,8 +181,13 @@ impl Inbox {
         let mut found = early.frames.remove(&tag).and_then(|mut q| q.pop_front());
         let mut dropped = (early.bytes - found.as_ref().map_or(0, |f| f.payload.len())) as u64;
         *early = Early::default();
+        let deadline = Instant::now() + timeout;
         while found.is_none() {
-            let frame = self.pipes[i].pop(timeout)?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            let frame = self.pipes[i].pop(left).map_err(|fault| match fault {
+                PeerFault::Timeout(_) => PeerFault::Timeout(timeout.as_millis() as u64),
+                other => other,
+            })?;
             if frame.tag == tag {
                 found = Some(frame);
             } else {
@@ -220,4 +231,29 @@ impl Inbox {
 #[must_use]
 pub fn early_limit(ahead_capacity: usize) -> usize {
     ahead_capacity.saturating_mul(2).max(1 << 20)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn empty(tag: u64) -> Frame {
+        Frame { tag, depth: 0, not_before: None, payload: Vec::new() }
+    }
+
+    #[test]
+    fn empty_messages_fill_a_lane() {
+        let inbox = std::sync::Arc::new(Inbox::new(1 << 20, 10_000));
+        let sender = std::thread::spawn({
+            let inbox = std::sync::Arc::clone(&inbox);
+            move || (0..100_000).take_while(|&i| inbox.push(Lane::Ahead, empty(i)).is_ok()).count()
+        });
+        std::thread::sleep(Duration::from_millis(100));
+        inbox.end(&PeerFault::Closed);
+        assert!(sender.join().unwrap() < 10_000 / FRAME_HEADER);
+        // Out of turn they are a flood long before they take much memory.
+        let inbox = Inbox::new(usize::MAX, 1);
+        (0..10_000).for_each(|i| inbox.push(Lane::Online, empty(i)).unwrap());
+        assert!(matches!(inbox.recv(Lane::Online, 1 << 40, 0, Duration::from_secs(1)), Err(PeerFault::Flood(_))));
+    }
 }

@@ -108,8 +108,6 @@ impl Abort {
             // Hearsay is passed on as it was heard.
             Error::Peer { kind: PeerFault::Aborted { blamed: Some(role), code }, .. } => (Some(*role), code.as_str()),
             Error::Peer { role, kind, .. } => (Some(*role), kind.code()),
-            // Which flag went up, or that one did, tells something about the Client's values: it is nobody else's business.
-            Error::Range { .. } => (None, "ended"),
             other => (None, other.code()),
         };
         Abort { blamed, code: code.to_string() }
@@ -222,7 +220,11 @@ impl Links {
 
     /// Closes all links of this party and tells the peers why; the one to blame is told as well.
     pub fn abort(&self, error: &Error) {
-        self.end(&Abort::of(error));
+        match error {
+            // That a flag went up tells something about the Client's values: to the others it looks as if it had just left.
+            Error::Range { .. } => self.close(),
+            other => self.end(&Abort::of(other)),
+        }
     }
 
     /// Closes all links of this party, for the reason given.
@@ -255,8 +257,14 @@ mod tests {
         assert_eq!(Abort::decode(&said.encode()), Some(said.clone()));
         // Hearsay keeps its source.
         assert_eq!(Abort::of(&peer(said.fault())), said);
-        let range = Abort::of(&Error::Range { layer: "3".into(), quantity: "a score".into() });
-        assert_eq!((range.blamed, range.code.as_str()), (None, "ended"));
+        // A range flag looks like a Client that leaves.
+        let heard = |end: &dyn Fn(&Links)| {
+            let (a, b) = memory::link(1 << 10);
+            end(&Links::new(Role::Client, [(Role::Owner, Arc::new(a) as _)], Duration::from_secs(1), 1 << 10));
+            b.recv(Lane::Online, 1, 1, Duration::from_secs(1)).err()
+        };
+        let range = Error::Range { layer: "3".into(), quantity: "a score".into() };
+        assert_eq!(heard(&|l| l.abort(&range)), heard(&Links::close));
         for bad in [&[] as &[u8], &[4, b'a'], &[0, b'A'], &[3; 40], &[1, 0xff]] {
             assert_eq!(Abort::decode(bad), None);
         }

@@ -44,7 +44,9 @@ pub struct PartyMemory {
 
 /// Program, threads, links and allocator of a party's process before there is a model, in bytes: measured over TLS, see
 /// `tests/deployment/memory.rs`.
-pub const PROCESS: u64 = 14 << 20;
+pub const PROCESS: u64 = 12 << 20;
+/// The Client also encodes and decodes text.
+const TEXT: u64 = 4 << 20;
 
 /// A prediction.
 #[derive(Clone, Debug, Serialize)]
@@ -149,8 +151,10 @@ fn party_memory(role: Role, s: &Source, walked: &Walked, prefill: usize, passes:
         let per_pass = walk::bytes(&walked.decode.links, crate::net::Lane::Ahead) / passes.max(1) as u64;
         let ahead = walk::bytes(&walked.prefill.links, crate::net::Lane::Ahead);
         let waiting = passes.min(3 * crate::generate::MAX_BATCH) as u64 * per_pass;
-        session.run_ahead = ahead.max(waiting).min(2 * RUN_AHEAD);
+        // Half of it is used by the time that the other half has come.
+        session.run_ahead = (ahead.max(waiting) / 2).min(2 * RUN_AHEAD);
     }
-    let peak = model.weights + model.tables + session.total() + PROCESS;
-    PartyMemory { model, session, process: PROCESS, peak }
+    let process = PROCESS + if role == Role::Client { TEXT } else { 0 };
+    let peak = model.weights + model.tables + session.total() + process;
+    PartyMemory { model, session, process, peak }
 }

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
+use trefoil::deploy::certs::{Validity, now};
 use trefoil::deploy::wire::{Refusal, Reply};
 use trefoil::net::{Channel, Frame, Lane};
 use trefoil::party::Role;
@@ -187,5 +188,47 @@ fn a_nonce_used_before() {
     trio.owner = Party::start(&trio.owner_config);
     trio.provisioned();
     refused(open(&trio.client, nonce));
+    trio.works();
+}
+
+#[test]
+fn a_preparation_belongs_to_the_owner_that_made_it() {
+    let trio = Trio::new();
+    // Another owner with a good certificate, who knows everything public of the preparation, but not the half.
+    let stolen = trio.site.path("stolen");
+    std::fs::create_dir(&stolen).unwrap();
+    for entry in std::fs::read_dir(&trio.site.preparation).unwrap().map(Result::unwrap) {
+        if entry.path().is_file() {
+            std::fs::copy(entry.path(), stolen.join(entry.file_name())).unwrap();
+        }
+    }
+    let hashes = stolen.join("half.sha256");
+    let mut bytes = std::fs::read(&hashes).unwrap();
+    bytes[5] ^= 1;
+    std::fs::write(&hashes, bytes).unwrap();
+    trio.site.certify("rival", Role::Owner, &trio.site.ca, Validity::days(5, now()));
+    let config = trio.site.config("rival", Role::Owner, "rival", "127.0.0.1:0", "", &trio.helper.address);
+    let text = std::fs::read_to_string(&config).unwrap();
+    let own = format!("preparation = \"{}\"", trio.site.preparation.display());
+    std::fs::write(&config, text.replace(&own, &format!("preparation = \"{}\"", stolen.display()))).unwrap();
+    let rival = Party::start(&config);
+    rival.wait_code("mismatch");
+    assert!(!rival.lines().iter().any(|l| l["message"] == "the helper has the model"));
+    trio.works();
+}
+
+#[test]
+fn revoking_a_client_ends_its_session() {
+    let trio = Trio::new();
+    let fingerprint = trio.site.certify("mallory", Role::Client, &trio.site.ca, Validity::days(5, now()));
+    let config = trio.site.config("mallory", Role::Client, "mallory", "", &trio.owner.address, &trio.helper.address);
+    let held = open(&config, [9; 32]).unwrap_or_else(|refused| panic!("{refused:?}"));
+    trio.owner.wait("a session", |l| l["message"] == "session begins");
+    let text = std::fs::read_to_string(&trio.owner_config).unwrap();
+    let text = text.replace("ca = \"ca.pem\"", &format!("ca = \"ca.pem\"\nrevoked = [\"{fingerprint}\"]"));
+    std::fs::write(&trio.owner_config, text).unwrap();
+    trio.owner.wait("the end", |l| l["message"] == "session failed");
+    trio.helper.wait("the end", |l| l["message"] == "session failed");
+    drop(held);
     trio.works();
 }

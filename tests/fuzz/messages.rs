@@ -18,6 +18,7 @@ fn hellos() -> Vec<Hello> {
         Hello::Open { nonce: [1; 32] },
         Hello::Join { nonce: [2; 32] },
         Hello::Pair {
+            half: [8; 32],
             client_nonce: [3; 32],
             owner_nonce: [4; 32],
             client: "sha256:ab".into(),

@@ -40,6 +40,11 @@ pub struct Details {
     public_key: Vec<u8>,
 }
 
+/// Names go to terminals and into logs: no line breaks, no escape sequences, no end of it.
+fn printable(name: String) -> String {
+    name.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).take(256).collect()
+}
+
 impl Details {
     /// Reads DER.
     ///
@@ -52,14 +57,14 @@ impl Details {
             return Err(wrong("bytes follow it"));
         }
         let mut details = Details {
-            name: common_name(certificate.subject()).unwrap_or_default(),
+            name: printable(common_name(certificate.subject()).unwrap_or_default()),
             role: None,
             dns: Vec::new(),
             ips: Vec::new(),
             not_before: certificate.validity().not_before.timestamp(),
             not_after: certificate.validity().not_after.timestamp(),
             fingerprint: Fingerprint::of(der),
-            issuer: common_name(certificate.issuer()).unwrap_or_else(|| certificate.issuer().to_string()),
+            issuer: printable(common_name(certificate.issuer()).unwrap_or_else(|| certificate.issuer().to_string())),
             self_issued: certificate.issuer().as_raw() == certificate.subject().as_raw(),
             is_ca: certificate.is_ca(),
             public_key: certificate.public_key().raw.to_vec(),

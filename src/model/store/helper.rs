@@ -68,6 +68,24 @@ impl HelperStore {
         Ok(ids)
     }
 
+    /// The complete preparation that came last, if there is one.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn newest(&self) -> Result<Option<PreparationId>> {
+        let age = |id: &PreparationId| std::fs::metadata(self.at(id).join(HALF)).and_then(|m| m.modified()).ok();
+        Ok(self.ids()?.into_iter().max_by_key(age))
+    }
+
+    /// The hashes of a complete preparation's half, 32 bytes per chunk.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn hashes(&self, id: &PreparationId) -> Result<Vec<u8>> {
+        let path = self.at(id).join(HASHES);
+        std::fs::read(&path).map_err(|e| disk::failed(&path, e))
+    }
+
     /// Whether a preparation is here and complete.
     #[must_use]
     pub fn has(&self, id: &PreparationId) -> bool {
