@@ -2,7 +2,7 @@
 //!
 //! A session has its own connections, keys and threads. What happens to one of them, happens to no other.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -219,6 +219,18 @@ impl Shared {
         }
     }
 
+    /// Ends sessions of which a link has ended: one that waits for its Client's next request would not notice that the other
+    /// server has gone. `before` are those found last time; one that is about to end by itself has until now.
+    fn end_broken(&self, before: &BTreeSet<u64>) -> BTreeSet<u64> {
+        let broken: Vec<(u64, Links)> = lock(&self.running)
+            .iter()
+            .filter(|(_, (links, _))| links.broken())
+            .map(|(number, (links, _))| (*number, links.clone()))
+            .collect();
+        broken.iter().filter(|(number, _)| before.contains(number)).for_each(|(_, links)| links.close());
+        broken.into_iter().map(|(number, _)| number).collect()
+    }
+
     fn status(&self) -> Status {
         let (preparations, provisioned) = match &self.part {
             Part::Owner(owner) => (vec![owner.preparation().to_string()], owner.provisioned()),
@@ -294,8 +306,8 @@ pub struct Daemon {
 const HANDSHAKES: usize = 128;
 /// Of these, as many as one address may have: nobody keeps all others out by opening connections and saying nothing.
 const HANDSHAKES_FROM_ONE: usize = HANDSHAKES / 2;
-/// How often running sessions are compared with the list of revoked certificates.
-const REVOCATION: Duration = Duration::from_secs(2);
+/// How often running sessions are looked at: whether a link has ended, or a certificate was revoked.
+const WATCH: Duration = Duration::from_secs(2);
 /// The longest that one probe is answered.
 const PROBE: Duration = Duration::from_secs(60);
 
@@ -377,11 +389,16 @@ impl Daemon {
         runtime.spawn(listen_on(listener, Arc::clone(&shared), Arc::clone(&stop)));
         let watched = Arc::clone(&shared);
         runtime.spawn(async move {
+            let mut broken = BTreeSet::new();
             loop {
-                tokio::time::sleep(REVOCATION).await;
+                tokio::time::sleep(WATCH).await;
                 let shared = Arc::clone(&watched);
                 // Reads files.
-                let _ = tokio::task::spawn_blocking(move || shared.end_revoked()).await;
+                let watch = move || {
+                    shared.end_revoked();
+                    shared.end_broken(&broken)
+                };
+                broken = tokio::task::spawn_blocking(watch).await.unwrap_or_default();
             }
         });
         if let Part::Owner(owner) = &shared.part {

@@ -122,6 +122,10 @@ impl<C: Channel> Channel for Metered<C> {
         self.inner.drain(lane, tag, len, timeout)
     }
 
+    fn ended(&self) -> bool {
+        self.inner.ended()
+    }
+
     fn end(&self, reason: Option<&Abort>) {
         self.inner.end(reason);
     }

@@ -65,6 +65,11 @@ pub trait Channel: Send + Sync {
     /// As [`Channel::recv`].
     fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Frame, u64), PeerFault>;
 
+    /// Whether the peer has ended the link, as far as this channel can tell without waiting.
+    fn ended(&self) -> bool {
+        false
+    }
+
     /// Ends the link in both directions; waiting calls return [`PeerFault::Closed`], at the peer with the reason, if there
     /// is one.
     fn end(&self, reason: Option<&Abort>);
@@ -81,6 +86,10 @@ impl<C: Channel + ?Sized> Channel for Arc<C> {
 
     fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Frame, u64), PeerFault> {
         (**self).drain(lane, tag, len, timeout)
+    }
+
+    fn ended(&self) -> bool {
+        (**self).ended()
     }
 
     fn end(&self, reason: Option<&Abort>) {
@@ -211,6 +220,12 @@ impl Links {
         let got = self.channel(from)?.drain(lane, step.tag(), len, self.timeout);
         let (frame, dropped) = got.map_err(|kind| blame(from, step, kind))?;
         Ok((frame.payload, dropped))
+    }
+
+    /// Whether a peer has ended its link.
+    #[must_use]
+    pub fn broken(&self) -> bool {
+        self.peers.iter().flatten().any(|c| c.ended())
     }
 
     /// Closes all links of this party.

@@ -350,6 +350,10 @@ impl Channel for TlsChannel {
         self.inbox.drain(lane, tag, len, timeout)
     }
 
+    fn ended(&self) -> bool {
+        self.inbox.ended_within(Duration::ZERO).is_some()
+    }
+
     fn end(&self, reason: Option<&Abort>) {
         let word = reason.map(Abort::encode);
         self.online.finish(word.as_deref());
