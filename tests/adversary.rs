@@ -175,7 +175,7 @@ fn some(n: usize) -> impl Iterator<Item = usize> {
 #[test]
 fn an_honest_run_ends_well() {
     // The smaller one holds the walks back many times; it must hold one operation of a batch (see `net::memory::link`).
-    for capacity in [64, 1 << 20] {
+    for capacity in [1 << 10, 1 << 20] {
         misbehave(Role::Owner, None, capacity, None).unwrap();
     }
 }
@@ -194,7 +194,7 @@ fn lengths_are_exact() {
             });
             for (what, (rewrite, _)) in [("a byte less", short), ("a byte more", long)] {
                 // With a tiny buffer the walks are still sending when the fault is seen.
-                let result = misbehave(culprit, Some(rewrite), if at % 2 == 0 { 1 << 20 } else { 64 }, None);
+                let result = misbehave(culprit, Some(rewrite), if at % 2 == 0 { 1 << 20 } else { 1 << 10 }, None);
                 blames(
                     &result,
                     culprit,
@@ -262,7 +262,7 @@ fn a_party_that_goes_silent_times_out() {
 fn a_closed_link_is_seen_by_all() {
     for culprit in Role::ALL {
         for step in [1, 2, 5, 9, 13, 17] {
-            for capacity in [64, 1 << 20] {
+            for capacity in [1 << 10, 1 << 20] {
                 let result = misbehave(culprit, None, capacity, Some((culprit, step)));
                 match result {
                     Err(Error::Peer { step, kind: PeerFault::Closed, .. }) => assert!(step.starts_with("pass ")),

@@ -99,8 +99,9 @@ impl Table {
     }
 }
 
-/// Largest divergence of what counts as right.
-const KL: f64 = 1e-3;
+/// Largest divergence of what counts as right. Values far from the usual cost precision, and differently from run to run (up to
+/// 2e-3 was seen); a value that has left its ring is off by 0.3 and more.
+const KL: f64 = 1e-2;
 
 const MATRICES: [&str; 7] = ["q", "k", "v", "o", "gate", "up", "down"];
 
