@@ -103,7 +103,7 @@ pub struct Loss {
 }
 
 impl Loss {
-    /// The largest [`Loss::all`] that is accepted; [`Loss::row`] may be [`ROW`] times as much. What a relative error does
+    /// The largest [`Loss::all`] that is accepted; [`Loss::row`] may be four times as much. What a relative error does
     /// to the distribution differs by kind: these are set so that the bundled model, rescaled without changing its function until all
     /// layers are at the limits at once, moves by a KL of less than 1e-3 (`tests/rounding.rs`).
     #[must_use]

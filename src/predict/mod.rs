@@ -1,7 +1,7 @@
 //! What a request will cost, without running it.
 //!
 //! Bytes, messages and messages in sequence are exact: the model's own program is walked by all three parties and counted
-//! ([`walk`]). Times are the counted work at this machine's measured rates ([`Rates`]); memory is computed from the plan
+//! ([`mod@walk`]). Times are the counted work at this machine's measured rates ([`Rates`]); memory is computed from the plan
 //! ([`crate::plan::memory`]). See `docs/cost.md`.
 
 mod rates;
