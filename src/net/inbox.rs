@@ -58,8 +58,7 @@ impl Pipe {
         Ok(())
     }
 
-    fn pop(&self, timeout: Duration) -> Result<Frame, PeerFault> {
-        let deadline = Instant::now() + timeout;
+    fn pop(&self, until: Deadline) -> Result<Frame, PeerFault> {
         let mut q = self.lock();
         loop {
             if let Some(frame) = q.frames.pop_front() {
@@ -71,9 +70,9 @@ impl Pipe {
             if let Some(fault) = &q.ended {
                 return Err(fault.clone());
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = until.at.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(PeerFault::Timeout(timeout.as_millis() as u64));
+                return Err(PeerFault::Timeout(until.patience.as_millis() as u64));
             }
             q = self.changed.wait_timeout(q, left).unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -83,6 +82,19 @@ impl Pipe {
         // The first reason is the cause.
         self.lock().ended.get_or_insert(fault);
         self.changed.notify_all();
+    }
+}
+
+/// When the message asked for has to be there: others that trickle in meanwhile do not extend it.
+#[derive(Clone, Copy)]
+struct Deadline {
+    at: Instant,
+    patience: Duration,
+}
+
+impl Deadline {
+    fn after(patience: Duration) -> Deadline {
+        Deadline { at: Instant::now() + patience, patience }
     }
 }
 
@@ -145,14 +157,9 @@ impl Inbox {
             }
             frame
         } else {
-            let deadline = Instant::now() + timeout;
+            let deadline = Deadline::after(timeout);
             loop {
-                // One deadline for the message asked for: others that trickle in do not extend it.
-                let left = deadline.saturating_duration_since(Instant::now());
-                let frame = self.pipes[i].pop(left).map_err(|fault| match fault {
-                    PeerFault::Timeout(_) => PeerFault::Timeout(timeout.as_millis() as u64),
-                    other => other,
-                })?;
+                let frame = self.pipes[i].pop(deadline)?;
                 if frame.tag == tag {
                     break frame;
                 }
@@ -181,13 +188,9 @@ impl Inbox {
         let mut found = early.frames.remove(&tag).and_then(|mut q| q.pop_front());
         let mut dropped = (early.bytes - found.as_ref().map_or(0, |f| f.payload.len())) as u64;
         *early = Early::default();
-        let deadline = Instant::now() + timeout;
+        let deadline = Deadline::after(timeout);
         while found.is_none() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let frame = self.pipes[i].pop(left).map_err(|fault| match fault {
-                PeerFault::Timeout(_) => PeerFault::Timeout(timeout.as_millis() as u64),
-                other => other,
-            })?;
+            let frame = self.pipes[i].pop(deadline)?;
             if frame.tag == tag {
                 found = Some(frame);
             } else {
