@@ -72,15 +72,16 @@ impl Rates {
         let wide: Vec<u64> = (0..(m * n) as u64).collect();
         let mut y = vec![0u64; t * m];
         let (one, all) = ((m * n) as f64, (t * m * n) as f64);
-        let weight_bytes = per(rate(2.0 * one, || gemm::weights_i16(&x[..n], &narrow, 1, m, n, &mut y[..m])));
-        let weight_macs = per(rate(all, || gemm::weights_i16(&x, &narrow, t, m, n, &mut y)));
+        let weight_bytes = per(rate(2.0 * one, || gemm::weights_i16(44, &x[..n], &narrow, 1, m, n, &mut y[..m])));
+        let weight_macs = per(rate(all, || gemm::weights_i16(44, &x, &narrow, t, m, n, &mut y)));
         let ring_bytes = per(rate(8.0 * one, || gemm::ring(&x[..n], &wide, 1, m, n, &mut y[..m])));
         let ring_macs = per(rate(all, || gemm::ring(&x, &wide, t, m, n, &mut y)));
-        let row_macs = rate(2.0 * (64 * 512) as f64, || {
-            for row in wide[..64 * 512].chunks(64) {
-                y[0] = gemm::dot(&x[..64], row);
-                gemm::axpy(y[0], row, &mut y[64..128]);
-            }
+        // One head's scores and context over 512 positions of a cache of 16 heads.
+        let (visible, dim, width) = (512, 64, 1024);
+        let row_macs = rate(2.0 * (visible * dim) as f64, || {
+            let cache = &wide[..visible * width];
+            gemm::strided(Isa::current(), &x[..dim], cache, width, (1, visible, dim), &mut y[..visible]);
+            gemm::weighted(Isa::current(), &x[..visible], cache, width, (1, dim, visible), &mut y[..dim]);
         });
         let (rows, elements) = (512usize, 256usize);
         let offsets = vec![7u32; elements];

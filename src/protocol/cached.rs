@@ -21,7 +21,7 @@ use crate::party::Role;
 use crate::plan::cost::Cost;
 use crate::plan::work::{Counts, Work};
 use crate::prf::Pair;
-use crate::ring::{self, pack};
+use crate::ring::{self, Isa, gemm, pack};
 use crate::session::{Scope, Session, recv_words};
 use crate::share::{Masked, Rows, Side};
 
@@ -115,10 +115,12 @@ impl CausalBilinear for Scores {
     }
 
     fn apply(&self, x: &[u64], cache: &[u64], out: &mut Vec<u64>) {
-        let (width, dim) = (self.kv_heads * self.dim, self.dim);
-        for (h, q) in x.chunks(dim).enumerate() {
-            let at = h * self.kv_heads / self.heads * dim;
-            out.extend(cache.chunks(width).map(|row| ring::gemm::dot(q, &row[at..at + dim])));
+        let (width, dim, group) = (self.kv_heads * self.dim, self.dim, self.heads / self.kv_heads);
+        let (visible, from) = (cache.len() / width, out.len());
+        out.resize(from + self.heads * visible, 0);
+        let heads = x.chunks(group * dim).zip(out[from..].chunks_mut(group * visible));
+        for (g, (q, out)) in heads.enumerate() {
+            gemm::strided(Isa::current(), q, &cache[g * dim..], width, (group, visible, dim), out);
         }
     }
 }
@@ -143,15 +145,12 @@ impl CausalBilinear for Context {
     }
 
     fn apply(&self, x: &[u64], cache: &[u64], out: &mut Vec<u64>) {
-        let (width, dim) = (self.kv_heads * self.dim, self.dim);
-        let visible = cache.len() / width;
-        for (h, p) in x.chunks(visible).enumerate() {
-            let at = h * self.kv_heads / self.heads * dim;
-            let from = out.len();
-            out.resize(from + dim, 0);
-            for (p, row) in p.iter().zip(cache.chunks(width)) {
-                ring::gemm::axpy(*p, &row[at..at + dim], &mut out[from..]);
-            }
+        let (width, dim, group) = (self.kv_heads * self.dim, self.dim, self.heads / self.kv_heads);
+        let (visible, from) = (cache.len() / width, out.len());
+        out.resize(from + self.heads * dim, 0);
+        let heads = x.chunks(group * visible).zip(out[from..].chunks_mut(group * dim));
+        for (g, (p, out)) in heads.enumerate() {
+            gemm::weighted(Isa::current(), p, &cache[g * dim..], width, (group, dim, visible), out);
         }
     }
 }

@@ -47,9 +47,10 @@ impl Plain {
         }
     }
 
-    fn product(&self, x: &[u64], t: usize, m: usize, n: usize, y: &mut [u64]) {
+    /// Modulo `2^k`.
+    fn product(&self, k: u32, x: &[u64], t: usize, m: usize, n: usize, y: &mut [u64]) {
         match self {
-            Plain::I16(w) => gemm::weights_i16(x, w, t, m, n, y),
+            Plain::I16(w) => gemm::weights_i16(k, x, w, t, m, n, y),
             Plain::I32(w) => gemm::weights_i32(x, w, t, m, n, y),
         }
     }
@@ -303,7 +304,7 @@ fn start<'a>(s: &mut Session, scope: &Scope, x: &Masked, w: &'a OwnerMatrix) -> 
         Part::Client { .. } | Part::Helper { .. } => masks(s, scope, x, rows, w).map(Pending::ready),
         Part::Public { w: plain } => {
             let mut y = vec![0u64; rows.len()];
-            plain.product(x.raw(), x.raw().len() / w.inputs, w.outputs, w.inputs, &mut y);
+            plain.product(x.k(), x.raw(), x.raw().len() / w.inputs, w.outputs, w.inputs, &mut y);
             Ok(Pending::ready(Masked::new(y, x.side(), x.k(), x.f() + w.f, rows)))
         }
     }
@@ -404,7 +405,7 @@ fn online<'a>(
     match plain {
         Some(Plain::I16(v)) if w.diagonal => each(&mut y, &mut v.iter().cycle().map(|&v| i64::from(v))),
         Some(Plain::I32(v)) if w.diagonal => each(&mut y, &mut v.iter().cycle().map(|&v| i64::from(v))),
-        Some(plain) => plain.product(x.raw(), t, outputs, inputs, &mut y),
+        Some(plain) => plain.product(k, x.raw(), t, outputs, inputs, &mut y),
         None => {}
     }
     if let Some(bias) = bias {

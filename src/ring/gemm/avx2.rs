@@ -100,7 +100,7 @@ impl Load for i16 {
     }
 }
 
-/// `rows[s][j] += sum_i x[s n + i] w[j n + i]`.
+/// `rows[s][j] += sum_i x[s n + i] w[j stride + i]`.
 ///
 /// # Safety
 /// The processor has AVX2.
@@ -108,22 +108,22 @@ impl Load for i16 {
 /// # Panics
 /// If `x` is not `rows.len() x n` or `w` not `rows[_].len() x n`.
 #[target_feature(enable = "avx2")]
-pub unsafe fn tile<W: Load>(x: &[u64], w: &[W], n: usize, rows: &mut [&mut [u64]]) {
+pub unsafe fn tile<W: Load>(x: &[u64], w: &[W], stride: usize, n: usize, rows: &mut [&mut [u64]]) {
     let m = rows.first().map_or(0, |r| r.len());
-    assert!(x.len() == rows.len() * n && w.len() == m * n && rows.iter().all(|r| r.len() == m));
+    assert!(x.len() == rows.len() * n && w.len() >= (m - 1) * stride + n && rows.iter().all(|r| r.len() == m));
     let mut j = 0;
     while j < m {
         let wide = if m - j >= 2 { 2 } else { 1 };
-        let w = &w[j * n..][..wide * n];
+        let w = &w[j * stride..];
         let mut s = 0;
         while s < rows.len() {
             let x = &x[s * n..];
             let rows = &mut rows[s..];
             s += match (rows.len(), wide) {
-                (2.., 2) => block::<W, 2, 2>(x, w, n, rows, j),
-                (_, 2) => block::<W, 1, 2>(x, w, n, rows, j),
-                (2.., _) => block::<W, 2, 1>(x, w, n, rows, j),
-                _ => block::<W, 1, 1>(x, w, n, rows, j),
+                (2.., 2) => block::<W, 2, 2>(x, w, stride, n, rows, j),
+                (_, 2) => block::<W, 1, 2>(x, w, stride, n, rows, j),
+                (2.., _) => block::<W, 2, 1>(x, w, stride, n, rows, j),
+                _ => block::<W, 1, 1>(x, w, stride, n, rows, j),
             };
         }
         j += wide;
@@ -135,20 +135,21 @@ pub unsafe fn tile<W: Load>(x: &[u64], w: &[W], n: usize, rows: &mut [&mut [u64]
 fn block<W: Load, const T: usize, const M: usize>(
     x: &[u64],
     w: &[W],
+    stride: usize,
     n: usize,
     rows: &mut [&mut [u64]],
     j: usize,
 ) -> usize {
-    assert!(x.len() >= T * n && w.len() >= M * n);
+    assert!(x.len() >= T * n && w.len() >= (M - 1) * stride + n);
     let mut acc = [[[_mm256_setzero_si256(); 2]; M]; T];
     let whole = n - n % 4;
     let mut i = 0;
     while i < whole {
-        // SAFETY: row s < T of x and row q < M of w hold n elements each from s n and q n, and i + 4 <= n.
+        // SAFETY: row s < T of x and row q < M of w hold n elements each from s n and q stride, and i + 4 <= n.
         unsafe {
             let xs: [__m256i; T] = std::array::from_fn(|s| <u64 as Load>::load(x.as_ptr().add(s * n + i)));
             let xh: [__m256i; T] = std::array::from_fn(|s| W::high(xs[s]));
-            let ws: [__m256i; M] = std::array::from_fn(|q| W::load(w.as_ptr().add(q * n + i)));
+            let ws: [__m256i; M] = std::array::from_fn(|q| W::load(w.as_ptr().add(q * stride + i)));
             for s in 0..T {
                 for q in 0..M {
                     acc[s][q] = W::step(acc[s][q], xs[s], xh[s], ws[q]);
@@ -162,7 +163,8 @@ fn block<W: Load, const T: usize, const M: usize>(
             let sum = _mm256_add_epi64(low, _mm256_slli_epi64::<32>(high));
             let half = _mm_add_epi64(_mm256_castsi256_si128(sum), _mm256_extracti128_si256::<1>(sum));
             let sum = (_mm_extract_epi64::<0>(half) as u64).wrapping_add(_mm_extract_epi64::<1>(half) as u64);
-            let rest = (whole..n).fold(sum, |a, i| a.wrapping_add(x[s * n + i].wrapping_mul(w[q * n + i].widen())));
+            let rest =
+                (whole..n).fold(sum, |a, i| a.wrapping_add(x[s * n + i].wrapping_mul(w[q * stride + i].widen())));
             *out = out.wrapping_add(rest);
         }
     }

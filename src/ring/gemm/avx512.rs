@@ -65,7 +65,7 @@ impl Load for i16 {
     }
 }
 
-/// `rows[s][j] += sum_i x[s n + i] w[j n + i]`.
+/// `rows[s][j] += sum_i x[s n + i] w[j stride + i]`.
 ///
 /// # Safety
 /// The processor has AVX-512 F, DQ, BW and VL.
@@ -73,24 +73,24 @@ impl Load for i16 {
 /// # Panics
 /// If `x` is not `rows.len() x n` or `w` not `rows[_].len() x n`.
 #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
-pub unsafe fn tile<W: Load>(x: &[u64], w: &[W], n: usize, rows: &mut [&mut [u64]]) {
+pub unsafe fn tile<W: Load>(x: &[u64], w: &[W], stride: usize, n: usize, rows: &mut [&mut [u64]]) {
     let m = rows.first().map_or(0, |r| r.len());
-    assert!(x.len() == rows.len() * n && w.len() == m * n && rows.iter().all(|r| r.len() == m));
+    assert!(x.len() == rows.len() * n && w.len() >= (m - 1) * stride + n && rows.iter().all(|r| r.len() == m));
     let mut j = 0;
     while j < m {
         let wide = if m - j >= 4 { 4 } else { 1 };
-        let w = &w[j * n..][..wide * n];
+        let w = &w[j * stride..];
         let mut s = 0;
         while s < rows.len() {
             let x = &x[s * n..];
             let rows = &mut rows[s..];
             s += match (rows.len(), wide) {
-                (4.., 4) => block::<W, 4, 4>(x, w, n, rows, j),
-                (2.., 4) => block::<W, 2, 4>(x, w, n, rows, j),
-                (_, 4) => block::<W, 1, 4>(x, w, n, rows, j),
-                (4.., _) => block::<W, 4, 1>(x, w, n, rows, j),
-                (2.., _) => block::<W, 2, 1>(x, w, n, rows, j),
-                _ => block::<W, 1, 1>(x, w, n, rows, j),
+                (4.., 4) => block::<W, 4, 4>(x, w, stride, n, rows, j),
+                (2.., 4) => block::<W, 2, 4>(x, w, stride, n, rows, j),
+                (_, 4) => block::<W, 1, 4>(x, w, stride, n, rows, j),
+                (4.., _) => block::<W, 4, 1>(x, w, stride, n, rows, j),
+                (2.., _) => block::<W, 2, 1>(x, w, stride, n, rows, j),
+                _ => block::<W, 1, 1>(x, w, stride, n, rows, j),
             };
         }
         j += wide;
@@ -102,20 +102,21 @@ pub unsafe fn tile<W: Load>(x: &[u64], w: &[W], n: usize, rows: &mut [&mut [u64]
 fn block<W: Load, const T: usize, const M: usize>(
     x: &[u64],
     w: &[W],
+    stride: usize,
     n: usize,
     rows: &mut [&mut [u64]],
     j: usize,
 ) -> usize {
-    assert!(x.len() >= T * n && w.len() >= M * n);
+    assert!(x.len() >= T * n && w.len() >= (M - 1) * stride + n);
     let mut acc = [[_mm512_setzero_si512(); M]; T];
     let whole = n - n % 8;
     let mut i = 0;
     while i < whole {
-        // SAFETY: row s < T of x and row q < M of w hold n elements each from s n and q n, and i + 8 <= n.
+        // SAFETY: row s < T of x and row q < M of w hold n elements each from s n and q stride, and i + 8 <= n.
         let (xs, ws): ([__m512i; T], [__m512i; M]) = unsafe {
             (
                 std::array::from_fn(|s| <u64 as Load>::load(x.as_ptr().add(s * n + i))),
-                std::array::from_fn(|q| W::load(w.as_ptr().add(q * n + i))),
+                std::array::from_fn(|q| W::load(w.as_ptr().add(q * stride + i))),
             )
         };
         for s in 0..T {
@@ -131,7 +132,7 @@ fn block<W: Load, const T: usize, const M: usize>(
         let (xs, ws): ([__m512i; T], [__m512i; M]) = unsafe {
             (
                 std::array::from_fn(|s| <u64 as Load>::load_some(lanes, x.as_ptr().add(s * n + i))),
-                std::array::from_fn(|q| W::load_some(lanes, w.as_ptr().add(q * n + i))),
+                std::array::from_fn(|q| W::load_some(lanes, w.as_ptr().add(q * stride + i))),
             )
         };
         for s in 0..T {
@@ -148,24 +149,70 @@ fn block<W: Load, const T: usize, const M: usize>(
     T
 }
 
-/// `y += s x`, for slices of equal length.
+/// `c[s m + j] += sum_i x[s n + i] w[i stride + j]`.
 ///
 /// # Safety
 /// The processor has AVX-512 F, DQ, BW and VL.
+///
+/// # Panics
+/// If `x` and `c` have not the same number of rows, or `w` has not `n` of `m`.
 #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
-pub unsafe fn axpy(s: u64, x: &[u64], y: &mut [u64]) {
-    let factor = _mm512_set1_epi64(s as i64);
-    let (xs, x_rest) = x.as_chunks::<8>();
-    let (ys, y_rest) = y.as_chunks_mut::<8>();
-    for (x, y) in xs.iter().zip(ys) {
-        // SAFETY: both point at eight words.
-        unsafe {
-            let sum = _mm512_add_epi64(
-                _mm512_loadu_si512(y.as_ptr().cast()),
-                _mm512_mullo_epi64(factor, _mm512_loadu_si512(x.as_ptr().cast())),
-            );
-            _mm512_storeu_si512(y.as_mut_ptr().cast(), sum);
+pub unsafe fn weighted(x: &[u64], w: &[u64], stride: usize, n: usize, m: usize, c: &mut [u64]) {
+    let t = c.len() / m;
+    assert!(x.len() == t * n && c.len() == t * m && w.len() >= (n - 1) * stride + m);
+    let mut s = 0;
+    while s < t {
+        let (x, c) = (&x[s * n..], &mut c[s * m..]);
+        let mut j = 0;
+        while j < m {
+            let (w, c) = (&w[j..], &mut c[j..]);
+            match (t - s, m - j) {
+                (4.., 32..) => columns::<4, 4>(x, w, stride, n, m, c, 32),
+                (_, 32..) => columns::<1, 4>(x, w, stride, n, m, c, 32),
+                (4.., left) => columns::<4, 1>(x, w, stride, n, m, c, left.min(8)),
+                (_, left) => columns::<1, 1>(x, w, stride, n, m, c, left.min(8)),
+            }
+            j += if m - j >= 32 { 32 } else { 8 };
+        }
+        s += if t - s >= 4 { 4 } else { 1 };
+    }
+}
+
+/// `T` rows of `x`, `V` registers of columns of which the last `some - 8 (V - 1)` lanes count.
+#[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
+fn columns<const T: usize, const V: usize>(
+    x: &[u64],
+    w: &[u64],
+    stride: usize,
+    n: usize,
+    m: usize,
+    c: &mut [u64],
+    some: usize,
+) {
+    assert!(some > 8 * (V - 1) && some <= 8 * V);
+    assert!(x.len() >= T * n && w.len() >= (n - 1) * stride + some && c.len() >= (T - 1) * m + some);
+    let lanes = |v: usize| if v + 1 < V { u8::MAX } else { u8::MAX >> (8 * V - some) };
+    let mut acc = [[_mm512_setzero_si512(); V]; T];
+    for i in 0..n {
+        // SAFETY: row i < n of w holds `some` words, and only lanes below are read.
+        let ws: [__m512i; V] = unsafe {
+            std::array::from_fn(|v| _mm512_maskz_loadu_epi64(lanes(v), w.as_ptr().add(i * stride + 8 * v).cast()))
+        };
+        for s in 0..T {
+            let factor = _mm512_set1_epi64(x[s * n + i] as i64);
+            for v in 0..V {
+                acc[s][v] = _mm512_add_epi64(acc[s][v], _mm512_mullo_epi64(factor, ws[v]));
+            }
         }
     }
-    super::portable::axpy(s, x_rest, y_rest);
+    for (s, acc) in acc.into_iter().enumerate() {
+        for (v, acc) in acc.into_iter().enumerate() {
+            // SAFETY: row s < T of c holds `some` words, and only lanes below are read and written.
+            unsafe {
+                let at = c.as_mut_ptr().add(s * m + 8 * v).cast::<i64>();
+                let sum = _mm512_add_epi64(_mm512_maskz_loadu_epi64(lanes(v), at), acc);
+                _mm512_mask_storeu_epi64(at, lanes(v), sum);
+            }
+        }
+    }
 }

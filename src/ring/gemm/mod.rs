@@ -7,6 +7,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod planes;
 mod portable;
 
 use super::Isa;
@@ -44,12 +46,30 @@ pub fn ring(x: &[u64], w: &[u64], t: usize, m: usize, n: usize, c: &mut [u64]) {
     multiply(Isa::current(), x, w, t, m, n, c);
 }
 
-/// [`ring`] with 16-bit signed weights: a quarter of the memory traffic.
+/// [`ring`] with 16-bit signed weights, modulo `2^k`: a quarter of the memory traffic, and fewer instructions. Bits of `c`
+/// above `k` mean nothing.
 ///
 /// # Panics
 /// If a slice has not exactly the length that `t`, `m` and `n` say.
-pub fn weights_i16(x: &[u64], w: &[i16], t: usize, m: usize, n: usize, c: &mut [u64]) {
-    multiply(Isa::current(), x, w, t, m, n, c);
+pub fn weights_i16(k: u32, x: &[u64], w: &[i16], t: usize, m: usize, n: usize, c: &mut [u64]) {
+    multiply_i16(Isa::current(), k, x, w, (t, m, n), c);
+}
+
+/// [`weights_i16`] on a chosen instruction set (portable where the processor lacks it).
+///
+/// # Panics
+/// If a slice has not exactly the length that `t`, `m` and `n` say.
+pub fn multiply_i16(isa: Isa, k: u32, x: &[u64], w: &[i16], (t, m, n): (usize, usize, usize), c: &mut [u64]) {
+    #[cfg(target_arch = "x86_64")]
+    if isa.or_portable() == Isa::Avx512 && n > 0 {
+        check(x, w, n, (t, m, n), c);
+        let digits = planes::Digits::cut(x, n, k);
+        // SAFETY: `or_portable` has checked that the processor has the instructions.
+        tiles(t, m, n, c, |s, j, rows| unsafe { digits.tile(s, &w[j * n..][..rows[0].len() * n], rows) });
+        return;
+    }
+    let _ = k;
+    multiply(isa, x, w, t, m, n, c);
 }
 
 /// [`ring`] with 32-bit signed weights.
@@ -60,28 +80,103 @@ pub fn weights_i32(x: &[u64], w: &[i32], t: usize, m: usize, n: usize, c: &mut [
     multiply(Isa::current(), x, w, t, m, n, c);
 }
 
-/// The product that [`ring`], [`weights_i16`] and [`weights_i32`] name, on a chosen instruction set (portable where the
-/// processor lacks it): the result is the same bit for bit.
+/// The product that [`ring`] and [`weights_i32`] name, on a chosen instruction set (portable where the processor lacks it):
+/// the result is the same bit for bit.
 ///
 /// # Panics
 /// If a slice has not exactly the length that `t`, `m` and `n` say.
 pub fn multiply<W: Weight>(isa: Isa, x: &[u64], w: &[W], t: usize, m: usize, n: usize, c: &mut [u64]) {
-    let area = |a: usize, b: usize| a.checked_mul(b).expect("a matrix that fits memory");
-    assert_eq!(x.len(), area(t, n), "x is t x n");
-    assert_eq!(w.len(), area(m, n), "w is m x n");
-    assert_eq!(c.len(), area(t, m), "c is t x m");
-    if c.is_empty() || n == 0 {
+    strided(isa, x, w, n, (t, m, n), c);
+}
+
+/// As [`multiply`], the rows of `w` `stride` elements apart: a head's part of a cache.
+///
+/// # Panics
+/// If a slice has not exactly the length that `t`, `m`, `n` and `stride` say; what is between the rows of `w` may be missing at its end.
+pub fn strided<W: Weight>(
+    isa: Isa,
+    x: &[u64],
+    w: &[W],
+    stride: usize,
+    (t, m, n): (usize, usize, usize),
+    c: &mut [u64],
+) {
+    check(x, w, stride, (t, m, n), c);
+    if n == 0 {
         return;
     }
     let isa = isa.or_portable();
-    let threads = rayon::current_num_threads();
-    let (rows, columns) = if threads == 1 || area(t, m).saturating_mul(n) < PARALLEL_FROM {
-        (t, m)
-    } else {
-        let rows = t.min(TILE_ROWS);
-        let column_tiles = (4 * threads).div_ceil(t.div_ceil(rows));
-        (rows, m.div_ceil(column_tiles).next_multiple_of(4).max(16))
-    };
+    tiles(t, m, n, c, |s, j, rows| {
+        let x = &x[s * n..][..rows.len() * n];
+        let w = &w[j * stride..][..(rows[0].len() - 1) * stride + n];
+        match isa {
+            // SAFETY: `or_portable` has checked that the processor has the instructions.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { avx512::tile(x, w, stride, n, rows) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { avx2::tile(x, w, stride, n, rows) },
+            _ => portable::tile(x, w, stride, n, rows),
+        }
+    });
+}
+
+/// `c[s m + j] += sum_i x[s n + i] w[i stride + j]`: sums of the rows of `w`, which are `m` long and `stride` apart, weighted by
+/// the rows of `x`. A head's context is one.
+///
+/// # Panics
+/// If a slice has not exactly the length that `t`, `m`, `n` and `stride` say; what is between the rows of `w` may be missing at its end.
+pub fn weighted(isa: Isa, x: &[u64], w: &[u64], stride: usize, (t, m, n): (usize, usize, usize), c: &mut [u64]) {
+    let whole = if n == 0 { 0 } else { area(n - 1, stride) + m };
+    assert!(stride >= m && w.len() >= whole && w.len() <= area(n, stride), "w is n x m");
+    assert!(x.len() == area(t, n) && c.len() == area(t, m), "x is t x n, c is t x m");
+    if c.is_empty() || n == 0 {
+        return;
+    }
+    match isa.or_portable() {
+        // SAFETY: `or_portable` has checked that the processor has the instructions.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { avx512::weighted(x, w, stride, n, m, c) },
+        isa => {
+            for (x, c) in x.chunks_exact(n).zip(c.chunks_exact_mut(m)) {
+                for (&s, w) in x.iter().zip(w.chunks(stride)) {
+                    match isa {
+                        // SAFETY: as above.
+                        #[cfg(target_arch = "x86_64")]
+                        Isa::Avx2 => unsafe { avx2::axpy(s, &w[..m], c) },
+                        _ => portable::axpy(s, &w[..m], c),
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn area(a: usize, b: usize) -> usize {
+    a.checked_mul(b).expect("a matrix that fits memory")
+}
+
+fn check<W>(x: &[u64], w: &[W], stride: usize, (t, m, n): (usize, usize, usize), c: &[u64]) {
+    assert_eq!(x.len(), area(t, n), "x is t x n");
+    assert_eq!(c.len(), area(t, m), "c is t x m");
+    let whole = if m == 0 { 0 } else { area(m - 1, stride) + n };
+    assert!(stride >= n && w.len() >= whole && w.len() <= area(m, stride), "w is m x n");
+}
+
+/// Runs `run` over tiles of `c` (`t x m`), in parallel if `t m n` multiply-adds are worth it: it gets the tile's first row and
+/// column, and its rows.
+fn tiles(t: usize, m: usize, n: usize, c: &mut [u64], run: impl Fn(usize, usize, &mut [&mut [u64]]) + Sync) {
+    if c.is_empty() {
+        return;
+    }
+    let threads = if area(t, m).saturating_mul(n) < PARALLEL_FROM { 1 } else { rayon::current_num_threads() };
+    if threads == 1 {
+        let mut rows: Vec<&mut [u64]> = c.chunks_mut(m).collect();
+        return run(0, 0, &mut rows);
+    }
+    let rows = t.min(TILE_ROWS);
+    let column_tiles = (4 * threads).div_ceil(t.div_ceil(rows));
+    let columns = m.div_ceil(column_tiles).next_multiple_of(4).max(16);
     // Cut c into tiles; each is a list of row pieces, so that threads get disjoint `&mut` without raw pointers.
     let tiles_across = m.div_ceil(columns);
     let mut tiles: Vec<Vec<&mut [u64]>> = Vec::new();
@@ -95,18 +190,7 @@ pub fn multiply<W: Weight>(isa: Isa, x: &[u64], w: &[W], t: usize, m: usize, n: 
         }
     }
     let run = |(at, mut tile): (usize, Vec<&mut [u64]>)| {
-        let (s, j) = (at / tiles_across * rows, at % tiles_across * columns);
-        let x = &x[s * n..][..tile.len() * n];
-        let w = &w[j * n..][..tile[0].len() * n];
-        match isa {
-            // SAFETY: `or_portable` has checked that the processor has the instructions.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { avx512::tile(x, w, n, &mut tile) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { avx2::tile(x, w, n, &mut tile) },
-            _ => portable::tile(x, w, n, &mut tile),
-        }
+        run(at / tiles_across * rows, at % tiles_across * columns, &mut tile);
     };
     if tiles.len() == 1 {
         tiles.into_iter().enumerate().for_each(run);
@@ -122,39 +206,19 @@ pub fn multiply<W: Weight>(isa: Isa, x: &[u64], w: &[W], t: usize, m: usize, n: 
 #[must_use]
 pub fn dot(a: &[u64], b: &[u64]) -> u64 {
     assert_eq!(a.len(), b.len(), "a dot product of equal lengths");
+    // Most are of a handful of words.
+    if a.len() < 32 {
+        return a.iter().zip(b).fold(0, |sum, (a, b)| sum.wrapping_add(a.wrapping_mul(*b)));
+    }
     let mut sum = [0];
     multiply(Isa::current(), a, b, 1, 1, a.len(), &mut sum);
     sum[0]
 }
 
-/// `y[i] += s x[i]` modulo 2^64.
-///
-/// # Panics
-/// If the lengths differ.
-pub fn axpy(s: u64, x: &[u64], y: &mut [u64]) {
-    axpy_on(Isa::current(), s, x, y);
-}
-
-/// [`axpy`] on a chosen instruction set (portable where the processor lacks it).
-///
-/// # Panics
-/// If the lengths differ.
-pub fn axpy_on(isa: Isa, s: u64, x: &[u64], y: &mut [u64]) {
-    assert_eq!(x.len(), y.len(), "vectors of equal lengths");
-    match isa.or_portable() {
-        // SAFETY: `or_portable` has checked that the processor has the instructions.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { avx512::axpy(s, x, y) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { avx2::axpy(s, x, y) },
-        _ => portable::axpy(s, x, y),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ring::mask;
     use proptest::prelude::*;
 
     fn words(seed: u64, n: usize) -> Vec<u64> {
@@ -188,13 +252,17 @@ mod tests {
         naive(&x, &extended32, t, m, n, &mut want32);
         naive(&x, &extended16, t, m, n, &mut want16);
         for isa in Isa::available() {
-            let (mut got, mut got32, mut got16) = (c.clone(), c.clone(), c.clone());
+            let (mut got, mut got32) = (c.clone(), c.clone());
             multiply(isa, &x, &w, t, m, n, &mut got);
             multiply(isa, &x, &w32, t, m, n, &mut got32);
-            multiply(isa, &x, &w16, t, m, n, &mut got16);
             assert!(got == want, "ring {isa:?} {t} {m} {n}");
             assert!(got32 == want32, "i32 {isa:?} {t} {m} {n}");
-            assert!(got16 == want16, "i16 {isa:?} {t} {m} {n}");
+            for k in [8, 31, 32, 33, 44, 48, 49, 63, 64] {
+                let mut got16 = c.clone();
+                multiply_i16(isa, k, &x, &w16, (t, m, n), &mut got16);
+                let low = |v: &[u64]| v.iter().map(|v| v & mask(k)).collect::<Vec<_>>();
+                assert!(low(&got16) == low(&want16), "i16 {isa:?} {t} {m} {n} modulo 2^{k}");
+            }
         }
     }
 
@@ -218,7 +286,7 @@ mod tests {
 
     #[test]
     fn extreme_weights() {
-        for n in [5, 16] {
+        for n in [5, 16, 5000, 9000] {
             let x: Vec<u64> =
                 [u64::MAX, 1 << 63, 1 << 31, (1 << 31) - 1, 1 << 32, 0xffff_ffff, 0x8000_0000_8000_0000, 0]
                     .into_iter()
@@ -232,7 +300,7 @@ mod tests {
                 for isa in Isa::available() {
                     let mut got = [0, 0];
                     multiply(isa, &x, &vec![v32; n], 1, 1, n, &mut got[..1]);
-                    multiply(isa, &x, &vec![v16; n], 1, 1, n, &mut got[1..]);
+                    multiply_i16(isa, 64, &x, &vec![v16; n], (1, 1, n), &mut got[1..]);
                     assert_eq!(got, want, "{isa:?}");
                 }
             }
@@ -262,17 +330,38 @@ mod tests {
         }
 
         #[test]
-        fn dot_and_axpy(n in 0usize..100, s in any::<u64>(), seed in any::<u32>()) {
+        fn strided_and_weighted(t in 1usize..6, m in 1usize..50, n in 1usize..50, gap in 0usize..9, cut: bool, seed in any::<u32>()) {
+            let seed = u64::from(seed);
+            let (x, c) = (words(seed, t * n), words(seed + 1, t * m));
+            let rows = |count: usize, len: usize| {
+                let w = words(seed + 2, count * (len + gap));
+                let tight: Vec<u64> = w.chunks(len + gap).flat_map(|r| &r[..len]).copied().collect();
+                let w = if cut { w[..w.len() - gap].to_vec() } else { w };
+                (w, tight)
+            };
+            let (w, tight) = rows(m, n);
+            let mut want = c.clone();
+            naive(&x, &tight, t, m, n, &mut want);
+            let (u, tight) = rows(n, m);
+            let transposed: Vec<u64> = (0..m * n).map(|i| tight[i % n * m + i / n]).collect();
+            let mut wanted = c.clone();
+            naive(&x, &transposed, t, m, n, &mut wanted);
+            for isa in Isa::available() {
+                let mut got = c.clone();
+                strided(isa, &x, &w, n + gap, (t, m, n), &mut got);
+                prop_assert_eq!(&got, &want);
+                let mut got = c.clone();
+                weighted(isa, &x, &u, m + gap, (t, m, n), &mut got);
+                prop_assert_eq!(&got, &wanted);
+            }
+        }
+
+        #[test]
+        fn dots(n in 0usize..100, seed in any::<u32>()) {
             let (x, y) = (words(seed.into(), n), words(u64::from(seed) + 9, n));
             let mut want = vec![0];
             naive(&x, &y, 1, 1, n, &mut want);
             prop_assert_eq!(dot(&x, &y), want[0]);
-            let want: Vec<u64> = x.iter().zip(&y).map(|(x, y)| y.wrapping_add(s.wrapping_mul(*x))).collect();
-            for isa in Isa::available() {
-                let mut got = y.clone();
-                axpy_on(isa, s, &x, &mut got);
-                prop_assert_eq!(&got, &want);
-            }
         }
     }
 }

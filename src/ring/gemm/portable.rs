@@ -27,14 +27,14 @@ impl Widen for i16 {
     }
 }
 
-/// `rows[s][j] += sum_i x[s n + i] w[j n + i]`.
-pub fn tile<W: Widen>(x: &[u64], w: &[W], n: usize, rows: &mut [&mut [u64]]) {
+/// `rows[s][j] += sum_i x[s n + i] w[j stride + i]`.
+pub fn tile<W: Widen>(x: &[u64], w: &[W], stride: usize, n: usize, rows: &mut [&mut [u64]]) {
     for (x, row) in x.chunks_exact(n).zip(rows) {
-        for (w, out) in w.chunks(4 * n).zip(row.chunks_mut(4)) {
+        for (w, out) in w.chunks(4 * stride).zip(row.chunks_mut(4)) {
             if let [o0, o1, o2, o3] = out {
-                let (w0, rest) = w.split_at(n);
-                let (w1, rest) = rest.split_at(n);
-                let (w2, w3) = rest.split_at(n);
+                let (w0, rest) = w.split_at(stride);
+                let (w1, rest) = rest.split_at(stride);
+                let (w2, w3) = rest.split_at(stride);
                 let mut s = [0u64; 4];
                 for ((((x, w0), w1), w2), w3) in x.iter().zip(w0).zip(w1).zip(w2).zip(w3) {
                     s[0] = s[0].wrapping_add(x.wrapping_mul(w0.widen()));
@@ -46,7 +46,7 @@ pub fn tile<W: Widen>(x: &[u64], w: &[W], n: usize, rows: &mut [&mut [u64]]) {
                     *o = o.wrapping_add(s);
                 }
             } else {
-                for (w, o) in w.chunks_exact(n).zip(out) {
+                for (w, o) in w.chunks(stride).zip(out) {
                     let sum = x.iter().zip(w).fold(0u64, |s, (x, w)| s.wrapping_add(x.wrapping_mul(w.widen())));
                     *o = o.wrapping_add(sum);
                 }
