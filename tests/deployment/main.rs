@@ -5,6 +5,7 @@ mod addresses;
 mod attacker;
 mod canary;
 mod crashes;
+mod foreign;
 mod identities;
 mod intruders;
 mod memory;
