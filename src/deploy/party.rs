@@ -21,6 +21,7 @@ use super::tls::{self, Reloading, Secured};
 use super::wire::{self, Digest, ECHO_LIMIT, Hello, Refusal, Reply, Status};
 use crate::error::{CertificateFault, Error, PeerFault, Result};
 use crate::model::ModelConfig;
+use crate::net::tamper::Wrap;
 use crate::net::{Abort, Links};
 use crate::party::Role;
 use crate::plan::{Plan, memory};
@@ -31,6 +32,8 @@ use crate::prf::AddressLog;
 pub struct Options {
     /// Records every PRF address taken.
     pub addresses: Option<AddressLog>,
+    /// Has the links of every session in its hands: a party that does not keep to the protocol.
+    pub wrap: Option<Wrap>,
 }
 
 /// Memory by prediction ([`crate::plan::memory`]), in bytes.

@@ -77,7 +77,7 @@ fn assert_once(log: &[Taken]) {
 #[test]
 fn no_stream_is_taken_twice_over_sessions_and_restarts() {
     expected(24);
-    let options = Options { addresses: Some(AddressLog::default()) };
+    let options = Options { addresses: Some(AddressLog::default()), ..Options::default() };
     let site = Site::new();
     let any = "127.0.0.1:0";
     let helper = start(&site.config("helper", Role::Helper, "helper", any, "", ""), &options);

@@ -6,6 +6,7 @@ mod attacker;
 mod canary;
 mod crashes;
 mod foreign;
+mod hostile;
 mod identities;
 mod intruders;
 mod memory;
