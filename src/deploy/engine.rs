@@ -56,7 +56,12 @@ pub(super) fn connect(agreed: &Agreed, peers: Vec<Peer>, options: &Options) -> R
         let ahead = peer.ahead.map(|c| c.into_stream(None)).transpose()?;
         let channel = TlsChannel::new(online, ahead, agreed.ahead_capacity).map_err(|e| Error::io("a thread", e))?;
         let channel = Arc::new(channel);
-        links.push((role, Arc::new(Metered::new(Arc::clone(&channel), role, Arc::clone(&meter)))));
+        let link: Arc<dyn Channel> = Arc::clone(&channel) as _;
+        let link = match &options.wrap {
+            Some(wrap) => wrap(role, link),
+            None => link,
+        };
+        links.push((role, Arc::new(Metered::new(link, role, Arc::clone(&meter)))));
         channels.push((role, channel));
     }
     let prf = Prf::new(keys);

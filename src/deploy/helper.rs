@@ -154,7 +154,8 @@ impl Helper {
     }
 
     fn forget_old_meetings(&self) {
-        lock(&self.meetings).retain(|_, m| m.since.elapsed() < 2 * self.patience);
+        // Longer than any Client is kept waiting.
+        lock(&self.meetings).retain(|_, m| m.since.elapsed() < 3 * self.patience);
     }
 
     /// A Client comes for its session. The Owner's task takes it from here.
@@ -176,11 +177,15 @@ impl Helper {
         };
         // If nobody waits any more, the connection closes.
         let _ = give.send(c);
-        // And if nobody ever comes, it closes as well: not only when the next one joins.
+        // And if the Owner never comes, the Client hears it from here, or it would blame the one who hangs up.
         let helper = Arc::clone(self);
         tokio::spawn(async move {
             tokio::time::sleep(2 * helper.patience).await;
-            helper.forget_old_meetings();
+            let take = lock(&helper.meetings).remove(&nonce).and_then(|m| m.take);
+            if let Some(c) = take.and_then(|mut take| take.try_recv().ok()) {
+                let why = Refusal::Third { role: Role::Owner, code: "timeout".into() };
+                let _ = refuse(c, "joining a session", why).await;
+            }
         });
         Ok(())
     }

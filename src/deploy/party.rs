@@ -19,8 +19,9 @@ use super::owner::Owner;
 use super::seen::Seen;
 use super::tls::{self, Reloading, Secured};
 use super::wire::{self, Digest, ECHO_LIMIT, Hello, Refusal, Reply, Status};
-use crate::error::{Error, PeerFault, Result};
+use crate::error::{CertificateFault, Error, PeerFault, Result};
 use crate::model::ModelConfig;
+use crate::net::tamper::Wrap;
 use crate::net::{Abort, Links};
 use crate::party::Role;
 use crate::plan::{Plan, memory};
@@ -31,6 +32,8 @@ use crate::prf::AddressLog;
 pub struct Options {
     /// Records every PRF address taken.
     pub addresses: Option<AddressLog>,
+    /// Has the links of every session in its hands: a party that does not keep to the protocol.
+    pub wrap: Option<Wrap>,
 }
 
 /// Memory by prediction ([`crate::plan::memory`]), in bytes.
@@ -148,15 +151,28 @@ impl Shared {
     }
 
     async fn attach(&self, mut c: Secured, session: Digest) -> Served {
+        let step = "run-ahead lane";
         let sender = {
             let mut waiting = lock(&self.waiting);
             match waiting.get(&session) {
-                Some((owner, _)) if *owner == c.peer.fingerprint.to_string() => waiting.remove(&session),
-                _ => None,
+                Some((owner, _)) if *owner == c.peer.fingerprint.to_string() => {
+                    waiting.remove(&session).ok_or(Refusal::Session)
+                }
+                Some(_) => Err(Refusal::Session),
+                // Its lane is taken, or it has ended.
+                None if self.seen.contains(&session) => Err(Refusal::Replay),
+                None => Err(Refusal::Session),
             }
         };
-        let Some((_, sender)) = sender else { return refuse(c, "run-ahead lane", Refusal::Session).await };
-        c.send("run-ahead lane", &wire::encode(&Reply::Attached)?).await?;
+        let (_, sender) = match sender {
+            Ok(sender) => sender,
+            Err(why) => {
+                let blamed = c.blame(step, why.fault());
+                let _ = refuse(c, step, why).await;
+                return Err(blamed);
+            }
+        };
+        c.send(step, &wire::encode(&Reply::Attached)?).await?;
         // If the session has given up meanwhile, the connection goes with it.
         let _ = sender.send(c);
         Ok(())
@@ -199,8 +215,11 @@ impl Shared {
             }
             _ => {
                 let want = if self.config.role() == Role::Owner { Role::Client } else { Role::Owner };
-                let kind = crate::error::CertificateFault::Role { want, got: c.peer.role };
-                let blamed = c.blame("hello", PeerFault::Certificate(kind));
+                let kind = match c.peer.role {
+                    got if got == want => PeerFault::Malformed("a control message that belongs to another party"),
+                    got => PeerFault::Certificate(CertificateFault::Role { want, got }),
+                };
+                let blamed = c.blame("hello", kind);
                 let _ = refuse(c, "hello", Refusal::Role).await;
                 Err(blamed)
             }

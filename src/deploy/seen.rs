@@ -57,6 +57,12 @@ impl Seen {
         Ok(Seen { path, state: Mutex::new(state) })
     }
 
+    /// Whether `id` was noted before.
+    #[must_use]
+    pub fn contains(&self, id: &Digest) -> bool {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).known.contains(id)
+    }
+
     /// Notes `id`; `false` if it was there before. It is in the file before this returns.
     ///
     /// # Errors

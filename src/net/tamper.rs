@@ -5,12 +5,16 @@ use std::time::Duration;
 
 use super::{Abort, Channel, Frame, Lane};
 use crate::error::PeerFault;
+use crate::party::Role;
 
 /// What a receiver saw: lane, tag and bytes, in order of reception.
 pub type View = Arc<Mutex<Vec<(Lane, u64, Vec<u8>)>>>;
 
 /// What happens to a frame on its way out; `None` drops it.
 pub type Rewrite = Arc<dyn Fn(Lane, Frame) -> Option<Frame> + Send + Sync>;
+
+/// What is put between a party and its link to a peer.
+pub type Wrap = Arc<dyn Fn(Role, Arc<dyn Channel>) -> Arc<dyn Channel> + Send + Sync>;
 
 /// A channel under the eyes, or in the hands, of a test.
 pub struct Tampered<C> {
@@ -44,6 +48,10 @@ impl<C: Channel> Channel for Tampered<C> {
 
     fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Frame, u64), PeerFault> {
         self.inner.drain(lane, tag, len, timeout)
+    }
+
+    fn ended(&self) -> bool {
+        self.inner.ended()
     }
 
     fn end(&self, reason: Option<&Abort>) {

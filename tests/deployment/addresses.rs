@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use trefoil::deploy::client::Remote;
 use trefoil::deploy::party::{Daemon, Options};
 use trefoil::error::Error;
-use trefoil::model::TextCodec;
 use trefoil::party::Role;
 use trefoil::prf::{Address, AddressLog, Pair, Taken};
 
@@ -25,18 +24,6 @@ fn start(config: &Path, options: &Options) -> Daemon {
             Err(error) => panic!("{error}"),
         }
     }
-}
-
-fn provisioned(owner: &Daemon) {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while !owner.provisioned() {
-        assert!(Instant::now() < deadline);
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-fn prompt() -> Vec<u32> {
-    TextCodec::open(&preparation().join("public")).unwrap().encode(PROMPT).unwrap()
 }
 
 fn open(client: &Path, options: &Options) -> Remote {
@@ -90,7 +77,7 @@ fn assert_once(log: &[Taken]) {
 #[test]
 fn no_stream_is_taken_twice_over_sessions_and_restarts() {
     expected(24);
-    let options = Options { addresses: Some(AddressLog::default()) };
+    let options = Options { addresses: Some(AddressLog::default()), ..Options::default() };
     let site = Site::new();
     let any = "127.0.0.1:0";
     let helper = start(&site.config("helper", Role::Helper, "helper", any, "", ""), &options);

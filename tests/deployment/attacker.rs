@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use trefoil::deploy::config::{Address, Config};
 use trefoil::deploy::tls::{self, Secured, Tls};
-use trefoil::deploy::wire::{self, Go, Hello, Nonce, Reply};
+use trefoil::deploy::wire::{self, Digest, Go, Hello, Nonce, Reply};
 use trefoil::error::{Error, Result};
 use trefoil::net::tls::TlsChannel;
 use trefoil::party::Role;
@@ -15,22 +15,33 @@ use trefoil::party::Role;
 pub struct Attacker {
     pub owner: Arc<TlsChannel>,
     pub helper: Arc<TlsChannel>,
+    pub session: Digest,
 }
 
 pub const PATIENCE: Duration = Duration::from_secs(5);
 
 pub async fn dial(config: &Path, role: Role) -> Result<Secured> {
+    let peers = Config::load(config)?;
+    let address = peers.peers().into_iter().find(|(r, _)| *r == role).unwrap().1;
+    dial_at(config, address, role).await
+}
+
+/// With the certificate of this configuration to an address that need not be in it.
+pub async fn dial_at(config: &Path, address: &Address, role: Role) -> Result<Secured> {
     let config = Config::load(config)?;
     let tls = Tls::load(config.tls(), config.role())?;
-    let address: &Address = config.peers().into_iter().find(|(r, _)| *r == role).unwrap().1;
     tls::connect(&tls, address, role, PATIENCE).await
 }
 
-async fn say(c: &mut Secured, hello: &Hello) -> Result<()> {
+pub fn block_on<T>(work: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
+}
+
+pub async fn say(c: &mut Secured, hello: &Hello) -> Result<()> {
     c.send("test", &wire::encode(hello)?).await
 }
 
-async fn hear(c: &mut Secured) -> Result<Reply> {
+pub async fn hear(c: &mut Secured) -> Result<Reply> {
     let bytes = c.recv("test", wire::LONG).await?;
     wire::decode(&bytes).ok_or_else(|| Error::Internal("no reply".into()))
 }
@@ -42,8 +53,7 @@ pub fn open(config: &Path, nonce: Nonce) -> Result<Attacker, Box<Reply>> {
 
 /// The same, with raw bytes to the Owner before the first frame: four bytes with their number, then they themselves.
 pub fn open_with(config: &Path, nonce: Nonce, raw: Option<&[u8]>) -> Result<Attacker, Box<Reply>> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async {
+    block_on(async {
         let mut owner = dial(config, Role::Owner).await.unwrap();
         let mut helper = dial(config, Role::Helper).await.unwrap();
         say(&mut owner, &Hello::Open { nonce }).await.unwrap();
@@ -67,6 +77,6 @@ pub fn open_with(config: &Path, nonce: Nonce, raw: Option<&[u8]>) -> Result<Atta
             let ahead = ahead.map(|a| a.into_stream(None).unwrap());
             Arc::new(TlsChannel::new(online, ahead, 1 << 28).unwrap())
         };
-        Ok(Attacker { owner: channel(owner, Some(ahead)), helper: channel(helper, None) })
+        Ok(Attacker { owner: channel(owner, Some(ahead)), helper: channel(helper, None), session })
     })
 }

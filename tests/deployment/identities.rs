@@ -1,8 +1,12 @@
 //! Certificates that are not good: each fault by its own name at both ends, and the daemons go on serving.
 
+use std::path::Path;
+
 use trefoil::deploy::certs::{Authority, Validity, now};
+use trefoil::deploy::wire::{Hello, Refusal, Reply};
 use trefoil::party::Role;
 
+use crate::attacker::{block_on, dial_at, hear, say};
 use crate::support::*;
 
 /// What a Client with this identity hears and the Owner logs.
@@ -36,11 +40,8 @@ fn bad_certificates_are_refused_by_name() {
     let fingerprint = trio.site.certify("mallory", Role::Client, &trio.site.ca, Validity::days(10, now()));
     let config = trio.site.config("mallory", Role::Client, "mallory", "", &trio.owner.address, &trio.helper.address);
     assert_eq!(tokens(&run(&mut trio.generate(&config, 4))), expected(4));
-    for config in [&trio.owner_config, &trio.helper_config] {
-        let text = std::fs::read_to_string(config).unwrap();
-        let text = text.replace("ca = \"ca.pem\"", &format!("ca = \"ca.pem\"\nrevoked = [\"{fingerprint}\"]"));
-        std::fs::write(config, text).unwrap();
-    }
+    revoke(&trio.owner_config, &fingerprint);
+    revoke(&trio.helper_config, &fingerprint);
     refused(&trio, "mallory", "refused our certificate (it is on the peer's list of revoked certificates)", "revoked");
     trio.works();
 }
@@ -52,12 +53,56 @@ fn the_role_is_the_certificates_not_the_callers() {
     let config = trio.site.config("thief", Role::Client, "owner", "", &trio.owner.address, &trio.helper.address);
     let out = run(&mut trio.generate(&config, 4));
     let text = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert!(text.contains("this is the certificate of a owner") || text.contains("certificate of"), "{text}");
+    assert!(text.contains("this certificate's role is owner, but the configuration's role is client"), "{text}");
     // Addresses swapped: the helper is found where the owner should be.
     let config = trio.site.config("swapped", Role::Client, "client", "", &trio.helper.address, &trio.owner.address);
     let out = run(&mut trio.generate(&config, 4));
     let text = String::from_utf8_lossy(&out.stderr).into_owned();
     assert!(text.contains("its certificate is the helper's where the owner's belongs"), "{text}");
+    trio.works();
+}
+
+/// Says `hello` to a daemon with the certificate of another party's configuration.
+fn out_of_role(trio: &Trio, to: Role, config: &Path, hello: &Hello, code: &str, text: &str) {
+    let daemon = if to == Role::Owner { &trio.owner } else { &trio.helper };
+    let told = || daemon.lines().iter().filter(|l| l["code"] == code).count();
+    let before = told();
+    block_on(async {
+        let mut c = dial_at(config, &daemon.address.parse().unwrap(), to).await.unwrap();
+        say(&mut c, hello).await.unwrap();
+        let answer = hear(&mut c).await.unwrap();
+        assert!(matches!(answer, Reply::Refused(Refusal::Role)), "{answer:?}");
+    });
+    daemon.wait(code, |_| told() > before);
+    let line = daemon.lines().into_iter().rfind(|l| l["code"] == code).unwrap();
+    let error = line["error"].as_str().unwrap();
+    assert!(error.contains(" at step `hello (127.0.0.1:") && error.contains(text), "{line}");
+}
+
+#[test]
+fn what_only_another_role_may_say() {
+    let trio = Trio::new();
+    let open = Hello::Open { nonce: [1; 32] };
+    let offer = Hello::Offer { manifest: vec![b'{'; 64], chunks: vec![0; 32] };
+    let pair = Hello::Pair {
+        client_nonce: [2; 32],
+        owner_nonce: [3; 32],
+        client: trio.site.fingerprint("client"),
+        preparation: "any".into(),
+        agreed: [0; 32],
+        half: [0; 32],
+        ahead_capacity: 1 << 20,
+    };
+    let wrong = "its certificate is the owner's where the client's belongs";
+    out_of_role(&trio, Role::Owner, &trio.owner_config, &open, "wrong-role", wrong);
+    let wrong = "its certificate is the helper's where the client's belongs";
+    out_of_role(&trio, Role::Owner, &trio.helper_config, &open, "wrong-role", wrong);
+    let wrong = "its certificate is the client's where the owner's belongs";
+    out_of_role(&trio, Role::Helper, &trio.client, &pair, "wrong-role", wrong);
+    out_of_role(&trio, Role::Helper, &trio.client, &offer, "wrong-role", wrong);
+    // The right role, with what belongs elsewhere.
+    out_of_role(&trio, Role::Owner, &trio.client, &pair, "malformed", "client at step");
+    out_of_role(&trio, Role::Helper, &trio.owner_config, &open, "malformed", "owner at step");
     trio.works();
 }
 

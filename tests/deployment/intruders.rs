@@ -3,15 +3,17 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use trefoil::deploy::certs::{Validity, now};
-use trefoil::deploy::wire::{Refusal, Reply};
+use trefoil::deploy::wire::{self, Hello, Refusal, Reply};
+use trefoil::model::store::OwnerPreparation;
 use trefoil::net::{Channel, Frame, Lane};
 use trefoil::party::Role;
 use trefoil::session::Scope;
 
-use crate::attacker::{Attacker, dial, open, open_with};
+use crate::attacker::{Attacker, block_on, dial, hear, open, open_with, say};
 use crate::support::*;
 
 fn raw(address: &str, bytes: &[u8]) -> TcpStream {
@@ -19,6 +21,16 @@ fn raw(address: &str, bytes: &[u8]) -> TcpStream {
     tcp.write_all(bytes).unwrap();
     tcp.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     tcp
+}
+
+/// What a daemon does with these bytes: it says `code` of where they come from, and hangs up.
+fn refused(party: &Party, bytes: &[u8], code: &str) {
+    let tcp = raw(&party.address, bytes);
+    let at = tcp.local_addr().unwrap().to_string();
+    hangs_up(tcp);
+    let line = party.wait(code, |l| l["address"] == at.as_str());
+    assert_eq!(line["code"], code, "{line}");
+    assert!(line["error"].as_str().unwrap().starts_with(&at), "{line}");
 }
 
 /// Reads until the other side hangs up, which it must.
@@ -57,18 +69,16 @@ fn tls12() -> Vec<u8> {
 fn strangers_on_the_port() {
     let trio = Trio::new();
     for party in [&trio.owner, &trio.helper] {
-        hangs_up(raw(&party.address, b"GET / HTTP/1.1\r\nHost: trefoil\r\n\r\n"));
-        let line = party.wait_code("not-tls");
-        assert!(line["error"].as_str().unwrap().contains("does not speak TLS"), "{line}");
-        let noise: Vec<u8> = (0..4096u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
-        hangs_up(raw(&party.address, &noise));
-        hangs_up(raw(&party.address, &tls12()));
-        party.wait_code("old-tls");
+        refused(party, b"GET / HTTP/1.1\r\nHost: trefoil\r\n\r\n", "not-tls");
+        // Also such as begin like a record of TLS.
+        for first in [0, 20, 21, 22, 23, 255] {
+            refused(party, &noise(first), "not-tls");
+        }
+        refused(party, &tls12(), "old-tls");
         // Says nothing at all: five seconds are configured.
         let begun = Instant::now();
-        hangs_up(raw(&party.address, b""));
+        refused(party, b"", "timeout");
         assert!(begun.elapsed() < Duration::from_secs(8));
-        party.wait_code("timeout");
     }
     trio.works();
 }
@@ -76,8 +86,7 @@ fn strangers_on_the_port() {
 #[test]
 fn garbage_after_a_good_handshake() {
     let trio = Trio::new();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async {
+    block_on(async {
         // A message that is none; one longer than any; one that never ends.
         let mut c = dial(&trio.client, Role::Owner).await.unwrap();
         c.send("test", &[0xff; 40]).await.unwrap();
@@ -191,6 +200,72 @@ fn a_nonce_used_before() {
     trio.works();
 }
 
+/// What a server answers to the first message of the party with this configuration.
+async fn answer(config: &Path, to: Role, hello: &Hello) -> Reply {
+    let mut c = dial(config, to).await.unwrap();
+    say(&mut c, hello).await.unwrap();
+    hear(&mut c).await.unwrap()
+}
+
+#[test]
+fn the_id_of_a_session_that_has_ended() {
+    let trio = Trio::new();
+    let a = session(&trio, None);
+    let session = a.session;
+    drop(a);
+    for (party, config, role) in
+        [(&trio.owner, &trio.client, Role::Owner), (&trio.helper, &trio.owner_config, Role::Helper)]
+    {
+        party.wait("the end", |l| l["message"] == "session failed");
+        block_on(async {
+            let again = answer(config, role, &Hello::Ahead { session }).await;
+            assert!(matches!(again, Reply::Refused(Refusal::Replay)), "{again:?}");
+            let invented = answer(config, role, &Hello::Ahead { session: [3; 32] }).await;
+            assert!(matches!(invented, Reply::Refused(Refusal::Session)), "{invented:?}");
+        });
+        let who = if role == Role::Owner { "client" } else { "owner" };
+        for code in ["replay", "mismatch"] {
+            let line = party.wait_code(code);
+            assert!(line["error"].as_str().unwrap().starts_with(&format!("{who} at step `run-ahead lane")), "{line}");
+        }
+    }
+    trio.works();
+}
+
+#[test]
+fn a_pairing_announced_twice() {
+    let trio = Trio::new();
+    let preparation = OwnerPreparation::open(&trio.site.preparation).unwrap();
+    let pair = |client: u8, owner: u8| Hello::Pair {
+        client_nonce: [client; 32],
+        owner_nonce: [owner; 32],
+        client: trio.site.fingerprint("client"),
+        preparation: preparation.manifest().id.to_string(),
+        agreed: wire::digest(&preparation.manifest().to_json().unwrap()),
+        half: wire::digest(preparation.hashes()),
+        ahead_capacity: 1 << 28,
+    };
+    block_on(async {
+        let mut client = dial(&trio.client, Role::Helper).await.unwrap();
+        say(&mut client, &Hello::Join { nonce: [1; 32] }).await.unwrap();
+        let mut owner = dial(&trio.owner_config, Role::Helper).await.unwrap();
+        say(&mut owner, &pair(1, 2)).await.unwrap();
+        let joined = hear(&mut owner).await.unwrap();
+        assert!(matches!(joined, Reply::Joined { .. }), "{joined:?}");
+        drop((client, owner));
+        // As it was, or with one of its nonces.
+        for (n, (client, owner)) in [(1, 2), (1, 3), (4, 2)].into_iter().enumerate() {
+            let again = answer(&trio.owner_config, Role::Helper, &pair(client, owner)).await;
+            assert!(matches!(again, Reply::Refused(Refusal::Replay)), "{again:?}");
+            let blamed = |l: &&serde_json::Value| {
+                l["code"] == "replay" && l["error"].as_str().unwrap().starts_with("owner at step `pairing a session")
+            };
+            trio.helper.wait("a replay", |_| trio.helper.lines().iter().filter(blamed).count() > n);
+        }
+    });
+    trio.works();
+}
+
 #[test]
 fn a_preparation_belongs_to_the_owner_that_made_it() {
     let trio = Trio::new();
@@ -224,9 +299,7 @@ fn revoking_a_client_ends_its_session() {
     let config = trio.site.config("mallory", Role::Client, "mallory", "", &trio.owner.address, &trio.helper.address);
     let held = open(&config, [9; 32]).unwrap_or_else(|refused| panic!("{refused:?}"));
     trio.owner.wait("a session", |l| l["message"] == "session begins");
-    let text = std::fs::read_to_string(&trio.owner_config).unwrap();
-    let text = text.replace("ca = \"ca.pem\"", &format!("ca = \"ca.pem\"\nrevoked = [\"{fingerprint}\"]"));
-    std::fs::write(&trio.owner_config, text).unwrap();
+    revoke(&trio.owner_config, &fingerprint);
     trio.owner.wait("the end", |l| l["message"] == "session failed");
     trio.helper.wait("the end", |l| l["message"] == "session failed");
     drop(held);

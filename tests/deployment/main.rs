@@ -5,6 +5,8 @@ mod addresses;
 mod attacker;
 mod canary;
 mod crashes;
+mod foreign;
+mod hostile;
 mod identities;
 mod intruders;
 mod memory;

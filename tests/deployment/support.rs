@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tempfile::TempDir;
-use trefoil::deploy::certs::{Authority, Host, Key, Request, Validity, now, write_private};
+use trefoil::deploy::certs::{Authority, Details, Host, Key, Request, Validity, now, write_private};
+use trefoil::deploy::party::Daemon;
+use trefoil::model::TextCodec;
 use trefoil::party::Role;
 
 pub const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/quill-4m");
@@ -183,7 +185,13 @@ impl Site {
         std::fs::write(self.path(&format!("{name}.pem")), &pem).unwrap();
         let _ = std::fs::remove_file(self.path(&format!("{name}.key")));
         write_private(&self.path(&format!("{name}.key")), &key.pem()).unwrap();
-        trefoil::deploy::certs::Details::parse_pem(pem.as_bytes()).unwrap()[0].fingerprint.to_string()
+        self.fingerprint(name)
+    }
+
+    /// Of the certificate `name`.
+    pub fn fingerprint(&self, name: &str) -> String {
+        let pem = std::fs::read(self.path(&format!("{name}.pem"))).unwrap();
+        Details::parse_pem(&pem).unwrap()[0].fingerprint.to_string()
     }
 
     /// Writes the configuration `name.toml` of `role`, which presents the certificate `identity`.
@@ -205,6 +213,19 @@ impl Site {
         std::fs::write(&path, text).unwrap();
         path
     }
+}
+
+/// Puts a certificate on a configuration's list of revoked ones.
+pub fn revoke(config: &Path, fingerprint: &str) {
+    let text = std::fs::read_to_string(config).unwrap();
+    let text = text.replace("ca = \"ca.pem\"", &format!("ca = \"ca.pem\"\nrevoked = [\"{fingerprint}\"]"));
+    std::fs::write(config, text).unwrap();
+}
+
+/// Random bytes, the first of which is given.
+pub fn noise(first: u8) -> Vec<u8> {
+    let rest = (1..4096u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8);
+    std::iter::once(first).chain(rest).collect()
 }
 
 /// Owner and Helper running, and a Client's configuration.
@@ -285,6 +306,20 @@ pub fn report(out: &Output) -> Value {
 
 pub fn tokens(out: &Output) -> Vec<u64> {
     report(out)["tokens"].as_array().unwrap().iter().map(|t| t.as_u64().unwrap()).collect()
+}
+
+/// Waits until the Helper has the model of an Owner in this process.
+pub fn provisioned(owner: &Daemon) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !owner.provisioned() {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The tokens of the prompt.
+pub fn prompt() -> Vec<u32> {
+    TextCodec::open(&preparation().join("public")).unwrap().encode(PROMPT).unwrap()
 }
 
 /// What one process says to the prompt.
