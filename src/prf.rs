@@ -280,14 +280,18 @@ impl Stream {
 
     /// Appends `n` words of `k` uniform bits (8 bytes of stream each).
     pub fn words_into(&mut self, n: usize, k: u32, out: &mut Vec<u64>) {
-        let from = out.len();
-        out.resize(from + n, 0);
-        let tail = &mut out[from..];
-        self.0.write_keystream(bytemuck::cast_slice_mut(tail));
-        if k < 64 {
-            let m = crate::ring::mask(k);
-            tail.iter_mut().for_each(|w| *w &= m);
+        let m = crate::ring::mask(k);
+        // Piece by piece, so that each is still in cache when it is reduced and moved to its place.
+        let mut piece = [0; 512];
+        let mut left = n;
+        out.reserve(n);
+        while left > 0 {
+            let piece = &mut piece[..left.min(512)];
+            self.0.write_keystream(bytemuck::cast_slice_mut(piece));
+            out.extend(piece.iter().map(|w| w & m));
+            left -= piece.len();
         }
+        piece.zeroize();
     }
 
     /// `n` words of `k` uniform bits.

@@ -26,7 +26,7 @@ use crate::plan::cost::Cost;
 use crate::session::{Scope, Session};
 
 /// Largest batch of run-ahead passes.
-pub const MAX_BATCH: usize = 8;
+pub const MAX_BATCH: usize = 16;
 
 /// What the Client announces to Owner and Helper; all of it public to them.
 #[derive(Clone, Copy, Debug, PartialEq)]
