@@ -12,7 +12,7 @@ use std::time::Duration;
 use ndarray::Array2;
 use trefoil::Role;
 use trefoil::error::PeerFault;
-use trefoil::generate::{Grant, MAX_BATCH, helper, owner};
+use trefoil::generate::{Grant, MAX_BATCH, helper, next_batch, owner};
 use trefoil::model::preparation::{Loaded, Options};
 use trefoil::model::prepare::{Prepared, PreparedLayer};
 use trefoil::model::secure::{ClientPorts, PassOptions, SecureModel};
@@ -180,7 +180,8 @@ fn client(s: &mut Session, model: &SecureModel, c: &ModelConfig, plan: &Plan, pr
         }
         pass += batch.len() as u64;
         let left = new - (pass - 1) as usize;
-        batch = vec![1; if pass == 2 { 1 } else { (2 * batch.len()).min(MAX_BATCH) }.min(left)];
+        let before = if pass == 2 { 0 } else { batch.len() };
+        batch = vec![1; next_batch(before, MAX_BATCH).min(left)];
     }
     assert!(words.iter().all(|w| *w > 0.0));
 }

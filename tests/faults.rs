@@ -78,7 +78,8 @@ impl Table {
         *self.groups.entry(group.to_owned()).or_default().entry(outcome).or_default() += 1;
     }
 
-    /// Compares with what `tests/faults.txt` says of each group: `test | group | outcome x count; ...`.
+    /// Compares with what `tests/faults.txt` says of each group: `test | group | outcome x count; ...`. A group that ends in one
+    /// way or another, by the masks that are drawn, has a line for each.
     fn finish(self, name: &str, start: Instant) {
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/faults.txt");
         let expected = std::fs::read_to_string(file).unwrap();
@@ -89,9 +90,10 @@ impl Table {
             let all: Vec<String> = outcomes.iter().map(|(o, n)| format!("{o} x {n}")).collect();
             let line = format!("{name} | {group} | {}", all.join("; "));
             eprintln!("{line}");
-            match said.iter().position(|s| *s == line) {
-                Some(at) => drop(said.remove(at)),
-                None => wrong.push(format!("not expected: {line}")),
+            if said.contains(&line.as_str()) {
+                said.retain(|s| !s.starts_with(&format!("{name} | {group} | ")));
+            } else {
+                wrong.push(format!("not expected: {line}"));
             }
         }
         wrong.extend(said.iter().map(|s| format!("expected: {s}")));

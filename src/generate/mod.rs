@@ -27,6 +27,14 @@ use crate::session::{Scope, Session};
 
 /// Largest batch of run-ahead passes.
 pub const MAX_BATCH: usize = 16;
+/// Most passes that have been walked, or are, and are not yet used.
+pub const MAX_WAITING: usize = 2 * MAX_BATCH;
+
+/// The size of the batch after one of `before` passes (0: the prompt's), if `room` passes fit the Owner's buffer.
+#[must_use]
+pub fn next_batch(before: usize, room: usize) -> usize {
+    (2 * before).clamp(1, room.clamp(1, MAX_BATCH))
+}
 
 /// What the Client announces to Owner and Helper; all of it public to them.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -148,7 +156,7 @@ fn walk(
     let mut walked = 0u64;
     let mut batch = vec![r.prompt as usize];
     // The stop flag is read after the wait, which a stop may have ended.
-    while !batch.is_empty() && jobs.wait_below(2 * MAX_BATCH) && !stop.load(Ordering::Relaxed) {
+    while !batch.is_empty() && jobs.wait_below(MAX_BATCH) && !stop.load(Ordering::Relaxed) {
         s.begin(r.first_pass + walked, &batch);
         let options = PassOptions { ports, noise: None, open_logits: r.open_logits, depths: None };
         let before = s.ahead_sent();
@@ -157,8 +165,9 @@ fn walk(
         // A batch arrives operation by operation and is consumed pass by pass, so all of it must fit the Owner's buffer
         // (half of it: contexts grow), or Owner and walker would wait for each other.
         let each = (s.ahead_sent() - before) / batch.len() as u64;
-        let room = (s.links().ahead_capacity() as u64 / 2 / each.max(1)).clamp(1, MAX_BATCH as u64) as usize;
-        let grown = if walked == 0 { 1 } else { (2 * batch.len()).min(room) };
+        let room = s.links().ahead_capacity() as u64 / 2 / each.max(1);
+        let before = if walked == 0 { 0 } else { batch.len() };
+        let grown = next_batch(before, usize::try_from(room).unwrap_or(MAX_BATCH));
         walked += batch.len() as u64;
         batch = vec![1; grown.min((u64::from(r.max_new) - walked) as usize)];
     }

@@ -13,7 +13,7 @@
 use serde::Serialize;
 
 use super::{AttentionPlan, NormPlan, Plan};
-use crate::generate::MAX_BATCH;
+use crate::generate::{MAX_BATCH, MAX_WAITING, next_batch};
 use crate::model::ModelConfig;
 use crate::party::Role;
 use crate::session::JOBS_AHEAD_LAYERS;
@@ -163,6 +163,17 @@ fn ahead_bytes(c: &ModelConfig, plan: &Plan, first: usize, tokens: usize) -> u64
 /// `tests/cost_memory.rs`.
 const VECTORS: u64 = 19;
 
+/// Of the batches in which `decode` passes are walked.
+fn largest_batch(decode: usize) -> usize {
+    let (mut batch, mut left, mut largest) = (0, decode, 0);
+    while left > 0 && largest < MAX_BATCH {
+        batch = next_batch(batch, MAX_BATCH);
+        largest = largest.max(batch.min(left));
+        left = left.saturating_sub(batch);
+    }
+    largest
+}
+
 /// What `role` takes for a session whose longest request has `prefill` tokens and `decode` further ones, with buffers of
 /// `run_ahead_capacity` bytes for each peer's run-ahead at the Owner.
 #[must_use]
@@ -179,7 +190,7 @@ pub fn session_bytes(
     let cache = each * 2 * plan.layers.len() as u64 * c.kv_size() as u64 * positions;
     let last = prefill + decode.saturating_sub(1);
     // Batches of holders: passes walked together, and passes walked and not yet used.
-    let (batch, waiting) = (decode.min(MAX_BATCH), decode.min(3 * MAX_BATCH));
+    let (batch, waiting) = (largest_batch(decode), decode.min(MAX_WAITING));
     let of = |first, tokens| plan.layers.iter().map(move |l| layer(c, l, first, tokens)).collect::<Vec<_>>();
     let largest = |layers: &[Layer], head: u64| layers.iter().map(|l| l.largest).max().unwrap_or(0).max(head);
     // The tournament's first level: per candidate of a group of `radix`, half the group's comparisons.

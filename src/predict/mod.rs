@@ -150,7 +150,7 @@ fn party_memory(role: Role, s: &Source, walked: &Walked, prefill: usize, passes:
         // The walk knows what is sent ahead.
         let per_pass = walk::bytes(&walked.decode.links, crate::net::Lane::Ahead) / passes.max(1) as u64;
         let ahead = walk::bytes(&walked.prefill.links, crate::net::Lane::Ahead);
-        let waiting = passes.min(3 * crate::generate::MAX_BATCH) as u64 * per_pass;
+        let waiting = passes.min(crate::generate::MAX_WAITING) as u64 * per_pass;
         // Half of it is used by the time that the other half has come.
         session.run_ahead = (ahead.max(waiting) / 2).min(2 * RUN_AHEAD);
     }
