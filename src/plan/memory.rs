@@ -161,7 +161,7 @@ fn ahead_bytes(c: &ModelConfig, plan: &Plan, first: usize, tokens: usize) -> u64
 
 /// Tenths of the largest operation's own vectors that are alive with it: its operands and copies. Measured, see
 /// `tests/cost_memory.rs`.
-const VECTORS: u64 = 19;
+const VECTORS: u64 = 18;
 
 /// Of the batches in which `decode` passes are walked.
 fn largest_batch(decode: usize) -> usize {
