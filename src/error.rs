@@ -76,13 +76,17 @@ pub enum Error {
 #[non_exhaustive]
 pub enum PeerFault {
     /// The link ended.
-    #[error("the link is closed")]
+    #[error("the link is closed: it has stopped, or the network between has; look at its log and start a new session")]
     Closed,
     /// Nothing came in time.
-    #[error("nothing came within {0} ms")]
+    #[error(
+        "nothing came within {0} ms: it has stopped, is overloaded, or waits for another party in turn; look at its log, or raise [limits] timeout_s at all three parties"
+    )]
     Timeout(u64),
     /// A message of the wrong length.
-    #[error("sent {got} bytes where exactly {want} were expected")]
+    #[error(
+        "sent {got} bytes where exactly {want} were expected: run the same release of trefoil at all three parties"
+    )]
     Length {
         /// What the step expects.
         want: usize,
@@ -90,7 +94,7 @@ pub enum PeerFault {
         got: usize,
     },
     /// Bits set where the packing has none, or a value beyond its type.
-    #[error("sent a malformed value ({0})")]
+    #[error("sent a malformed value ({0}): run the same release of trefoil at all three parties")]
     Malformed(&'static str),
     /// It ended the session and said why.
     #[error("ended the session: {}{code}; its log says more", blamed.map_or(String::new(), |r| format!("it blames the {r}: ")))]
@@ -101,10 +105,12 @@ pub enum PeerFault {
         code: String,
     },
     /// More messages ahead of their time than the agreed buffer holds.
-    #[error("sent more run-ahead data than the agreed {0} bytes")]
+    #[error("sent more run-ahead data than the agreed {0} bytes: run the same release of trefoil at all three parties")]
     Flood(usize),
     /// A frame that announces more than any step needs.
-    #[error("announced a message of {got} bytes; no step here takes more than {limit}")]
+    #[error(
+        "announced a message of {got} bytes; no step here takes more than {limit}: run the same release of trefoil at all three parties"
+    )]
     Oversize {
         /// The most that is taken.
         limit: usize,
@@ -128,7 +134,7 @@ pub enum PeerFault {
     #[error("offers TLS 1.2 or older; Trefoil takes TLS 1.3 only: update the peer")]
     OldTls,
     /// The TLS handshake failed otherwise.
-    #[error("TLS handshake failed: {0}")]
+    #[error("TLS handshake failed: {0}; is it a trefoil party, and no proxy in between?")]
     Handshake(String),
     /// Its certificate is not good.
     #[error("{0}")]
@@ -192,7 +198,9 @@ pub enum CertificateFault {
     #[error("its certificate is valid from {0} only: check the clocks of both machines")]
     NotYetValid(String),
     /// On our list of revoked ones.
-    #[error("its certificate ({0}) is on our list of revoked certificates")]
+    #[error(
+        "its certificate ({0}) is on our list of revoked certificates: it needs a new one, unless [tls] revoked is wrong"
+    )]
     Revoked(String),
     /// The certificate of another role.
     #[error(
@@ -213,7 +221,7 @@ pub enum CertificateFault {
     )]
     Name(String),
     /// Damaged, or not signed with its own key.
-    #[error("its certificate or signature is invalid: {0}")]
+    #[error("its certificate or signature is invalid ({0}): have it made by `trefoil certs`")]
     Invalid(String),
 }
 

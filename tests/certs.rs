@@ -276,4 +276,12 @@ fn first_configurations() {
         at.ok(&format!("init {role} --force"));
     }
     at.refused("init king", &["owner, client or helper"]);
+    at.refused("init client --listen 127.0.0.1:1 --out a.toml", &["--listen", "client"]);
+    at.refused("init helper --owner a:1 --out a.toml", &["--owner", "helper"]);
+    // As a whole or not at all.
+    at.ok("init owner --name one --host a --out first/owner.toml");
+    at.refused("init owner --name two --host a --out first/second.toml", &["owner.key"]);
+    assert!(!at.path("first/second.toml").exists());
+    at.refused("certs show /dev/zero", &["/dev/zero", "not a regular file"]);
+    at.refused("certs show nothing.pem", &["nothing.pem", "no such file"]);
 }

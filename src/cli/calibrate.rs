@@ -52,14 +52,10 @@ const REMEDY: &str = "look for a corrupt or badly scaled weight in the layers na
 (--private-layers with a smaller number), or plan for a shorter --context where a sum over positions does not fit";
 
 fn read(file: &Path) -> Result<String> {
-    let what = format!("--text {}", file.display());
-    let bytes = std::fs::read(file).map_err(|e| Error::io(what.clone(), e))?;
-    let text = String::from_utf8(bytes).map_err(|e| {
-        let at = e.utf8_error().valid_up_to();
-        Error::Config(format!("{what}: not UTF-8 from byte {at} on; give a text file in UTF-8"))
-    })?;
+    let text = calibrate::whole_text(file, "--text")?;
     if text.trim().is_empty() {
-        return Err(Error::Config(format!("{what}: is empty; give text like the prompts to come")));
+        let name = file.display();
+        return Err(Error::Config(format!("--text: {name}: is empty; give text like the prompts to come")));
     }
     Ok(text)
 }

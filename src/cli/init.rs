@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use trefoil::deploy::certs::{Host, Request};
 use trefoil::deploy::init::{self, Choice};
-use trefoil::{Result, Role};
+use trefoil::{Error, Result, Role};
 
 /// Options of `trefoil init`.
 #[derive(clap::Args)]
@@ -41,6 +41,15 @@ pub struct Args {
 /// # Errors
 /// If a file exists or cannot be written, or an address is none.
 pub fn run(a: &Args) -> Result<()> {
+    let given = [
+        ("--listen", a.listen.is_some(), a.role != Role::Client),
+        ("--owner", a.owner.is_some(), a.role == Role::Client),
+        ("--helper", a.helper.is_some(), a.role != Role::Helper),
+        ("--host", !a.hosts.is_empty(), a.role != Role::Client),
+    ];
+    if let Some((option, ..)) = given.iter().find(|(_, given, useful)| *given && !useful) {
+        return Err(Error::Config(format!("{option} is of no use to the {}: leave it out", a.role)));
+    }
     let file = a.out.clone().unwrap_or_else(|| PathBuf::from(format!("configs/{}.toml", a.role)));
     let example = Choice::example();
     let choice = Choice {
@@ -50,10 +59,12 @@ pub fn run(a: &Args) -> Result<()> {
         pinned: a.name.is_some(),
     };
     let request = a.name.as_deref().map(|name| Request::new(a.role, name, a.hosts.clone())).transpose()?;
+    // As a whole or not at all: what stands in the way is looked for before anything is written.
+    init::free(&file, a.force)?;
+    let identity = request.map(|request| init::identity(&request, &file)).transpose()?;
     init::write(a.role, &choice, &file, a.force)?;
     println!("wrote {}: look through it", file.display());
-    if let Some(request) = request {
-        let (certificate, fingerprint) = init::identity(&request, &file)?;
+    if let Some((certificate, fingerprint)) = identity {
         println!("wrote {}: send it to the two peers, for their certs/", certificate.display());
         println!("fingerprint {fingerprint}: to compare by another way than the file came");
         println!("wrote its key beside it: it stays on this machine");

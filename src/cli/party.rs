@@ -30,7 +30,7 @@ pub fn run(a: &Args) -> Result<()> {
         Some("json") => log.format = LogFormat::Json,
         Some(other) => return Err(Error::Config(format!("--log {other}: expected text or json"))),
     }
-    write_logs(log);
+    write_logs(log)?;
     let daemon = Daemon::start(&a.config, Options::default())?;
     // For scripts that wait for it, and that let the system choose the port.
     println!("listening on {}", daemon.address());
@@ -38,9 +38,12 @@ pub fn run(a: &Args) -> Result<()> {
 }
 
 /// Structured logs on standard error. RUST_LOG, where it is set, says what is logged.
-fn write_logs(log: Log) {
+fn write_logs(log: Log) -> Result<()> {
     use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(log.level.to_string()));
+    let filter = match std::env::var(EnvFilter::DEFAULT_ENV) {
+        Ok(asked) => EnvFilter::try_new(&asked).map_err(|e| Error::Config(format!("RUST_LOG={asked}: {e}")))?,
+        Err(_) => EnvFilter::new(log.level.to_string()),
+    };
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match log.format {
         LogFormat::Text => {
@@ -48,4 +51,5 @@ fn write_logs(log: Log) {
         }
         LogFormat::Json => builder.json().flatten_event(true).init(),
     }
+    Ok(())
 }

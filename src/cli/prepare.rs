@@ -7,9 +7,9 @@ use std::time::Instant;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use trefoil::error::{Error, Result};
-use trefoil::model::ModelConfig;
 use trefoil::model::preparation::{Options, parse_private_layers};
 use trefoil::model::store::OwnerPreparation;
+use trefoil::model::{ModelConfig, calibrate};
 
 /// Options of `trefoil prepare`.
 #[derive(clap::Args)]
@@ -60,13 +60,7 @@ struct Report {
 /// Whatever is wrong with options or checkpoint.
 pub fn run(a: &Args) -> Result<()> {
     let config = ModelConfig::open(&a.model)?;
-    let calibration_text = match &a.calibration_text {
-        None => None,
-        Some(file) => Some(
-            std::fs::read_to_string(file)
-                .map_err(|e| Error::io(format!("--calibration-text {}", file.display()), e))?,
-        ),
-    };
+    let calibration_text = a.calibration_text.as_deref().map(calibrate::read_text).transpose()?;
     let options = Options {
         private_layers: parse_private_layers(a.private_layers.as_deref(), &config)?,
         max_positions: a.context,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::config::{Address, Config, Party};
 use super::engine::{self, Agreed, Peer, SessionReport};
-use super::party::{Options, reply, unexpected};
+use super::party::{Need, Options, reply, unexpected};
 use super::tls::{self, Identity, Reloading, Secured, Tls};
 use super::wire::{self, Digest, Go, Hello, Nonce, Refusal, Reply, SessionFacts};
 use crate::error::{Error, PeerFault, Result};
@@ -45,7 +45,7 @@ pub struct Facts {
     pub preparation: String,
     /// Session id, its first digits.
     pub session: String,
-    /// The longest prompt that the Owner takes.
+    /// The longest prompt, by the Owner's limits and our own.
     pub prompt_tokens: usize,
     /// From dialling to the agreement.
     pub setup: Duration,
@@ -85,6 +85,8 @@ impl Remote {
                 Error::Peer { kind, .. } => owner.blame(step, kind),
                 other => other,
             })?;
+            let (limits, run_ahead) = (config.limits(), welcome.ahead_capacity);
+            Need::of(Role::Client, limits, secure.config(), secure.plan(), run_ahead).check(limits)?;
             let go = wire::encode(&Go { session })?;
             owner.send(step, &go).await?;
             helper.send(step, &go).await?;
@@ -100,7 +102,7 @@ impl Remote {
                 plan: secure.plan().clone(),
                 preparation: manifest.id.to_string(),
                 session: engine::short(&session),
-                prompt_tokens: usize::try_from(welcome.prompt_tokens).unwrap_or(usize::MAX),
+                prompt_tokens: usize::try_from(welcome.prompt_tokens).unwrap_or(usize::MAX).min(limits.prompt_tokens),
                 setup: begun.elapsed(),
             };
             let agreed = Agreed {
@@ -137,7 +139,7 @@ impl Remote {
     ) -> Result<Generation> {
         if prompt.len() > self.facts.prompt_tokens {
             return Err(Error::Config(format!(
-                "the prompt has {} tokens, but the owner takes {} at most: shorten it (or ask for a higher [limits] prompt_tokens there)",
+                "the prompt has {} tokens, but {} is the limit: shorten it, or raise [limits] prompt_tokens here and at the owner",
                 prompt.len(),
                 self.facts.prompt_tokens
             )));

@@ -26,6 +26,16 @@ struct Loaded {
     model: Arc<SecureModel>,
 }
 
+impl Loaded {
+    /// From what an Owner says of it.
+    fn differs(&self, agreed: Digest, half: Digest) -> Option<Refusal> {
+        if self.agreed != agreed {
+            return Some(Refusal::Manifest { ours: self.agreed, theirs: agreed });
+        }
+        (self.half != half).then_some(Refusal::Half)
+    }
+}
+
 /// A Client that has come for its session, or is awaited.
 struct Meeting {
     since: Instant,
@@ -88,6 +98,10 @@ impl Helper {
             // One that cannot be read does not keep the others from being served.
             if let Err(error) = helper.load(&id) {
                 tracing::warn!(preparation = %id, code = error.code(), %error, "a stored preparation cannot be used");
+            }
+            let limits = config.limits();
+            for l in lock(&helper.loaded).values() {
+                Need::of(Role::Helper, limits, l.model.config(), l.model.plan(), 0).check(limits)?;
             }
         }
         Ok(helper)
@@ -293,8 +307,7 @@ impl Helper {
             let fault = why.fault();
             return Err(denied(why, Some(fault)));
         };
-        if loaded.agreed != p.agreed || loaded.half != p.half {
-            let why = Refusal::Manifest { ours: loaded.agreed, theirs: p.agreed };
+        if let Some(why) = loaded.differs(p.agreed, p.half) {
             let fault = why.fault();
             return Err(denied(why, Some(fault)));
         }
@@ -332,8 +345,7 @@ impl Helper {
         let loaded = lock(&self.loaded).get(&id.to_string()).cloned();
         if let Some(loaded) = loaded {
             let agreed = wire::digest(&manifest.to_json()?);
-            if loaded.agreed != agreed || loaded.half != wire::digest(&chunks) {
-                let why = Refusal::Manifest { ours: loaded.agreed, theirs: agreed };
+            if let Some(why) = loaded.differs(agreed, wire::digest(&chunks)) {
                 let blamed = o.blame(step, why.fault());
                 let _ = refuse(o, step, why).await;
                 return Err(blamed);

@@ -188,6 +188,20 @@ public = "../prep/public"
     format!("{head}{network}{limits}{waits}{daemon}{log}")
 }
 
+/// Whether a configuration may be written to `file`.
+///
+/// # Errors
+/// [`Error::Config`] if it exists and is not to be replaced by `force`.
+pub fn free(file: &Path, force: bool) -> Result<()> {
+    if force || file.symlink_metadata().is_err() {
+        return Ok(());
+    }
+    Err(Error::Config(format!(
+        "{} already exists: edit it, give another --out, or replace it with --force",
+        file.display()
+    )))
+}
+
 /// Writes a first configuration to `file`, for its owner to edit. An existing file is replaced only by `force`.
 ///
 /// # Errors
@@ -196,23 +210,14 @@ pub fn write(role: Role, choice: &Choice, file: &Path, force: bool) -> Result<()
     let text = text(role, choice);
     // Addresses come from the command line: what is written must load.
     Config::parse(&text, file)?;
+    free(file, force)?;
     let io = |e| Error::io(file.display().to_string(), e);
     if let Some(directory) = file.parent() {
         std::fs::create_dir_all(directory).map_err(|e| Error::io(directory.display().to_string(), e))?;
     }
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(true).create_new(!force);
-    let mut out = match options.open(file) {
-        Ok(out) => out,
-        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
-            return Err(Error::Config(format!(
-                "{} already exists: edit it, give another --out, or replace it with --force",
-                file.display()
-            )));
-        }
-        Err(e) => return Err(io(e)),
-    };
-    out.write_all(text.as_bytes()).map_err(io)
+    options.open(file).and_then(|mut out| out.write_all(text.as_bytes())).map_err(io)
 }
 
 #[cfg(test)]

@@ -292,7 +292,7 @@ impl Shared {
 
 /// Says no, and goes. The refusal is the caller's to log.
 pub(super) async fn refuse(mut c: Secured, step: &'static str, why: Refusal) -> Served {
-    tracing::info!(peer = %c.peer, address = %c.address, step, refusal = ?why, "refused");
+    tracing::info!(peer = %c.peer, address = %c.address, step, refusal = %why.fault(), "refused");
     c.send(step, &wire::encode(&Reply::Refused(why))?).await?;
     c.close().await;
     Ok(())
@@ -389,7 +389,11 @@ impl Daemon {
             .map_err(|e| Error::io("starting threads", e))?;
         let listener = runtime
             .block_on(TcpListener::bind(listen))
-            .map_err(|e| Error::io(format!("[listen] address = \"{listen}\""), e))?;
+            .map_err(|e| {
+                Error::Config(format!(
+                    "[listen] address = \"{listen}\": {e}; is another program (this party, already started?) listening there, and is it an address of this machine?"
+                ))
+            })?;
         let address = listener.local_addr().map_err(|e| Error::io("the listening socket", e))?;
         let shared = Arc::new(Shared {
             permits: Arc::new(Semaphore::new(config.limits().sessions)),

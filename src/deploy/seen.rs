@@ -43,6 +43,13 @@ impl Seen {
             o
         };
         let mut file = options().open(&path).map_err(failed)?;
+        // Two parties that share the list would each not see what the other has.
+        file.try_lock().map_err(|_| {
+            Error::Config(format!(
+                "{}: another party that runs on this machine uses this directory; give each its own [model] store",
+                directory.display()
+            ))
+        })?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(failed)?;
         // A last entry that a crash cut off was never acted upon.
@@ -96,11 +103,13 @@ impl Seen {
         let failed = |e| Error::io(self.path.display().to_string(), e);
         let fresh = self.path.with_extension("new");
         let mut o = OpenOptions::new();
-        let mut file = o.write(true).create(true).truncate(true).mode(0o600).open(&fresh).map_err(failed)?;
+        let _ = std::fs::remove_file(&fresh);
+        let mut file = o.append(true).create_new(true).mode(0o600).open(&fresh).map_err(failed)?;
         let all: Vec<u8> = s.order.iter().flatten().copied().collect();
         file.write_all(&all).and_then(|()| file.sync_all()).map_err(failed)?;
+        file.try_lock().map_err(|e| failed(e.into()))?;
         std::fs::rename(&fresh, &self.path).map_err(failed)?;
-        s.file = OpenOptions::new().append(true).open(&self.path).map_err(failed)?;
+        s.file = file;
         s.written = s.order.len();
         Ok(())
     }

@@ -209,6 +209,8 @@ pub enum Refusal {
         /// The other's.
         theirs: Digest,
     },
+    /// The hashes of the Helper's half differ. Which they are is not said: knowing them is what makes an Owner the half's.
+    Half,
     /// Session ids differ.
     Session,
     /// The third party failed it.
@@ -252,12 +254,20 @@ impl Refusal {
                     remedy: "prepare the model anew, or remove this preparation from the helper's store",
                 };
             }
+            Refusal::Half => {
+                return PeerFault::Mismatch {
+                    what: "the hashes of the helper's half",
+                    ours: "those in the owner's half.sha256".into(),
+                    theirs: "those of the half at the helper".into(),
+                    remedy: "another owner has made this preparation and sent that half, or half.sha256 is not the one that belongs to it: prepare the model anew",
+                };
+            }
             Refusal::Session => {
                 return PeerFault::Mismatch {
-                    what: "the session id",
-                    ours: "(ours)".into(),
-                    theirs: "(theirs)".into(),
-                    remedy: "somebody relays or mixes sessions; check the addresses",
+                    what: "the session",
+                    ours: "one of these nonces and certificates".into(),
+                    theirs: "another, or none any more".into(),
+                    remedy: "start a new one; if it happens again, somebody relays or mixes sessions: check the addresses",
                 };
             }
             Refusal::Preparation { wanted, known } => {

@@ -264,15 +264,25 @@ const TEXT_BYTES: u64 = 64 << 20;
 /// Bytes of a text that are given to the tokenizer: far more than [`inputs`] takes.
 const USED_BYTES: usize = 1 << 20;
 
+/// Reads the file that the command's `option` names: plain UTF-8 of at most 64 MB.
+///
+/// # Errors
+/// [`Error::Config`] naming option and file.
+pub fn whole_text(path: &Path, option: &str) -> Result<String> {
+    let wrong = |e: &dyn std::fmt::Display| Error::Config(format!("{option}: {e}"));
+    let bytes = files::read_required(path, TEXT_BYTES, "give a file of plain text").map_err(|e| wrong(&e))?;
+    String::from_utf8(bytes).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        wrong(&format!("{}: not UTF-8 from byte {at} on; give a text file in UTF-8", path.display()))
+    })
+}
+
 /// Reads a provider's calibration text: plain UTF-8 of at most 64 MB, of which the beginning is used.
 ///
 /// # Errors
 /// [`Error::Config`] naming the file.
 pub fn read_text(path: &Path) -> Result<String> {
-    let option = |e: &dyn std::fmt::Display| Error::Config(format!("--calibration-text: {e}"));
-    let bytes = files::read_required(path, TEXT_BYTES, "give a file of plain text").map_err(|e| option(&e))?;
-    let mut text = String::from_utf8(bytes)
-        .map_err(|_| option(&format!("{}: not UTF-8; give a file of plain text", path.display())))?;
+    let mut text = whole_text(path, "--calibration-text")?;
     let end = (0..=USED_BYTES.min(text.len())).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
     text.truncate(end);
     Ok(text)

@@ -19,8 +19,8 @@ fn start(config: &Path, options: &Options) -> Daemon {
     loop {
         match Daemon::start(config, options.clone()) {
             Ok(daemon) => return daemon,
-            // The one before has just let go of the port.
-            Err(Error::Io { .. }) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(50)),
+            // The one before has just let go of port and store.
+            Err(Error::Config(_)) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(50)),
             Err(error) => panic!("{error}"),
         }
     }

@@ -6,6 +6,7 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use sha2::{Digest, Sha256};
 use trefoil::deploy::certs::{Validity, now};
 use trefoil::deploy::wire::{self, Hello, Refusal, Reply};
 use trefoil::model::store::OwnerPreparation;
@@ -65,22 +66,39 @@ fn tls12() -> Vec<u8> {
     record
 }
 
-#[test]
-fn strangers_on_the_port() {
+fn strangers(code: &str, all: &[&[u8]]) {
     let trio = Trio::new();
     for party in [&trio.owner, &trio.helper] {
-        refused(party, b"GET / HTTP/1.1\r\nHost: trefoil\r\n\r\n", "not-tls");
-        // Also such as begin like a record of TLS.
-        for first in [0, 20, 21, 22, 23, 255] {
-            refused(party, &noise(first), "not-tls");
+        for bytes in all {
+            refused(party, bytes, code);
         }
-        refused(party, &tls12(), "old-tls");
-        // Says nothing at all: five seconds are configured.
-        let begun = Instant::now();
-        refused(party, b"", "timeout");
-        assert!(begun.elapsed() < Duration::from_secs(8));
     }
     trio.works();
+}
+
+#[test]
+fn plain_tcp() {
+    strangers("not-tls", &[b"GET / HTTP/1.1\r\nHost: trefoil\r\n\r\n"]);
+}
+
+#[test]
+fn random_bytes() {
+    // Also such as begin like a record of TLS.
+    let all = [0, 20, 21, 22, 23, 255].map(noise);
+    strangers("not-tls", &all.each_ref().map(|n| &n[..]));
+}
+
+#[test]
+fn an_offer_of_tls_1_2() {
+    strangers("old-tls", &[&tls12()]);
+}
+
+#[test]
+fn silence_on_the_port() {
+    let begun = Instant::now();
+    strangers("timeout", &[b""]);
+    // Five seconds are configured, and two daemons dialled.
+    assert!(begun.elapsed() < Duration::from_secs(40), "{:?}", begun.elapsed());
 }
 
 #[test]
@@ -280,6 +298,9 @@ fn a_preparation_belongs_to_the_owner_that_made_it() {
     let hashes = stolen.join("half.sha256");
     let mut bytes = std::fs::read(&hashes).unwrap();
     bytes[5] ^= 1;
+    let seal = bytes.len() - 32;
+    let digest = Sha256::digest(&bytes[..seal]);
+    bytes[seal..].copy_from_slice(&digest);
     std::fs::write(&hashes, bytes).unwrap();
     trio.site.certify("rival", Role::Owner, &trio.site.ca, Validity::days(5, now()));
     let config = trio.site.config("rival", Role::Owner, "rival", "127.0.0.1:0", "", &trio.helper.address);
@@ -287,7 +308,8 @@ fn a_preparation_belongs_to_the_owner_that_made_it() {
     let own = format!("preparation = \"{}\"", trio.site.preparation.display());
     std::fs::write(&config, text.replace(&own, &format!("preparation = \"{}\"", stolen.display()))).unwrap();
     let rival = Party::start(&config);
-    rival.wait_code("mismatch");
+    let line = rival.wait_code("mismatch");
+    assert!(line["error"].as_str().unwrap().contains("another owner has made this preparation"), "{line}");
     assert!(!rival.lines().iter().any(|l| l["message"] == "the helper has the model"));
     trio.works();
 }

@@ -110,14 +110,14 @@ fn peak_memory_is_as_predicted() {
                 peak as f64 / 1e6,
                 100.0 * error
             );
-            // 20 % is what is claimed; who is faster, and so how much run-ahead waits, varies with a machine's other work.
-            if error.abs() > 0.35 {
+            if error.abs() > 0.2 {
                 wrong.push(format!("{what}, {role}: {:+.0} %", 100.0 * error));
             }
         }
     };
     check("quill-4m, half private", preparation());
-    let shapes = [("h320", (320, 5, 5, 880, 3), "2"), ("h512, grouped", (512, 8, 2, 1376, 2), "all")];
+    // Nothing was fitted on these.
+    let shapes = [("h256, grouped", (256, 8, 2, 700, 4), "3"), ("h448", (448, 7, 7, 1200, 2), "all")];
     for (i, (name, shape, private)) in shapes.into_iter().enumerate() {
         let model = dir.path().join(format!("model{i}"));
         checkpoint(&model, shape);

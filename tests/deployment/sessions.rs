@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use trefoil::party::Role;
+
 use crate::support::*;
 
 #[test]
@@ -81,4 +83,35 @@ fn more_sessions_than_the_limit_are_refused_and_prompts_beyond_it_too() {
     let text = String::from_utf8(run(&mut long).stderr).unwrap();
     assert!(text.contains("the owner takes 12 at most"), "{text}");
     trio.works();
+}
+
+#[test]
+fn limits_hold_at_each_party() {
+    // The Client's own.
+    let trio = Trio::new();
+    let text = std::fs::read_to_string(&trio.client).unwrap();
+    for (limit, says) in
+        [("prompt_tokens = 2", "raise [limits] prompt_tokens"), ("memory_gb = 0.002", "[limits] memory_gb")]
+    {
+        std::fs::write(&trio.client, text.replace("[limits]\n", &format!("[limits]\n{limit}\n"))).unwrap();
+        let out = run(&mut trio.generate(&trio.client, 4));
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(!out.status.success() && said.contains(says), "{said}");
+    }
+    std::fs::write(&trio.client, text).unwrap();
+    trio.works();
+    // A store is one party's, and a model that does not fit is not served.
+    let twin = trio.site.config("helper", Role::Helper, "helper", "127.0.0.1:0", "", "");
+    let refused = |says: &str| {
+        let out = run(trefoil().args(["party", "--config"]).arg(&twin));
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(!out.status.success() && said.contains(says), "{said}");
+    };
+    refused("another party that runs on this machine uses this directory");
+    let Trio { site, owner, helper, .. } = trio;
+    drop((owner, helper));
+    let text = std::fs::read_to_string(&twin).unwrap();
+    std::fs::write(&twin, text.replace("[limits]\n", "[limits]\nmemory_gb = 0.002\n")).unwrap();
+    refused("[limits] memory_gb");
+    drop(site);
 }

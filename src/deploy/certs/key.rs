@@ -96,6 +96,17 @@ fn refuse_open_mode(_: &Path) -> Result<()> {
 pub fn read_text(path: &Path) -> Result<Zeroizing<String>> {
     let io = |e| Error::io(path.display().to_string(), e);
     let mut bytes = Zeroizing::new(Vec::new());
+    // A pipe or a device under this name would block us or never end.
+    match std::fs::metadata(path) {
+        Ok(meta) if !meta.is_file() => {
+            return Err(Error::Config(format!("{}: not a regular file; name a file in PEM form", path.display())));
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let remedy = "make it (trefoil certs), get it from the peer, or correct the name";
+            return Err(Error::Config(format!("{}: no such file; {remedy}", path.display())));
+        }
+        _ => {}
+    }
     File::open(path).map_err(io)?.take(FILE_LIMIT + 1).read_to_end(&mut bytes).map_err(io)?;
     if bytes.len() as u64 > FILE_LIMIT {
         return Err(Error::Config(format!("{}: larger than {FILE_LIMIT} bytes, which no PEM file is", path.display())));

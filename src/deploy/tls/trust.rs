@@ -113,6 +113,9 @@ impl Verifier {
             rustls::Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. }) => {
                 CertificateFault::Expired("some day (its issuer's certificate)".into())
             }
+            other if other.to_string().contains("CaUsedAsEndEntity") => {
+                CertificateFault::Invalid("it is an authority's, not a party's".into())
+            }
             other => CertificateFault::Invalid(other.to_string()),
         })
     }
@@ -215,7 +218,8 @@ pub(super) fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'stati
     let bad = |e: &dyn fmt::Display| {
         Error::Config(format!("{}: {e}; a PEM file with a certificate belongs there (trefoil certs)", path.display()))
     };
-    let found: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path).map_err(|e| bad(&e))?.collect();
+    let text = certs::read_text(path)?;
+    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(text.as_bytes()).collect();
     let found = found.map_err(|e| bad(&e))?;
     if found.is_empty() {
         return Err(bad(&"no certificate in it"));

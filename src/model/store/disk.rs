@@ -23,6 +23,7 @@ pub(super) fn failed(path: &Path, e: std::io::Error) -> Error {
             Error::io(format!("{name} (free some space on this disk and start again)"), e)
         }
         ErrorKind::PermissionDenied => Error::io(format!("{name} (check who owns it and its permissions)"), e),
+        ErrorKind::NotFound => Error::io(format!("{name} (restore it, or prepare the model anew: trefoil prepare)"), e),
         _ => Error::io(name.to_string(), e),
     }
 }
@@ -41,7 +42,11 @@ pub(super) fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
 /// A file of exactly `want` bytes; anything else is `wrong`, before anything is allocated.
 pub(super) fn read_exact(path: &Path, want: u64, wrong: impl Fn(u64) -> Error) -> Result<Vec<u8>> {
     let mut file = File::open(path).map_err(|e| failed(path, e))?;
-    let have = file.metadata().map_err(|e| failed(path, e))?.len();
+    let meta = file.metadata().map_err(|e| failed(path, e))?;
+    if !meta.is_file() {
+        return Err(failed(path, std::io::Error::other("not a regular file")));
+    }
+    let have = meta.len();
     if have != want {
         return Err(wrong(have));
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 use safetensors::tensor::TensorView;
+use sha2::{Digest, Sha256};
 
 use super::manifest::{PreparationId, PublicManifest, public_hash};
 use super::{disk, owner_file};
@@ -22,6 +23,7 @@ use crate::prf::PreparationSeed;
 use crate::ring::pack;
 
 const REMEDY: &str = "restore it from a backup, or prepare the model anew (trefoil prepare)";
+const HASHES: &str = "half.sha256";
 /// The largest file of a checkpoint that is copied as it is.
 const COPY_LIMIT: u64 = 256 << 20;
 
@@ -86,7 +88,9 @@ impl OwnerPreparation {
         disk::write(&dir.join("seed"), &seed.to_bytes(), disk::PRIVATE)?;
         owner_file::write(&dir.join("owner.bin"), &id, &seed, &parts, &layout)?;
         let hashes = hash_chunks(&layout, &parts, &seed, progress)?;
-        disk::write(&dir.join("half.sha256"), &hashes, disk::PRIVATE)?;
+        // With a hash of the hashes: with one of them damaged, the helper's half would seem to be another's.
+        let sealed = [&hashes[..], &Sha256::digest(&hashes)].concat();
+        disk::write(&dir.join(HASHES), &sealed, disk::PRIVATE)?;
         disk::write(&dir.join("manifest.json"), &json, disk::PUBLIC)?;
         staging.publish()?;
         Ok(Self::new(out, manifest, seed, layout, hashes, config, parts))
@@ -109,7 +113,12 @@ impl OwnerPreparation {
         let seed = length(&seed_path, 32)?.try_into();
         let seed = seed.map_err(|_| Error::Model(format!("{}: is no seed; {REMEDY}", seed_path.display())))?;
         let seed = PreparationSeed::from_bytes(seed);
-        let hashes = length(&dir.join("half.sha256"), 32 * layout.chunks())?;
+        let path = dir.join(HASHES);
+        let mut hashes = length(&path, 32 * (layout.chunks() + 1))?;
+        let seal = hashes.split_off(hashes.len() - 32);
+        if seal != Sha256::digest(&hashes)[..] {
+            return Err(Error::Model(format!("{}: is damaged; {REMEDY}", path.display())));
+        }
         let parts = owner_file::read(&dir.join("owner.bin"), &manifest.id, &seed, &config, &manifest.plan)?;
         Ok(Self::new(dir, manifest, seed, layout, hashes, config, parts))
     }
