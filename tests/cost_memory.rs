@@ -28,7 +28,7 @@ use trefoil::protocol::linear::OwnerMatrix;
 use trefoil::session::{Scope, Session};
 
 /// Hidden width, heads, key heads, MLP, layers, vocabulary, private layers, prompt, new tokens: the bundled model's shape,
-/// and two on which nothing was fitted.
+/// and two others.
 const SHAPES: [[usize; 9]; 3] =
     [[192, 6, 6, 512, 8, 2048, 4, 6, 64], [224, 7, 7, 600, 7, 1500, 4, 40, 33], [288, 9, 3, 900, 3, 5000, 3, 72, 12]];
 

@@ -45,8 +45,10 @@ pub struct Facts {
     pub preparation: String,
     /// Session id, its first digits.
     pub session: String,
-    /// The longest prompt, by the Owner's limits and our own.
+    /// The longest prompt that the Owner takes.
     pub prompt_tokens: usize,
+    /// And by our own limits.
+    pub own_prompt_tokens: usize,
     /// From dialling to the agreement.
     pub setup: Duration,
 }
@@ -102,7 +104,8 @@ impl Remote {
                 plan: secure.plan().clone(),
                 preparation: manifest.id.to_string(),
                 session: engine::short(&session),
-                prompt_tokens: usize::try_from(welcome.prompt_tokens).unwrap_or(usize::MAX).min(limits.prompt_tokens),
+                prompt_tokens: usize::try_from(welcome.prompt_tokens).unwrap_or(usize::MAX),
+                own_prompt_tokens: limits.prompt_tokens,
                 setup: begun.elapsed(),
             };
             let agreed = Agreed {
@@ -137,11 +140,16 @@ impl Remote {
         seed: u64,
         on_token: &mut dyn FnMut(u32) -> bool,
     ) -> Result<Generation> {
-        if prompt.len() > self.facts.prompt_tokens {
+        let n = prompt.len();
+        let Facts { prompt_tokens: theirs, own_prompt_tokens: ours, .. } = self.facts;
+        if n > theirs {
             return Err(Error::Config(format!(
-                "the prompt has {} tokens, but {} is the limit: shorten it, or raise [limits] prompt_tokens here and at the owner",
-                prompt.len(),
-                self.facts.prompt_tokens
+                "the prompt has {n} tokens, but the owner takes {theirs} at most: shorten it (or ask for a higher [limits] prompt_tokens there)"
+            )));
+        }
+        if n > ours {
+            return Err(Error::Config(format!(
+                "the prompt has {n} tokens: shorten it, or raise [limits] prompt_tokens = {ours} in the configuration"
             )));
         }
         self.client.generate(prompt, max_new, temperature, seed, false, on_token)

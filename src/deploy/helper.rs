@@ -96,8 +96,13 @@ impl Helper {
         // The newest: others are loaded when an Owner asks for them.
         if let Some(id) = helper.store.newest()? {
             // One that cannot be read does not keep the others from being served.
-            if let Err(error) = helper.load(&id) {
-                tracing::warn!(preparation = %id, code = error.code(), %error, "a stored preparation cannot be used");
+            match helper.load(&id) {
+                // Beyond the limits.
+                Err(error @ Error::Config(_)) => return Err(error),
+                Err(error) => {
+                    tracing::warn!(preparation = %id, code = error.code(), %error, "a stored preparation cannot be used");
+                }
+                Ok(()) => {}
             }
             let limits = config.limits();
             for l in lock(&helper.loaded).values() {

@@ -102,7 +102,11 @@ fn peak_memory_is_as_predicted() {
     let dir = tempfile::tempdir().unwrap();
     let mut wrong = Vec::new();
     let mut check = |what: &str, preparation: &Path| {
-        for (role, predicted, peak) in compare(preparation, 24) {
+        // Who is faster, and so how much run-ahead waits, varies with the machine's other work: the median of three.
+        let mut runs: Vec<_> = (0..3).map(|_| compare(preparation, 24)).collect();
+        for i in 0..3 {
+            runs.sort_by_key(|parties| parties[i].2);
+            let (role, predicted, peak) = runs[1][i];
             let error = predicted as f64 / peak as f64 - 1.0;
             println!(
                 "{what}, {role}: predicted {:.1} MB, peak {:.1} MB, {:+.0} %",
