@@ -19,9 +19,17 @@ fn the_readme_s_three_hosts() {
     assert!(said.contains("the same tokens as in one process"), "{said}");
     // The README and the script give the same commands.
     let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
-    for command in
-        ["init owner --name", "init helper --name", "init client --name", "prepare --model", "party --config"]
-    {
+    let script = std::fs::read_to_string(root.join("tests/three_hosts.sh")).unwrap();
+    for command in [
+        "init owner --name",
+        "init helper --name",
+        "init client --name",
+        "prepare --model",
+        "party --config",
+        "doctor --config",
+        "generate --config",
+    ] {
+        assert!(script.contains(&format!(" {command}")), "{command}");
         assert!(readme.contains(&format!("trefoil {command}")), "{command}");
     }
 }
