@@ -358,10 +358,13 @@ impl Bench<'_> {
 
     fn predicted_memory(&self, test: Test) -> BTreeMap<String, u64> {
         let (prompt, decode) = self.request(test);
-        let (config, plan) = &self.whole;
+        let (private, mut plan) = (&self.whole.0, self.whole.1.clone());
+        // The Client has the public layers too.
+        let config = self.options.preset.config(self.options.preset.layers(), private.max_positions);
+        plan.first_private = config.num_layers - private.num_layers;
         let of = |role: Role| {
-            let model = memory::model_bytes(role, config, plan);
-            let session = memory::session_bytes(role, config, plan, prompt, decode, RUN_AHEAD);
+            let model = memory::model_bytes(role, &config, &plan);
+            let session = memory::session_bytes(role, &config, &plan, prompt, decode, RUN_AHEAD);
             (role.to_string(), model.weights + model.tables + session.total() + PROCESS)
         };
         Role::ALL.map(of).into()
@@ -428,7 +431,6 @@ impl Report {
 }
 
 /// Prints what is being prepared and since when.
-#[must_use]
 pub fn stopwatch() -> impl Fn(&str) {
     let begun = Instant::now();
     move |what: &str| eprintln!("[{:6.1} s] {what}", begun.elapsed().as_secs_f64())
