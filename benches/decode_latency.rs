@@ -2,14 +2,11 @@
 //! and network. All three parties run in this process and share its cores; every figure is sustained from cold: the
 //! run-ahead work is inside it.
 
-#[path = "support/layer.rs"]
-mod layer;
-
 use std::path::Path;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use layer::{Layer, shape};
+use trefoil::bench::{Harness, Preset};
 use trefoil::generate::{Local, LocalOptions};
 use trefoil::net::shape::Profile;
 use trefoil::world::Setup;
@@ -25,9 +22,13 @@ fn peak_memory_mb() -> f64 {
 
 fn one_layer(c: &mut Criterion) {
     let setup = Setup { ahead_capacity: 1 << 30, ..Setup::default() };
+    let prepared = |name: &str, context: usize| {
+        let config = Preset::find(name).expect("a preset").config(1, context + 1);
+        Harness::new(config, setup.clone()).expect("a prepared layer")
+    };
     for (name, context) in [("h768", 128), ("h768", 512), ("h2048", 128), ("h2048", 512)] {
-        let layer = Layer::new(shape(name, context + TOKENS), setup.clone());
-        let one = layer.run(context - 1, &[1]);
+        let layer = prepared(name, context + TOKENS);
+        let one = layer.run(context - 1, &[1]).expect("a pass");
         eprintln!(
             "{name} context {context}: {} online bytes, {} run-ahead bytes, {} messages in sequence, peak {:.0} MB",
             one.online_bytes(),
@@ -38,16 +39,18 @@ fn one_layer(c: &mut Criterion) {
         let mut g = c.benchmark_group("decode layer, per token");
         g.sample_size(10).measurement_time(Duration::from_secs(8)).warm_up_time(Duration::from_secs(1));
         g.bench_function(BenchmarkId::new(name, context), |b| {
-            b.iter_custom(|n| (0..n).map(|_| layer.run(context - 1, &[1; TOKENS]).wall / TOKENS as u32).sum());
+            b.iter_custom(|n| {
+                (0..n).map(|_| layer.run(context - 1, &[1; TOKENS]).expect("passes").wall / TOKENS as u32).sum()
+            });
         });
         g.finish();
     }
-    let layer = Layer::new(shape("h768", 128), setup);
-    let one = layer.run(0, &[128]);
+    let layer = prepared("h768", 128);
+    let one = layer.run(0, &[128]).expect("a pass");
     eprintln!("h768 prefill 128: {} online bytes, {} run-ahead bytes", one.online_bytes(), one.ahead_bytes());
     let mut g = c.benchmark_group("prefill layer, 128 tokens");
     g.sample_size(10).measurement_time(Duration::from_secs(10)).warm_up_time(Duration::from_secs(1));
-    g.bench_function("h768", |b| b.iter_custom(|n| (0..n).map(|_| layer.run(0, &[128]).wall).sum()));
+    g.bench_function("h768", |b| b.iter_custom(|n| (0..n).map(|_| layer.run(0, &[128]).expect("a pass").wall).sum()));
     g.finish();
 }
 

@@ -42,6 +42,7 @@
 //! generate        requests: what each party does, and all three in one process
 //! deploy          three hosts: certificates, configuration, TLS, sessions, daemons, doctor
 //! predict         what a request will cost: traffic (exact), time and memory (estimates)
+//! bench           measurements with random weights at the shapes of published models
 //! ```
 //!
 //! # Use
@@ -68,6 +69,7 @@
 #![warn(missing_docs)]
 
 pub mod approx;
+pub mod bench;
 pub mod deploy;
 pub mod error;
 pub mod generate;

@@ -5,6 +5,8 @@ use std::io::Write;
 use clap::{Parser, Subcommand};
 use trefoil::error::{Error, Result};
 
+#[path = "cli/bench.rs"]
+mod bench;
 #[path = "cli/calibrate.rs"]
 mod calibrate;
 #[path = "cli/certs.rs"]
@@ -46,6 +48,8 @@ enum Command {
     Calibrate(calibrate::Args),
     /// Predict messages, bytes, time and memory of a request without running it.
     Cost(cost::Args),
+    /// Measure prefill and decode with random weights at a published shape: time, traffic and memory, beside the float model.
+    Bench(bench::Args),
     /// Find what keeps a party from serving, with a remedy for each finding; measure its links. Exit code 1 if anything fails.
     Doctor(doctor::Args),
 }
@@ -69,6 +73,7 @@ fn main() -> std::process::ExitCode {
         Command::Prepare(args) => prepare::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Cost(args) => cost::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => match doctor::run(&args) {
             Ok(true) => Ok(()),
             // What fails is in the list.

@@ -213,6 +213,8 @@ pub struct Session {
     meter: Arc<Meter>,
     /// Only in a walk that counts: see [`Session::counting`].
     work: Option<Arc<Work>>,
+    /// See [`Session::run_far_ahead`].
+    far_ahead: bool,
 }
 
 impl Session {
@@ -220,7 +222,7 @@ impl Session {
     #[must_use]
     pub fn new(role: Role, links: Links, prf: Prf, meter: Arc<Meter>) -> Self {
         let (passes, jobs, declared) = (Vec::new(), JobQueue::default(), Cost::default());
-        Session { role, links, prf, passes, jobs, declared, meter, work: None }
+        Session { role, links, prf, passes, jobs, declared, meter, work: None, far_ahead: false }
     }
 
     /// A session that computes nothing: streams, products and lookups give zeros at once and are added to `work`. It has no
@@ -442,11 +444,17 @@ impl Session {
         recv_words(&self.links, from, lane, &scope.address(self.the_pass()?, label), n, k)
     }
 
+    /// Lets the walk of a single pass run to its end before any of its jobs is done, whatever memory that takes: for
+    /// measurements of the online part by itself.
+    pub fn run_far_ahead(&mut self) {
+        self.far_ahead = true;
+    }
+
     /// Leaves a job for pass `index` of the batch; of a single pass, not more than two layers ahead of the jobs done.
     pub fn leave(&self, index: usize, job: Job) {
         let pass = self.passes[index].number;
         // Of several passes walked together, the first cannot be answered before the walk has come to its end.
-        if self.passes.len() == 1 {
+        if self.passes.len() == 1 && !self.far_ahead {
             self.jobs.wait_room(pass, JOBS_AHEAD_LAYERS * JOBS_PER_LAYER);
         }
         self.jobs.push(pass, job);

@@ -21,7 +21,7 @@ use crate::party::Role;
 use crate::plan::work::Work;
 use crate::prf::{AddressLog, Pair, PairKey, Prf};
 use crate::ring;
-use crate::session::{JobQueue, Session};
+use crate::session::{JobQueue, Session, WALK_ENDED};
 use crate::share::Masked;
 
 /// The pairwise keys of a session, all in one place: only in a process that plays all three parties.
@@ -116,15 +116,49 @@ impl Drop for EndOnDrop {
     }
 }
 
+/// How Client and Helper cut the passes of a run into batches.
+#[derive(Clone, Copy)]
+pub struct Batches<'a> {
+    /// The size of the batch that a party walks after one of so many passes (0: its first).
+    pub next: &'a (dyn Fn(Role, usize) -> usize + Sync),
+    /// A batch is begun when no more walked passes than this wait for the Owner.
+    pub waiting: usize,
+}
+
 /// What the three parties' programs returned.
 #[derive(Debug)]
 pub struct Outcome<T> {
     /// One result per pass.
     pub owner: Vec<T>,
-    /// One result for the batch.
+    /// The result of the last batch.
     pub client: T,
-    /// One result for the batch.
+    /// The result of the last batch.
     pub helper: T,
+}
+
+/// Walks all passes of a run at Client or Helper.
+fn walk<T>(
+    session: &mut Session,
+    first_pass: u64,
+    tokens: &[usize],
+    batches: Batches<'_>,
+    program: impl Fn(&mut Session) -> Result<T>,
+) -> Result<T> {
+    let jobs = session.jobs();
+    let (mut walked, mut batch) = (0, 0);
+    loop {
+        batch = (batches.next)(session.role(), batch).max(1).min(tokens.len() - walked);
+        session.begin(first_pass + walked as u64, &tokens[walked..walked + batch]);
+        let out = program(session);
+        session.end_batch();
+        walked += batch;
+        if out.is_err() || walked == tokens.len() {
+            return out;
+        }
+        if !jobs.wait_below(batches.waiting) {
+            return Err(Error::Internal(WALK_ENDED.into()));
+        }
+    }
 }
 
 impl World {
@@ -217,6 +251,21 @@ impl World {
         tokens: &[usize],
         program: impl Fn(&mut Session) -> Result<T> + Sync,
     ) -> Result<Outcome<T>> {
+        let all = |_, _| tokens.len();
+        self.run_in_batches(first_pass, tokens, Batches { next: &all, waiting: 0 }, program)
+    }
+
+    /// As [`World::run`], in several batches at Client and Helper.
+    ///
+    /// # Errors
+    /// As [`World::run`].
+    pub fn run_in_batches<T: Send>(
+        &self,
+        first_pass: u64,
+        tokens: &[usize],
+        batches: Batches<'_>,
+        program: impl Fn(&mut Session) -> Result<T> + Sync,
+    ) -> Result<Outcome<T>> {
         if self.next_pass.fetch_max(first_pass + tokens.len() as u64, Ordering::Relaxed) > first_pass {
             return Err(Error::Reuse(format!("pass {first_pass} of this world")));
         }
@@ -233,14 +282,13 @@ impl World {
                 let walker = scope.spawn(|| {
                     // Also when the walk panics: the online thread must not wait for jobs that will never come.
                     let _ended = EndOnDrop(session.jobs());
-                    session.begin(first_pass, tokens);
-                    let out = program(&mut session);
-                    session.end_batch();
-                    out
+                    walk(&mut session, first_pass, tokens, batches, &program)
                 });
                 let online = (0..tokens.len()).try_for_each(|i| jobs.run_pass(first_pass + i as u64, &links));
                 if let Err(e) = &online {
                     links.abort(e);
+                    // The walk may wait for passes to be used.
+                    jobs.end();
                 }
                 let walked = match (join(walker), online) {
                     (walked, Ok(())) => walked?,
@@ -292,7 +340,7 @@ pub fn first_cause(errors: impl IntoIterator<Item = Error>) -> Error {
     let consequence = |e: &Error| match e {
         Error::Peer { kind: PeerFault::Closed, .. } => 3,
         // Said by a walk's online half: the walk has its own error.
-        Error::Internal(what) if what == crate::session::WALK_ENDED => 4,
+        Error::Internal(what) if what == WALK_ENDED => 4,
         Error::Internal(_) => 2,
         Error::Peer { kind: PeerFault::Aborted { .. }, .. } => 1,
         _ => 0,

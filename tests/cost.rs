@@ -1,13 +1,31 @@
 //! What a private layer costs: bytes and messages, asserted; declared costs against the meter.
 
-#[path = "../benches/support/layer.rs"]
-mod layer;
-
-use layer::{Layer, Measured, shape};
 use trefoil::Role;
+use trefoil::bench::{Harness, Measured, Part, Preset, count};
 use trefoil::model::{Arch, ModelConfig};
 use trefoil::net::FRAME_HEADER;
 use trefoil::world::Setup;
+
+/// One layer of a preset.
+fn shape(name: &str, context: usize) -> ModelConfig {
+    Preset::find(name).unwrap().config(1, context + 1)
+}
+
+fn tiny() -> ModelConfig {
+    let (heads, head_dim) = (4, 16);
+    ModelConfig {
+        hidden_size: heads * head_dim,
+        intermediate_size: 176,
+        num_heads: heads,
+        num_kv_heads: heads,
+        head_dim,
+        ..shape("h768", 40)
+    }
+}
+
+fn prepared(config: ModelConfig) -> Harness {
+    Harness::new(config, Setup { ahead_capacity: 1 << 30, ..Setup::default() }).unwrap()
+}
 
 fn show(what: &str, m: &Measured, per: usize) {
     eprintln!(
@@ -40,11 +58,11 @@ fn declared_is_metered(m: &Measured, inputs: &[(usize, u32)]) {
 
 #[test]
 fn a_whole_layer_costs_what_it_declares() {
-    let layer = Layer::new(shape("tiny", 40), Setup::default());
+    let layer = prepared(tiny());
     let k = layer.plan().residual_k;
-    let m = layer.run(0, &[5]);
+    let m = layer.run(0, &[5]).unwrap();
     declared_is_metered(&m, &[(5 * 64, k)]);
-    let m = layer.run(20, &[1, 1, 1]);
+    let m = layer.run(20, &[1, 1, 1]).unwrap();
     declared_is_metered(&m, &[(64, k); 3]);
     assert!(m.depth <= 40, "{} messages in sequence", m.depth);
 }
@@ -53,8 +71,8 @@ fn a_whole_layer_costs_what_it_declares() {
 /// no lift.
 #[test]
 fn messages_in_sequence_by_architecture() {
-    let layer = Layer::new(shape("tiny", 40), Setup::default());
-    assert_eq!(layer.run(20, &[1]).depth, 38, "Llama");
+    let layer = prepared(tiny());
+    assert_eq!(layer.run(20, &[1]).unwrap().depth, 38, "Llama");
     for (heads, head_dim) in [(4, 16), (4, 64), (2, 128)] {
         let qwen3 = ModelConfig {
             arch: Arch::Qwen3,
@@ -62,14 +80,14 @@ fn messages_in_sequence_by_architecture() {
             num_kv_heads: heads / 2,
             head_dim,
             qk_norm: true,
-            ..shape("tiny", 40)
+            ..tiny()
         };
-        let layer = Layer::new(qwen3, Setup::default());
+        let layer = prepared(qwen3);
         let a = &layer.plan().layers[0].attention;
         let n = a.qk_norm.as_ref().unwrap();
         // Ring after gain, rotation and the step to the scores' 10 fraction bits; the scores' product has 8 bits more.
         let no_lift = 64 - n.f_gain - 22 >= a.score_proven + 8;
-        let depth = layer.run(20, &[1]).depth;
+        let depth = layer.run(20, &[1]).unwrap().depth;
         eprintln!("Qwen3, head dimension {head_dim}: {depth} messages in sequence");
         // Values are lifted all the same, unless theirs is wide enough too: beside the norm, off the critical path.
         assert_eq!(depth, if no_lift { 44 } else { 46 }, "head dimension {head_dim}: {a:?}");
@@ -78,8 +96,8 @@ fn messages_in_sequence_by_architecture() {
 
 #[test]
 fn decode_h2048_context_512() {
-    let layer = Layer::new(shape("h2048", 512), Setup { ahead_capacity: 1 << 30, ..Setup::default() });
-    let m = layer.run(511, &[1]);
+    let layer = prepared(shape("h2048", 512));
+    let m = layer.run(511, &[1]).unwrap();
     show("decode h2048, context 512, one layer", &m, 1);
     assert!(m.online_bytes() <= 2_700_000, "{} online bytes", m.online_bytes());
     assert!(m.ahead_bytes() <= 1_500_000, "{} run-ahead bytes", m.ahead_bytes());
@@ -88,9 +106,23 @@ fn decode_h2048_context_512() {
 
 #[test]
 fn prefill_h768_128_tokens() {
-    let layer = Layer::new(shape("h768", 128), Setup { ahead_capacity: 1 << 30, ..Setup::default() });
-    let m = layer.run(0, &[128]);
+    let layer = prepared(shape("h768", 128));
+    let m = layer.run(0, &[128]).unwrap();
     show("prefill of 128 tokens at h768, one layer", &m, 1);
     assert!(m.online_bytes() + m.ahead_bytes() <= 100_000_000, "{} bytes", m.online_bytes() + m.ahead_bytes());
     assert!(m.depth <= 40, "{} messages in sequence", m.depth);
+}
+
+/// The walk that counts says what the meters say, link by link.
+#[test]
+fn the_counted_cost_is_the_metered_one() {
+    let layer = prepared(tiny());
+    for (part, context, passes) in
+        [(Part::Layers, 0, vec![7]), (Part::Layers, 20, vec![1; 3]), (Part::Whole, 20, vec![1; 3])]
+    {
+        let metered = layer.measure(part, trefoil::bench::Pace::Ready, context, &passes).unwrap();
+        let counted = count(&tiny(), layer.plan(), part, context, &passes).unwrap();
+        assert_eq!(metered.sent, counted.sent, "{part:?}");
+        assert_eq!(metered.depth, counted.depth, "{part:?}");
+    }
 }

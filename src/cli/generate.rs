@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Serialize;
+use trefoil::bench::peak_memory;
 use trefoil::deploy::client::Remote;
 use trefoil::deploy::config::{Config, Party};
 use trefoil::deploy::party::Options;
@@ -117,13 +118,6 @@ fn quantile(sorted: &[f64], q: f64) -> f64 {
         return 0.0;
     }
     sorted[((sorted.len() - 1) as f64 * q).round() as usize]
-}
-
-/// The kernel's high-water mark of this process, all three parties together; 0 where the kernel does not tell.
-fn peak_memory() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap_or_default();
-    line.trim().trim_end_matches("kB").trim().parse::<u64>().unwrap_or(0) * 1024
 }
 
 /// Shows tokens as they come.

@@ -4,6 +4,7 @@
 //! Ids must be below the vocabulary's size ([`ModelConfig::check_ids`]); the functions here index by them.
 
 use ndarray::{Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut1, Axis, Zip, s};
+use rayon::prelude::*;
 
 use super::config::{Activation, ModelConfig, RopeScaling};
 use super::observe::{Norm, Observer};
@@ -49,6 +50,19 @@ impl FloatCache {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// As if `positions` positions had been seen, with small pseudorandom values: for measurements.
+    pub fn preload(&mut self, positions: usize) {
+        for layer in &mut self.layers {
+            let (_, heads, dim) = layer.k.dim();
+            let small = |(p, h, d): (usize, usize, usize)| {
+                let i = ((p * heads + h) * dim + d) as u32;
+                f32::from((i.wrapping_mul(0x9e37_79b9) >> 16) as u16) / 131_072.0 - 0.25
+            };
+            let values = Array3::from_shape_fn((positions, heads, dim), small);
+            layer.append(&values, &values);
+        }
     }
 
     /// Forgets all positions from `len` on.
@@ -284,9 +298,23 @@ fn linear(layer: &Linear, x: &Array2<f32>) -> Array2<f32> {
     y
 }
 
-/// `x w^T`. One row goes as matrix times vector, which reads the weights once, in order, without packing them.
+/// Elements of a matrix from which on it is worth waking other threads.
+const LARGE: usize = 1 << 18;
+
+/// `x w^T`, the outputs shared among the threads of the pool: each output is summed as by one thread. One row goes as matrix
+/// times vector, which reads the weights once, in order, without packing them.
 fn matmul_transposed(x: &Array2<f32>, w: ArrayView2<'_, f32>) -> Array2<f32> {
-    if x.nrows() == 1 { w.dot(&x.row(0)).insert_axis(Axis(0)) } else { x.dot(&w.t()) }
+    let product = |w: ArrayView2<'_, f32>| {
+        if x.nrows() == 1 { w.dot(&x.row(0)).insert_axis(Axis(0)) } else { x.dot(&w.t()) }
+    };
+    if w.len() < LARGE {
+        return product(w);
+    }
+    let chunk = w.nrows().div_ceil(rayon::current_num_threads()).max(1);
+    let mut y = Array2::zeros((x.nrows(), w.nrows()));
+    let parts = y.axis_chunks_iter_mut(Axis(1), chunk).into_par_iter();
+    parts.zip(w.axis_chunks_iter(Axis(0), chunk)).for_each(|(mut y, w)| y.assign(&product(w)));
+    y
 }
 
 fn rms_norm(h: &Array2<f32>, gain: ArrayView1<'_, f32>, eps: f64) -> Array2<f32> {

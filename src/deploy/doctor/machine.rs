@@ -103,7 +103,7 @@ pub(super) fn processor() -> Vec<Finding> {
 }
 
 /// Bytes that programs can still take: of the machine, or of the container that this is.
-pub(super) fn available() -> Option<u64> {
+pub(crate) fn available() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
     let machine = line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()?.saturating_mul(1024);
@@ -114,7 +114,7 @@ pub(super) fn available() -> Option<u64> {
 }
 
 /// Bytes for people.
-pub(super) fn gb(bytes: u64) -> String {
+pub(crate) fn gb(bytes: u64) -> String {
     if bytes < 100_000_000 { format!("{:.1} MB", bytes as f64 / 1e6) } else { format!("{:.2} GB", bytes as f64 / 1e9) }
 }
 

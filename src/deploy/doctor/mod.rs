@@ -5,7 +5,7 @@
 
 mod identity;
 mod links;
-mod machine;
+pub(crate) mod machine;
 mod models;
 mod predicted;
 

@@ -1,0 +1,357 @@
+//! Passes of a private model with random weights, its three parties in one process: what benchmarks and tests of cost run.
+
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+use crate::generate::{MAX_BATCH, next_batch};
+use crate::model::prepare::Prepared;
+use crate::model::secure::{ClientPorts, KvCache, PassOptions, SecureModel};
+use crate::model::{ModelConfig, Weights, calibrate};
+use crate::net::meter::LinkTotals;
+use crate::net::shape::Profile;
+use crate::party::Role;
+use crate::plan::cost::Cost;
+use crate::plan::work::Work;
+use crate::plan::{F, Plan, plan};
+use crate::prf::PreparationSeed;
+use crate::protocol::gumbel::Gumbel;
+use crate::protocol::{embedding, input};
+use crate::ring::fixed;
+use crate::session::{Scope, Session};
+use crate::share::Rows;
+use crate::world::{Batches, Keys, Setup, World};
+
+/// What of a pass is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Hidden states in, all layers, range flags opened to the Client: no embedding, no head.
+    Layers,
+    /// From the Client's input to its token, as in a generation.
+    Whole,
+}
+
+/// When Client and Helper do their run-ahead work, and from when on the clock runs.
+#[derive(Clone, Copy, Debug)]
+pub enum Pace {
+    /// From cold, all passes walked as one batch.
+    OneBatch,
+    /// From cold, in batches as in a generation; the rooms are the batches that fit the Owner's buffer, by [`Role::index`].
+    Generation([usize; 3]),
+    /// All passes are walked and have arrived before the clock starts: the online part alone.
+    Ready,
+}
+
+/// Random weights from a fixed seed for benchmarks.
+///
+/// # Errors
+/// As [`Weights::random`].
+pub fn random_weights(config: ModelConfig) -> Result<Weights> {
+    let mut weights = Weights::random(config, 7)?;
+    // A residual stream as in the middle of a model, not the tiny one of an initial embedding.
+    weights.embed *= 25.0;
+    Ok(weights)
+}
+
+/// A model, prepared for all three parties.
+pub struct Harness {
+    models: [SecureModel; 3],
+    /// Rows of the embedding that stand for a Client's input.
+    hidden: Vec<Vec<u64>>,
+    setup: Setup,
+}
+
+/// How many different rows of the embedding are given as input.
+const ROWS: usize = 16;
+
+/// What some passes took.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    /// Wall time from the start of the clock until the last pass is done at all parties.
+    pub wall: Duration,
+    /// Traffic by link: `[from][to]`.
+    pub sent: [[LinkTotals; 3]; 3],
+    /// Online messages in sequence in a pass; of [`Part::Layers`] those of the layers alone.
+    pub depth: u32,
+    /// What the Owner's walk declared, per pass; of [`Part::Layers`] without the input.
+    pub declared: Vec<Cost>,
+}
+
+impl Measured {
+    /// Online bytes of all links.
+    #[must_use]
+    pub fn online_bytes(&self) -> u64 {
+        self.sent.iter().flatten().map(|l| l.online_bytes).sum()
+    }
+
+    /// Run-ahead bytes of all links.
+    #[must_use]
+    pub fn ahead_bytes(&self) -> u64 {
+        self.sent.iter().flatten().map(|l| l.ahead_bytes).sum()
+    }
+}
+
+impl Harness {
+    /// All layers of `config` private, the embedding public; random weights, calibrated and prepared.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for an impossible configuration.
+    pub fn new(config: ModelConfig, setup: Setup) -> Result<Harness> {
+        Harness::prepare(&random_weights(config)?, false, setup)
+    }
+
+    /// Calibrates and prepares `weights`, all layers private.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for weights that no plan fits.
+    pub fn prepare(weights: &Weights, private_embedding: bool, setup: Setup) -> Result<Harness> {
+        let config = &weights.config;
+        let ranges = calibrate::ranges(weights, 0, &calibrate::inputs(config, config.max_positions, None));
+        let bounds = calibrate::bounds(weights, 0)?;
+        let plan = plan(config, 0, private_embedding, &bounds, &ranges)?;
+        let seed = PreparationSeed::from_bytes([3; 32]);
+        let owner = Prepared::owner(weights, &plan, &seed)?;
+        let mut words = Vec::new();
+        owner.helper_words(&seed, &mut |w| {
+            words.push(w);
+            Ok(())
+        })?;
+        let mut words = words.into_iter();
+        let none = || Error::Internal("the helper asks for more words than the owner has".into());
+        let helper = Prepared::helper(config, &plan, &mut |_| words.next().ok_or_else(none))?;
+        let client = Prepared::client(config, &plan, &seed, &mut |_| Err(none()))?;
+        let rows = calibrate::stress(config, ROWS);
+        let encode = |&id: &u32| {
+            let row = weights.embed.row(id as usize);
+            row.iter().map(|&v| fixed::encode(f64::from(v), F, plan.residual_k)).collect()
+        };
+        let hidden = rows.iter().map(encode).collect();
+        let models = [owner, client, helper].map(|p| SecureModel::new(config.clone(), plan.clone(), p));
+        Ok(Harness { models, hidden, setup })
+    }
+
+    /// The plan.
+    #[must_use]
+    pub fn plan(&self) -> &Plan {
+        self.models[0].plan()
+    }
+
+    /// Runs passes of the given numbers of tokens through the layers at `context` cached positions (known values), as one
+    /// batch of run-ahead, from cold.
+    ///
+    /// # Errors
+    /// As [`Harness::measure`].
+    pub fn run(&self, context: usize, passes: &[usize]) -> Result<Measured> {
+        self.measure(Part::Layers, Pace::OneBatch, context, passes)
+    }
+
+    /// Runs passes of the given numbers of tokens at `context` cached positions (known values).
+    ///
+    /// # Errors
+    /// [`Error::Range`] if a range flag goes up, and those of a party.
+    pub fn measure(&self, part: Part, pace: Pace, context: usize, passes: &[usize]) -> Result<Measured> {
+        let mut setup = self.setup.clone();
+        if matches!(pace, Pace::Ready) {
+            setup.ahead_capacity = usize::MAX / 4;
+        }
+        let world = World::new(Keys::seeded(1), &setup);
+        let run = Run { world: &world, part, pace, profile: setup.profile };
+        let input = |i: usize| match part {
+            Part::Whole if self.plan().private_embedding => vec![(i % ROWS) as u64],
+            _ => self.hidden[i % self.hidden.len()].clone(),
+        };
+        run.execute(&self.models.each_ref(), context, passes, &input)
+    }
+}
+
+/// What such passes cost, counted by the walk of `trefoil cost` without computing them: no time.
+///
+/// # Errors
+/// [`Error::Internal`] for a plan that does not belong to the configuration.
+pub fn count(config: &ModelConfig, plan: &Plan, part: Part, context: usize, passes: &[usize]) -> Result<Measured> {
+    let model = SecureModel::shape(config.clone(), plan.clone())?;
+    let width = if part == Part::Whole && plan.private_embedding { 1 } else { config.hidden_size };
+    let world = World::counting(Arc::new(Work::default()));
+    let pace = Pace::Generation([MAX_BATCH; 3]);
+    let run = Run { world: &world, part, pace, profile: Profile::NONE };
+    run.execute(&[&model, &model, &model], context, passes, &|_| vec![0; width])
+}
+
+/// The ends of channels on which the Client's outputs come.
+struct Outputs {
+    flags: Receiver<Vec<u64>>,
+    _tokens: Receiver<Vec<u64>>,
+}
+
+struct Run<'a> {
+    world: &'a World,
+    part: Part,
+    pace: Pace,
+    profile: Profile,
+}
+
+impl Run<'_> {
+    fn execute(
+        &self,
+        models: &[&SecureModel; 3],
+        context: usize,
+        passes: &[usize],
+        input: &dyn Fn(usize) -> Vec<u64>,
+    ) -> Result<Measured> {
+        let (inputs, source) = channel();
+        let mut position = 0;
+        for &tokens in passes {
+            let rows = (position..position + tokens).flat_map(input).collect();
+            inputs.send(rows).map_err(|_| Error::Internal("the input of a benchmark".into()))?;
+            position += tokens;
+        }
+        let caches: [Mutex<KvCache>; 3] = Role::ALL.map(|role| {
+            let mut cache = models[role.index()].cache(context + position);
+            cache.preload(role, context);
+            Mutex::new(cache)
+        });
+        let ((token, tokens), (flags, opened)) = (channel(), channel());
+        let outputs = Outputs { flags: opened, _tokens: tokens };
+        let source = embedding::source(source);
+        let ports = ClientPorts { source, token, flags, logits: None, names: Mutex::default() };
+        let (gate, clock) = (Gate::default(), Mutex::new(Instant::now()));
+        let (all, generation) = (
+            |_, _| passes.len(),
+            |role: Role, before| match self.pace {
+                Pace::Generation(room) => next_batch(before, room[role.index()]),
+                _ => 1,
+            },
+        );
+        let batches = match self.pace {
+            Pace::Generation(_) => Batches { next: &generation, waiting: MAX_BATCH },
+            Pace::OneBatch | Pace::Ready => Batches { next: &all, waiting: 0 },
+        };
+        let out = self.world.run_in_batches(1, passes, batches, |s| {
+            let (role, ready) = (s.role(), matches!(self.pace, Pace::Ready));
+            let _walked = (ready && role != Role::Owner).then(|| gate.walker());
+            if ready && role == Role::Owner && gate.wait() {
+                std::thread::sleep(self.transfer());
+                *locked(&clock) = Instant::now();
+            }
+            if ready {
+                s.run_far_ahead();
+            }
+            let mut cache = locked(&caches[role.index()]);
+            self.pass(models[role.index()], s, &mut cache, &ports)
+        })?;
+        let wall = locked(&clock).elapsed();
+        check_flags(&ports, &outputs)?;
+        let sent = Role::ALL
+            .map(|from| Role::ALL.map(|to| if from == to { LinkTotals::default() } else { self.world.sent(from, to) }));
+        let depth = match self.part {
+            Part::Layers => out.owner.last().map_or(0, |(_, depth)| *depth),
+            Part::Whole => self.world.meter(Role::Client).depth() / passes.len().max(1) as u32,
+        };
+        Ok(Measured { wall, sent, depth, declared: out.owner.into_iter().map(|(cost, _)| cost).collect() })
+    }
+
+    /// One batch at one party: what it declared, and messages in sequence.
+    fn pass(
+        &self,
+        model: &SecureModel,
+        s: &mut Session,
+        cache: &mut KvCache,
+        ports: &ClientPorts,
+    ) -> Result<(Cost, u32)> {
+        let client = (s.role() == Role::Client).then_some(ports);
+        if self.part == Part::Layers {
+            return layers(model, s, cache, client);
+        }
+        let (mut noise, before) = (Gumbel::new(0, 0.0), (s.declared(), s.depth()));
+        let noise = (s.role() == Role::Owner).then_some(&mut noise);
+        model.pass(s, cache, PassOptions { ports: client, noise, open_logits: false, depths: None })?;
+        Ok(since(s, &before.0, before.1))
+    }
+
+    /// How long the simulated network takes for what has been walked.
+    fn transfer(&self) -> Duration {
+        let sent = |from| self.world.sent(from, Role::Owner).ahead_bytes;
+        let bits = 8.0 * sent(Role::Client).max(sent(Role::Helper)) as f64;
+        self.profile.rtt + Duration::from_secs_f64(bits / self.profile.bits_per_second)
+    }
+}
+
+fn since(s: &Session, declared: &Cost, depth: u32) -> (Cost, u32) {
+    let mut cost = s.declared();
+    cost.subtract(declared);
+    (cost, s.depth() - depth)
+}
+
+fn layers(
+    model: &SecureModel,
+    s: &mut Session,
+    cache: &mut KvCache,
+    client: Option<&ClientPorts>,
+) -> Result<(Cost, u32)> {
+    let rows = Rows::even(s.tokens(), model.config().hidden_size);
+    let k = model.plan().residual_k;
+    let mut h = input::input(s, &Scope::new("input"), &rows, k, F, client.map(|p| &p.source))?;
+    let mut flags = model.new_flags(s);
+    let (declared, before) = (s.declared(), s.depth());
+    for index in 0..model.plan().layers.len() {
+        h = model.layer(s, index, h, cache, &mut flags)?;
+    }
+    cache.advance(s.tokens());
+    let depth = s.depth() - before;
+    if let Some(ports) = client {
+        *locked(&ports.names) = flags.names();
+    }
+    flags.open(s, &Scope::new("range"), client.map(|p| &p.flags))?;
+    Ok((since(s, &declared, before).0, depth))
+}
+
+fn check_flags(ports: &ClientPorts, outputs: &Outputs) -> Result<()> {
+    let names = locked(&ports.names);
+    for bits in outputs.flags.try_iter() {
+        if let Some(((layer, quantity), _)) = names.iter().zip(bits).find(|(_, bit)| *bit != 0) {
+            return Err(Error::Range { layer: layer.clone(), quantity: (*quantity).into() });
+        }
+    }
+    Ok(())
+}
+
+fn locked<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Holds the Owner until Client and Helper have ended their walks, however they ended.
+#[derive(Default)]
+struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct GateState {
+    walked: usize,
+    opened: bool,
+}
+
+struct Walker<'a>(&'a Gate);
+
+impl Drop for Walker<'_> {
+    fn drop(&mut self) {
+        locked(&self.0.state).walked += 1;
+        self.0.changed.notify_all();
+    }
+}
+
+impl Gate {
+    fn walker(&self) -> Walker<'_> {
+        Walker(self)
+    }
+
+    /// Waits; says whether it is the first time.
+    fn wait(&self) -> bool {
+        let state = locked(&self.state);
+        let closed = |s: &mut GateState| s.walked < 2;
+        let mut state = self.changed.wait_while(state, closed).unwrap_or_else(PoisonError::into_inner);
+        !std::mem::replace(&mut state.opened, true)
+    }
+}

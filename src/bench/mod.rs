@@ -1,0 +1,16 @@
+//! Measurements: the three parties in one process with random weights, at the shapes of published models.
+//!
+//! [`Harness`] runs passes and says what they took; it is what `trefoil bench`, `benches/` and the tests of cost share. Weights
+//! are random and keys fixed: nothing in here is secret. What the figures mean is in `docs/performance.md`.
+
+mod harness;
+mod peak;
+mod plaintext;
+mod presets;
+mod report;
+
+pub use harness::{Harness, Measured, Pace, Part, count, random_weights};
+pub use peak::Peak;
+pub use plaintext::Plaintext;
+pub use presets::{PRESETS, Preset};
+pub use report::{Options, Report, Row, Test, peak_memory, run, stopwatch};

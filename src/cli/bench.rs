@@ -1,0 +1,56 @@
+//! `trefoil bench`: what a shape takes, measured.
+
+use trefoil::bench::{Options, Preset, Test, run as measure, stopwatch};
+use trefoil::error::{Error, Result};
+use trefoil::model::preparation::parse_private_layers;
+
+/// Options of `trefoil bench`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// h768 and h2048 (a layer by itself), tinyllama-1.1b, deepseek-coder-1.3b, openllama-3b, llama-2-7b.
+    #[arg(long, value_name = "NAME")]
+    preset: String,
+    /// ppN: prefill of N tokens; tgN: N tokens decoded, from cold. A list.
+    #[arg(long, default_value = "pp128,tg64", value_name = "LIST")]
+    test: String,
+    /// Cached positions before the decode tokens.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    context: usize,
+    /// Private layers that are run; times of all are extrapolated, and labelled so. Default: all.
+    #[arg(long, value_name = "N")]
+    layers: Option<usize>,
+    /// How many layers, from the top, are private: a number, or 'all', which includes the embedding.
+    #[arg(long, default_value = "all", value_name = "N|all")]
+    private_layers: String,
+    /// Network: none, lan (0.1 ms, 16 Gbit/s), wan (20 ms, 0.4 Gbit/s), or RTT_MS,GBPS. Round-trip figures.
+    #[arg(long, default_value = "none")]
+    net: String,
+    /// Print a JSON array of rows instead of a Markdown table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Whatever the options got wrong, or a party.
+pub fn run(a: &Args) -> Result<()> {
+    let preset = Preset::find(&a.preset)?;
+    let options = Options {
+        preset,
+        tests: Test::list(&a.test)?,
+        context: a.context,
+        layers: a.layers,
+        private_layers: parse_private_layers(Some(&a.private_layers), &preset.config(preset.layers(), 1))?,
+        net: a.net.parse()?,
+    };
+    let report = measure(&options, &stopwatch())?;
+    if a.json {
+        let json =
+            serde_json::to_string_pretty(&report.rows).map_err(|e| Error::Internal(format!("writing JSON: {e}")))?;
+        eprint!("{}", report.notes());
+        super::say(&format!("{json}\n"))
+    } else {
+        super::say(&format!("{}\n{}", report.markdown(), report.notes()))
+    }
+}
