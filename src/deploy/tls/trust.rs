@@ -241,7 +241,7 @@ fn client_verifier(
     provider: &Arc<CryptoProvider>,
 ) -> Result<Arc<dyn ClientCertVerifier>> {
     let builder = WebPkiClientVerifier::builder_with_provider(Arc::clone(roots), Arc::clone(provider));
-    Ok(builder.build().map_err(|e| Error::Config(format!("{}: {e}", ca.display())))?)
+    builder.build().map_err(|e| Error::Config(format!("{}: {e}", ca.display())))
 }
 
 /// Whether the authorities in the file `ca` have signed the certificate of a `role` in the file `certificate`, as of Unix time
