@@ -2,14 +2,14 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
 use super::config::Config;
 use super::engine::{self, Agreed, Peer};
-use super::party::{Need, Served, Shared, refuse};
+use super::party::{Need, Served, Shared, lock, refuse};
 use super::tls::Secured;
 use super::wire::{self, Digest, Go, Nonce, Refusal, Reply, SessionFacts};
 use crate::error::{Error, PeerFault, Result};
@@ -78,10 +78,6 @@ const MEETINGS: usize = 1024;
 const MEETINGS_OF_ONE: usize = 64;
 /// More run-ahead buffer than any Owner has.
 const MOST_AHEAD: u64 = 1 << 40;
-
-fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 impl Helper {
     pub fn open(config: &Config) -> Result<Helper> {

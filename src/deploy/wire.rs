@@ -366,5 +366,5 @@ pub fn decode<T: for<'a> Deserialize<'a>>(bytes: &[u8]) -> Option<T> {
 
 /// The longest message other than those that carry a manifest.
 pub const SHORT: u32 = 4 << 10;
-/// The longest message with a manifest or a list of hashes.
+/// The longest of all: one with a manifest (a plan of a hundred layers, and room) or a list of hashes.
 pub const LONG: u32 = 32 << 20;

@@ -8,6 +8,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
 use super::super::config::Address;
+use super::super::wire;
 use super::fault::fault;
 use super::{ALPN, Identity, Tls};
 use crate::error::{CertificateFault, Error, PeerFault, Result};
@@ -25,9 +26,6 @@ pub struct Secured {
     /// The longest wait for a message.
     pub timeout: Duration,
 }
-
-/// The longest control message: a plan of a hundred layers, and room.
-const MESSAGE_LIMIT: u32 = 32 << 20;
 
 impl Secured {
     fn finish(tls: TlsStream<TcpStream>, address: String, timeout: Duration) -> Result<(Secured, bool), PeerFault> {
@@ -71,7 +69,7 @@ impl Secured {
     /// # Errors
     /// [`Error::Peer`].
     pub async fn recv(&mut self, step: &'static str, limit: u32) -> Result<Vec<u8>> {
-        let limit = limit.min(MESSAGE_LIMIT);
+        let limit = limit.min(wire::LONG);
         let mut bytes = Vec::new();
         let mut oversize = None;
         let work = async {
