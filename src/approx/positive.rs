@@ -1,5 +1,6 @@
 //! Tables for functions of a positive value over many orders of magnitude (1/sqrt in RMSNorm, 1/sum in softmax): two windows
-//! looked up side by side, one on the value and one, finer by `w - 6` bits, on the value narrowed to where it is small.
+//! looked up side by side, one on the value and one, finer by `w - 6` bits, on the value narrowed to where it is small; or
+//! the first alone, where the range is narrow enough for it.
 
 use super::dropped;
 use super::line::Line;
@@ -32,6 +33,8 @@ pub struct PositiveTable {
     pub lo2_bits: u32,
     /// First bit of `lo2`.
     pub lo2_low: u32,
+    /// There is no second window: no row is zeroed, and `s` is the flag of a value too small.
+    pub alone: bool,
     /// Value at `lo1 = 0`, zero in the rows where `s = 1`.
     pub a1: Vec<f64>,
     /// Slope per unit of `lo1`, zero in the rows where `s = 1`.
@@ -88,6 +91,7 @@ impl PositiveTable {
         PositiveTable {
             bits,
             window,
+            alone: false,
             lo1_bits: first.lo_bits,
             lo1_low: first.low,
             b2,
@@ -106,6 +110,28 @@ impl PositiveTable {
         }
     }
 
+    /// One window only: `fn(v) ~ a1[hi1] + b1[hi1] lo1`, and `s[hi1]` is the range flag. `min_value = 33 * 2^(bits - window)`.
+    ///
+    /// # Panics
+    /// As [`PositiveTable::fit`].
+    #[must_use]
+    pub fn fit_alone(function: impl Fn(f64) -> f64, bits: u32, window: u32) -> PositiveTable {
+        assert!((6..=24).contains(&window), "6 to 24 row bits");
+        assert!((window..=62).contains(&bits), "a value of at least the window's bits, at most 62");
+        let rows = Rows::fit(&function, bits, window);
+        let coarse = |i: usize| i < FIRST_GOOD_ROW || i + 1 == 1 << window;
+        PositiveTable {
+            alone: true,
+            max_rel_error: rows.error[FIRST_GOOD_ROW..(1 << window) - 1].iter().fold(0f64, |m, e| m.max(*e)),
+            min_value: (FIRST_GOOD_ROW as u64 + 1) << (bits - window),
+            max_value: (1 << bits) - (1 << (bits - window)) - 1,
+            s: (0..1 << window).map(|i| f64::from(coarse(i))).collect(),
+            a1: rows.a,
+            b1: rows.b,
+            ..PositiveTable::blank(bits, window)
+        }
+    }
+
     /// The windows of a table without columns: for walks that count instead of computing.
     pub(crate) fn blank(bits: u32, window: u32) -> PositiveTable {
         let b2 = bits - window + LO_BITS;
@@ -116,6 +142,7 @@ impl PositiveTable {
         PositiveTable {
             bits,
             window,
+            alone: false,
             lo1_bits,
             lo1_low,
             b2,
@@ -143,6 +170,15 @@ impl PositiveTable {
         PositiveTable::fit(|v| gain / (v / n + eps).sqrt(), bits, window)
     }
 
+    /// [`PositiveTable::rsqrt`] in one window.
+    ///
+    /// # Panics
+    /// As [`PositiveTable::fit`].
+    #[must_use]
+    pub fn rsqrt_alone(bits: u32, window: u32, n: f64, eps: f64, gain: f64) -> PositiveTable {
+        PositiveTable::fit_alone(|v| gain / (v / n + eps).sqrt(), bits, window)
+    }
+
     /// `gain / v`, `v` in ring units: the normalisation of a softmax.
     ///
     /// # Panics
@@ -152,13 +188,17 @@ impl PositiveTable {
         PositiveTable::fit(|v| gain / v, bits, window)
     }
 
-    /// The table's value and whether the range flag is up, for the rows and interpolation variables of both windows.
+    /// The table's value and whether the range flag is up, for the rows and interpolation variables of both windows (of a
+    /// table of one, the second pair says nothing).
     ///
     /// # Panics
     /// If there is no such row.
     #[must_use]
     pub fn at(&self, (hi1, lo1): (usize, u64), (hi2, lo2): (usize, u64)) -> (f64, bool) {
         let first = self.a1[hi1] + self.b1[hi1] * lo1 as f64;
+        if self.alone {
+            return (first, self.s[hi1] != 0.0);
+        }
         let second = self.a2[hi2] + self.b2c[hi2] * lo2 as f64;
         (first + self.s[hi1] * second, self.s[hi1] * self.low[hi2] != 0.0)
     }
@@ -218,7 +258,8 @@ mod tests {
             (0..count).flat_map(move |i| [0, 1, step / 3, step / 2, step - 1].map(|o| i * step + o.min(step - 1)))
         };
         let (mut worst, mut seed) = (0f64, 5);
-        for v in rows(step1, 1 << table.window).chain(rows(step2, 1 << table.window2)) {
+        let second = if table.alone { 0 } else { 1 << table.window2 };
+        for v in rows(step1, 1 << table.window).chain(rows(step2, second)) {
             if v > table.max_value {
                 continue;
             }
@@ -256,6 +297,18 @@ mod tests {
             let got = worst(&rsqrt, |v| 8.0 / (v / n + eps).sqrt());
             assert!(got <= rsqrt.max_rel_error + 1e-12, "rsqrt {bits} {window}: {got} of {}", rsqrt.max_rel_error);
             assert!(rsqrt.max_rel_error < 4.5e-4, "rsqrt {bits} {window}: {}", rsqrt.max_rel_error);
+        }
+    }
+
+    #[test]
+    fn one_window_alone() {
+        for (bits, window) in [(40, 12), (30, 14), (20, 12)] {
+            let (n, eps) = (2048.0 * 64.0, 1e-5);
+            let table = PositiveTable::rsqrt_alone(bits, window, n, eps, 8.0);
+            let got = worst(&table, |v| 8.0 / (v / n + eps).sqrt());
+            assert!(got <= table.max_rel_error + 1e-12, "{bits} {window}: {got} of {}", table.max_rel_error);
+            assert!(table.max_rel_error < 4.5e-4, "{bits} {window}: {}", table.max_rel_error);
+            assert_eq!(table.min_value, 33 << (bits - window));
         }
     }
 

@@ -124,7 +124,7 @@ pub fn headroom(plan: &Plan, bounds: &Bounds, ranges: &Ranges) -> Vec<Headroom> 
         if let (Some(p), Some(seen)) = (&a.qk_norm, r.qk_sum) {
             out.push(sum(&place, "sum of squares of a query or key", p, seen));
         }
-        let exp = vec![a.score_k - a.exp_low - a.exp_lo_bits, a.exp_lo_bits];
+        let exp = vec![a.score_k - a.exp_lo_bits];
         out.push(signed(&place, "score", r.score, b.score, (a.score_k, a.score_proven), exp));
         out.push(row_max(&place, a, r.row_max));
         out.push(sum(&place, "sum of squares before the MLP", &l.post_norm, r.post_sum));

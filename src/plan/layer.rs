@@ -11,10 +11,10 @@ pub const FW: u32 = 12;
 /// Fraction bits of the rotation's sines and cosines.
 pub const F_ROPE: u32 = 8;
 
-/// Fraction bits of `e^hi` and of `e^lo`.
-pub const F_EXP_HI: u32 = 15;
-/// Fraction bits of `e^lo`.
-pub const F_EXP_LO: u32 = 12;
+/// Fraction bits of the exponential's rows.
+pub const F_EXP_HI: u32 = 16;
+/// Fraction bits of the Owner's factor of an exponential.
+pub const F_EXP_LO: u32 = 11;
 /// Of their product.
 pub const F_EXP: u32 = F_EXP_HI + F_EXP_LO;
 
@@ -27,6 +27,8 @@ pub struct NormPlan {
     pub bits: u32,
     /// Row bits of the reciprocal square root's windows.
     pub window: u32,
+    /// One window is fine enough for the whole range, or a second one serves the smallest values (2 messages more).
+    pub windows: u32,
     /// Fraction bits of `1 / rms`.
     pub f_gain: u32,
     /// Bits dropped before the coarse square sum that proves `|h|`, where weights do not prove it.
@@ -48,9 +50,7 @@ pub struct AttentionPlan {
     pub base: i64,
     /// Number of steps.
     pub steps: usize,
-    /// Dropped and low bits of the exponential's window.
-    pub exp_low: u32,
-    /// Bits of its low digit.
+    /// Bits of the low digit of the exponential's window.
     pub exp_lo_bits: u32,
     /// Fraction bits of the probabilities before normalisation.
     pub f_prob: u32,
@@ -146,17 +146,15 @@ pub(super) fn least_gain(n: usize, bits: u32) -> u32 {
     log2_ceil((f64::from(bits).exp2() / f64::from(2 * F).exp2() / n as f64).sqrt()) + 13
 }
 
-/// Dropped and low bits of the exponential's window.
-pub(super) fn exp_digits(score_k: u32) -> (u32, u32) {
-    let low = if score_k >= 21 { 5 } else { 4 };
-    (low, score_k.saturating_sub(low) / 2)
+/// Bits of the low digit of the exponential's window: rows one wide where that takes at most 2^7 of them, never wider than four.
+pub(super) fn exp_lo_bits(score_k: u32) -> u32 {
+    score_k.saturating_sub(7).clamp(F, F + 2)
 }
 
 /// What the thermometer's highest threshold `top` needs of half the scores' ring: two steps above it, and the exponential's two
 /// end rows, or the smallest probabilities would alias to the largest.
 pub(super) fn score_room(score_k: u32, top: f64, step: f64) -> f64 {
-    let (low, lo) = exp_digits(score_k);
-    top.max(0.0) + 2.0 * step + 2.0 * f64::from(low + lo).exp2() / f64::from(F).exp2()
+    top.max(0.0) + 2.0 * step + 2.0 * f64::from(exp_lo_bits(score_k)).exp2() / f64::from(F).exp2()
 }
 
 /// The largest sum of a row's exponentials: every position two steps above the reference.
@@ -203,6 +201,7 @@ impl NormPlan {
         within(self.k, 16, widest.min(ring), "a norm's ring")?;
         within(self.bits, 24, 62, "a norm's sum of squares")?;
         within(self.window, 12, 16, "a norm's window")?;
+        within(self.windows, 1, 2, "a norm's windows")?;
         let least = least_gain(n, self.bits);
         within(self.f_gain, gain.max(least), (least + 1).clamp(16, 26), "a norm's gain")?;
         match self.coarse {
@@ -229,7 +228,7 @@ impl AttentionPlan {
         if f64::from(self.score_k - F).exp2() / 2.0 < score_room(self.score_k, top, step) {
             return Err("the thermometer's highest threshold");
         }
-        equal((self.exp_low, self.exp_lo_bits), exp_digits(self.score_k), "the exponential's window")?;
+        equal(self.exp_lo_bits, exp_lo_bits(self.score_k), "the exponential's window")?;
         equal(self.f_prob, F_PROB, "the probabilities' fraction")?;
         // Compared as numbers, not as logarithms rounded up: parties may differ in the last bit of an exponential.
         within(self.total_bits, F_PROB + 1, 62, "the reciprocal's range")?;

@@ -64,12 +64,11 @@ fn windows(bits: u32, window: u32) -> u64 {
 }
 
 fn norm_table(p: &NormPlan) -> u64 {
-    windows(p.bits, p.window)
+    if p.windows == 1 { WINDOW_ROW << p.window } else { windows(p.bits, p.window) }
 }
 
 fn attention_tables(p: &AttentionPlan) -> u64 {
-    let hi = p.score_k - p.exp_low - p.exp_lo_bits;
-    let exp = 16 * ((1u64 << hi) + (1u64 << p.exp_lo_bits));
+    let exp = (16u64 << (p.score_k - p.exp_lo_bits)) + (4 << p.exp_lo_bits);
     exp + windows(p.total_bits, p.total_window) + p.qk_norm.as_ref().map_or(0, norm_table)
 }
 
@@ -124,10 +123,10 @@ fn layer(c: &ModelConfig, l: &super::LayerPlan, first: usize, tokens: usize) -> 
     let columns = a.steps as u64 + 1;
     // Query bytes of a lookup per element.
     let query = |bits: u32| (1u64 << bits) / 8;
-    let exp_hi = query(a.score_k - a.exp_low - a.exp_lo_bits);
+    let exp_rows = query(a.score_k - a.exp_lo_bits);
     let codes = scores * (query(a.score_k - a.step_bits) + 8 * 3 * columns);
     let gate = t * m * (query(l.mlp.gate_k - l.mlp.gate_lo_bits) + 8 * 6);
-    let exp = scores * (exp_hi + query(a.exp_lo_bits) + 8 * 6);
+    let exp = scores * (exp_rows + 8 * 8);
     let norm = t * (2 * query(l.post_norm.window.max(l.input_norm.window)) + 8 * 4 * h);
     // Words that a job captures, per element: masks of the result and of the reply, copies of operands.
     let guard = |proven: u32, k: u32| if proven > k { 5 * u64::from((proven - k + 4).div_ceil(8)) } else { 0 };

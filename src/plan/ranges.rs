@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::layer::{
     AttentionPlan, F, F_EXP, F_PROB, F_ROPE, FW, HeadPlan, LayerPlan, MlpPlan, NormPlan, Plan, SCORE_PROVEN,
-    exp_digits, f_inverse, gate_lo_bits, least_gain, log2_ceil, radix, score_room, softmax_mass, total_window,
+    exp_lo_bits, f_inverse, gate_lo_bits, least_gain, log2_ceil, radix, score_room, softmax_mass, total_window,
     widest_square,
 };
 use crate::error::{Error, Result};
@@ -96,6 +96,8 @@ pub struct Ranges {
     pub logit: f64,
 }
 
+/// Most row bits of a norm's only window: its table grows with the range, that of two windows with the range's root.
+const WIDEST_ALONE: u32 = 14;
 /// How far beyond its calibrated range a sum of squares may go.
 const SUM_MARGIN: f64 = 8.0;
 /// How far beyond its calibrated range a score or gate may go.
@@ -162,9 +164,14 @@ impl Who<'_> {
         let unit = f64::from(2 * F).exp2();
         let low = (sum.0.min(sum.1) / SUM_MARGIN).max(1.0 / unit);
         let bits = sum_bits(sum);
-        let dynamic = (bits as f64 - (low * unit).log2() + 11.05).max(0.0) / 2.0;
-        // Two windows of w bits cover 2^(2w - 11).
-        let window = (dynamic.ceil() as u32).clamp(12, 16);
+        let dynamic = bits as f64 - (low * unit).log2();
+        // One window of w bits covers 2^(w - 5), two of them 2^(2w - 11).
+        let alone = (dynamic + 5.05).max(0.0).ceil() as u32;
+        let (windows, window) = if alone <= WIDEST_ALONE {
+            (1, alone.max(12))
+        } else {
+            (2, (((dynamic + 11.05) / 2.0).ceil() as u32).clamp(12, 16))
+        };
         // Linear outputs have F + FW fraction bits in ring 64 - f_gain; a lift takes what is below 2^(k-2).
         let room = |f_gain: u32| f64::from(64 - f_gain - F - FW - 2).exp2();
         let lowest = least_gain(n, bits);
@@ -174,7 +181,7 @@ impl Who<'_> {
         let output = output * 1.002 + 0.01;
         let f_gain = (least..=best).rev().find(|&f| output < room(f)).unwrap_or(least);
         self.fits("a linear output after the norm", output, room(f_gain));
-        NormPlan { k, bits, window, f_gain, coarse }
+        NormPlan { k, bits, window, windows, f_gain, coarse }
     }
 }
 
@@ -351,7 +358,7 @@ fn attention(
     if score_k > 26 {
         who.refuse("a score", b.score.min(r.score * MARGIN), 4096.0);
     }
-    let (exp_low, exp_lo_bits) = exp_digits(score_k);
+    let exp_lo_bits = exp_lo_bits(score_k);
     let mass = softmax_mass(context, step_log);
     let f_prob = F_PROB;
     let prob_k = log2_ceil(mass * (b.v + 1.0)) + f_prob + F + 3;
@@ -366,7 +373,6 @@ fn attention(
         step_bits: F + step_log,
         base,
         steps,
-        exp_low,
         exp_lo_bits,
         f_prob,
         prob_k,

@@ -110,7 +110,7 @@ fn fits(p: &Plan) -> bool {
             && a.score_proven >= a.score_k
             && a.qk_norm.as_ref().is_none_or(|n| n.k + n.coarse.unwrap_or(0) <= linear(&l.input_norm))
             && [&l.input_norm, &l.post_norm].iter().all(|n| n.k + n.coarse.unwrap_or(0) <= p.residual_k)
-            && a.exp_low + a.exp_lo_bits < a.score_k
+            && a.exp_lo_bits < a.score_k
             && a.total_bits < a.prob_k
     }) && linear_ring(p) >= p.head.logit_k
 }

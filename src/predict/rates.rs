@@ -87,9 +87,8 @@ impl Rates {
         let offsets = vec![7u32; elements];
         let queries = vec![0x5au8; elements * rows / 8];
         let mut out = vec![0u64; elements];
-        let sub = vec![3u64; elements];
         let fold_words = per(rate((rows * elements) as f64, || {
-            fold::shifted(&[&wide[..2 * rows]], rows, &offsets, &sub, &queries, &mut out);
+            fold::sums(&[&wide[..2 * rows]], rows, &offsets, &queries, &mut out);
         }));
         let (floats, row) = (Array2::<f32>::ones((m, n)), Array2::<f32>::ones((1, n)));
         let mut product = Array2::<f32>::zeros((1, m));

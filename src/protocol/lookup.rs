@@ -1,4 +1,4 @@
-//! Table lookup by two-server PIR; the workhorse of everything that is not linear.
+//! Table lookup by two-server PIR.
 //!
 //! | | Owner | Client | Helper |
 //! |---|---|---|---|
@@ -12,14 +12,17 @@
 //! reply alone is masked by `pad` (without it one reply would show rows to the Owner), both together by `r_out`. Exact.
 //! Source: Chor et al. (1995) two-server PIR with correlated randomness in place of the second query; Pika (2022).
 //!
-//! A table whose entries are 0 or a constant per column ([`indicator`]) needs only one bit per column and row: the XOR of
-//! picked rows is `parity * (-r_out) xor X * ((-r_out) xor (step - r_out))`, `X` the XOR of the picked bits. Up to 63
+//! Tables of [`words`] are read by sums in place of XORs, see [`super::evaluate`], at the same cost. XORs serve where rows
+//! are bits: a table whose entries are 0 or a constant per column ([`indicator`]) needs only one bit per column and row: the
+//! XOR of picked rows is `parity * (-r_out) xor X * ((-r_out) xor (step - r_out))`, `X` the XOR of the picked bits. Up to 63
 //! columns then cost one word of work per row.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::Pending;
+pub use super::evaluate::Table;
+use super::evaluate::{Brings, Form, check, evaluate};
 use super::window::Digits;
 use crate::error::{Error, Result};
 use crate::net::Lane;
@@ -29,7 +32,7 @@ use crate::plan::work::{Counts, Work};
 use crate::prf::Pair;
 use crate::ring::{self, fold, pack};
 use crate::session::{Scope, Session};
-use crate::share::{Masked, Rows, Side};
+use crate::share::{Masked, Rows};
 
 /// Computes the XOR of picked rows, minus nothing: `(elements, query bytes) -> words`, element-major.
 pub(crate) type Answer = Arc<dyn Fn(Range<usize>, &[u8]) -> Vec<u64> + Send + Sync>;
@@ -38,32 +41,6 @@ pub(crate) type Answer = Arc<dyn Fn(Range<usize>, &[u8]) -> Vec<u64> + Send + Sy
 #[must_use]
 pub fn cost(n: usize, rows: usize, words: usize, k: u32) -> Cost {
     Cost::exchange(n * rows, n * words, k)
-}
-
-/// A table of `2n` entries over an UNREDUCED digit `d + r` in `[0, 2n - 2]`; for a digit modulo `n` it repeats itself.
-#[derive(Clone, Debug)]
-pub struct Table {
-    entries: Arc<[u64]>,
-}
-
-impl Table {
-    /// Over a digit that is read modulo `entries.len()`.
-    #[must_use]
-    pub fn cyclic(entries: &[u64]) -> Table {
-        Table { entries: entries.iter().chain(entries).copied().collect() }
-    }
-
-    /// Over an unreduced digit: twice as many entries as the query has bits.
-    #[must_use]
-    pub fn unreduced(entries: &[u64]) -> Table {
-        Table { entries: entries.into() }
-    }
-
-    /// Query bits.
-    #[must_use]
-    pub fn rows(&self) -> usize {
-        self.entries.len() / 2
-    }
 }
 
 /// The general lookup: `n_rows` rows per element (a multiple of 8), `words` words of `k` bits per element, rows made by
@@ -148,14 +125,6 @@ pub(crate) fn online(
     }))
 }
 
-fn check(digits: &Digits, rows: usize) -> Result<()> {
-    if rows < 8 || rows != 1 << digits.bits {
-        let (lhs, rhs) = (format!("a digit of {} bits", digits.bits), format!("a table of {rows} rows"));
-        return Err(Error::Shape { op: "lookup", lhs, rhs });
-    }
-    Ok(())
-}
-
 /// `tables[j][digit]` for every element: one [`Masked`] per table, ring `k`, fraction bits `f[j]`.
 ///
 /// # Errors
@@ -168,50 +137,31 @@ pub fn words(
     f: &[u32],
     k: u32,
 ) -> Result<Pending<'static, Vec<Masked>>> {
-    let n = tables.first().map_or(0, Table::rows);
-    check(digits, n)?;
-    if let Some(t) = tables.iter().find(|t| t.rows() != n) {
-        let (lhs, rhs) = (format!("{n} rows"), format!("{} rows", t.rows()));
-        return Err(Error::Shape { op: "lookup", lhs, rhs });
+    let n_rows = tables.first().map_or(0, Table::rows);
+    check(digits, n_rows)?;
+    if let Some(t) = tables.iter().find(|t| t.rows() != n_rows) {
+        let (lhs, rhs) = (format!("{n_rows} rows"), format!("{} rows", t.rows()));
+        return Err(Error::Shape { op: "table", lhs, rhs });
     }
-    let q = Query { rows: &digits.rows, n_rows: n, words: tables.len(), folded: tables.len(), k };
-    let raw = if s.is_owner() {
-        online(s, scope, &q, &digits.v)?
+    let w = tables.len();
+    let form = Form { n_rows, constant: false, factors: 0, extras: w, folded: w, k };
+    let brings = if s.is_owner() {
+        Brings::Owner(&digits.v, Vec::new())
     } else {
-        let rout = out_masks(s, scope, &q)?;
-        let (r, sub, tables) = (digits.v.clone(), Arc::clone(&rout), tables.to_vec());
-        let (w, m) = (tables.len(), ring::mask(k));
-        let answer = move |e: Range<usize>, query: &[u8]| {
-            let columns: Vec<&[u64]> = tables.iter().map(|t| &*t.entries).collect();
+        let (r, tables) = (digits.v.clone(), tables.to_vec());
+        Brings::Holder(Arc::new(move |e: Range<usize>, query: &[u8]| {
+            let entries: Vec<&[u64]> = tables.iter().map(Table::entries).collect();
             let mut out = vec![0u64; e.len() * w];
-            fold::shifted(&columns, n, &r[e.clone()], &sub[e.start * w..e.end * w], query, &mut out);
-            out.iter_mut().for_each(|v| *v &= m);
+            fold::sums(&entries, n_rows, &r[e], query, &mut out);
             out
-        };
-        masks(s, scope, &q, Arc::new(answer))?;
-        Pending::ready(rout.to_vec())
+        }))
     };
-    Ok(columns(raw, digits.side, digits.rows.clone(), k, f.to_vec()))
-}
-
-/// Splits element-major words into one masked value per column.
-fn columns(
-    raw: Pending<'static, Vec<u64>>,
-    side: Side,
-    rows: Rows,
-    k: u32,
-    f: Vec<u32>,
-) -> Pending<'static, Vec<Masked>> {
-    raw.then(move |raw| {
-        let w = f.len();
-        Ok(f.iter()
-            .enumerate()
-            .map(|(j, &f)| {
-                let column = raw.iter().skip(j).step_by(w).copied().collect();
-                Masked::new(column, side, k, f, rows.clone())
-            })
-            .collect())
-    })
+    let raw = evaluate(s, scope, &digits.rows, form, brings)?;
+    let (side, rows, f) = (digits.side, digits.rows.clone(), f.to_vec());
+    Ok(raw.then(move |raw| {
+        let column = |j: usize| raw.iter().skip(j).step_by(w).copied().collect();
+        Ok(f.iter().enumerate().map(|(j, &f)| Masked::new(column(j), side, k, f, rows.clone())).collect())
+    }))
 }
 
 /// A table of zeros and constants: column `j` of row `i` is `steps[j]` where bit `j` of `bits[i]` is set, else 0.
@@ -283,9 +233,8 @@ pub fn indicator(
         let (r, sub, table) = (digits.v.clone(), Arc::clone(&rout), table.clone());
         let m = ring::mask(k);
         let answer = move |e: Range<usize>, query: &[u8]| {
-            let zero = vec![0u64; e.len()];
             let mut x = vec![0u64; e.len()];
-            fold::shifted(&[&table.bits], n, &r[e.clone()], &zero, query, &mut x);
+            fold::shifted(&[&table.bits], n, &r[e.clone()], query, &mut x);
             let mut out = Vec::with_capacity(e.len() * w);
             for (x, rout) in x.iter().zip(sub[e.start * w..].chunks(w)) {
                 expand_bits(*x, x & PARITY != 0, &table.steps, rout, m, &mut out);

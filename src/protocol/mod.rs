@@ -9,6 +9,7 @@ pub mod argmax;
 pub mod cached;
 pub mod compare;
 pub mod embedding;
+pub mod evaluate;
 pub mod exp;
 pub mod guard;
 pub mod gumbel;

@@ -1,21 +1,19 @@
-//! A function of a positive value over a wide range (`1/sqrt`, `1/x`): two windows looked up side by side, a selector, and
-//! one polynomial.
+//! A function of a positive value over a wide range (`1/sqrt`, `1/x`): one window, or two side by side and a selector.
 //!
 //! `f(v) ~ a1 + b1 lo1 + s (a2 + b2 lo2)`: the first window covers the top of the range; its table is zero and its selector
 //! `s` is 1 where the value is too small for it, and then the second, finer window applies (see
-//! [`crate::approx::PositiveTable`]). Cost: 4 messages; two lookups (`2^(w+1)` bits up, six words back) and a polynomial of
-//! eight shares per value. Where even the second window is too coarse, `s low` counts a range fault. Private: lookups and a
-//! polynomial. Error: the table's, stated there, and the rounding of its columns.
+//! [`crate::approx::PositiveTable`]). Cost: 2 messages for one window (`2^w + 64` bits up, four words back), 4 for two: two
+//! such lines side by side, then the product with the selector. Where even the last window is too coarse, a range fault is
+//! counted. Private: lines and products. Error: the table's, stated there, and the rounding of its columns.
 
 use std::sync::Arc;
 
 use super::Pending;
-use super::lookup::{self, Table};
-use super::polynomial::polynomial;
-use super::product::{Elementwise, product};
-use super::window::Digits;
+use super::evaluate::{Lines, Table, line};
+use super::product::{self, Elementwise, product};
+use super::window::{Digits, Window};
 use crate::approx::PositiveTable;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::plan::cost::Cost;
 use crate::ring::fixed;
 use crate::session::{Scope, Session};
@@ -26,58 +24,57 @@ use crate::share::Masked;
 pub struct Positive {
     /// Its windows, without columns.
     table: PositiveTable,
-    first: [Table; 3],
-    second: [Table; 3],
+    first: Lines,
+    second: Option<Lines>,
     f: u32,
 }
-
-const MONOMIALS: [&[usize]; 4] = [&[0], &[1, 2], &[3, 4], &[3, 5, 6]];
 
 impl Positive {
     /// Encodes the columns.
     #[must_use]
     pub fn new(table: PositiveTable, f: u32) -> Self {
         let column = |v: &[f64], f| Table::cyclic(&v.iter().map(|&v| fixed::encode(v, f, 64)).collect::<Vec<_>>());
-        let first = [column(&table.a1, f), column(&table.b1, f), column(&table.s, 0)];
-        let second = [column(&table.a2, f), column(&table.b2c, f), column(&table.low, 0)];
+        let first = Lines::new(column(&table.a1, f), column(&table.b1, f), vec![column(&table.s, 0)]);
+        let second = match table.alone {
+            true => None,
+            false => Some(Lines::new(column(&table.a2, f), column(&table.b2c, f), vec![column(&table.low, 0)])),
+        };
         // The columns stay as words only; as floats they would be half as much again.
-        let table = PositiveTable::blank(table.bits, table.window);
+        let table = PositiveTable { alone: table.alone, ..PositiveTable::blank(table.bits, table.window) };
         Positive { table, first, second, f }
     }
 
     /// With columns of zeros, all of them one: for walks that count instead of computing.
-    pub(crate) fn blank(bits: u32, window: u32, f: u32) -> Self {
-        let table = PositiveTable::blank(bits, window);
-        let columns = |window: u32| {
+    pub(crate) fn blank(bits: u32, window: u32, alone: bool, f: u32) -> Self {
+        let table = PositiveTable { alone, ..PositiveTable::blank(bits, window) };
+        let lines = |window: u32| {
             let zeros = Table::cyclic(&vec![0; 1 << window]);
-            [zeros.clone(), zeros.clone(), zeros]
+            Lines::new(zeros.clone(), zeros.clone(), vec![zeros])
         };
-        Positive { first: columns(table.window), second: columns(table.window2), table, f }
+        let second = if alone { None } else { Some(lines(table.window2)) };
+        Positive { first: lines(table.window), second, table, f }
     }
 
     /// What it costs for `n` values, with or without counting faults.
     #[must_use]
     pub fn cost(&self, n: usize, count_bits: Option<u32>) -> Cost {
-        let lookups =
-            lookup::cost(n, 1 << self.table.window, 3, 64).beside(lookup::cost(n, 1 << self.table.window2, 3, 64));
-        let mut rest = super::polynomial::cost(n, super::polynomial::cofactors(&MONOMIALS), 64);
+        let first = self.first.cost(n, 64);
+        let Some(second) = &self.second else { return first };
+        let mut select = product::cost(n, n, n, 64);
         if let Some(k) = count_bits {
-            rest = rest.beside(super::product::cost(n, n, n, k));
+            select = select.beside(product::cost(n, n, n, k));
         }
-        lookups.then(rest)
+        first.beside(second.cost(n, 64)).then(select)
     }
 }
 
-/// Lookups under way.
-pub struct Looked<'t> {
-    p: &'t Positive,
+/// Lines under way.
+pub struct Looked {
     first: Pending<'static, Vec<Masked>>,
-    second: Pending<'static, Vec<Masked>>,
-    lo1: Masked,
-    lo2: Masked,
+    second: Option<Pending<'static, Vec<Masked>>>,
 }
 
-/// The polynomial under way: the function's value (ring 64), and the faults if they are counted.
+/// The function's value (ring 64), and the faults if they are counted; both perhaps still under way.
 pub struct Evaluated {
     /// `f(v)`.
     pub value: Pending<'static, Masked>,
@@ -85,42 +82,48 @@ pub struct Evaluated {
     pub faults: Option<Pending<'static, Masked>>,
 }
 
-/// Starts the lookups for `v`, whose value is positive and below `2^bits` (proven or guarded).
+/// Starts the lines for `v`, whose value is positive and below `2^bits` (proven or guarded).
 ///
 /// # Errors
 /// [`crate::Error::Shape`] if the ring is narrower than the table's; [`crate::Error::Peer`], [`crate::Error::Reuse`].
-pub fn start<'t>(s: &mut Session, scope: &Scope, v: &Masked, p: &'t Positive) -> Result<Looked<'t>> {
+pub fn start(s: &mut Session, scope: &Scope, v: &Masked, p: &Positive) -> Result<Looked> {
     let t = &p.table;
-    let (v1, v2) = (v.narrow(t.bits)?, v.narrow(t.b2)?);
-    let hi1 = Digits::cut(&v1, t.bits - t.window, t.window)?;
-    let hi2 = Digits::cut(&v2, t.b2 - t.window2, t.window2)?;
-    let f = [p.f, p.f, 0];
-    Ok(Looked {
-        p,
-        first: lookup::words(s, &scope.at("window1"), &hi1, &p.first, &f, 64)?,
-        second: lookup::words(s, &scope.at("window2"), &hi2, &p.second, &f, 64)?,
-        lo1: Digits::cut(&v1, t.lo1_low, t.lo1_bits)?.integer(64, 0),
-        lo2: Digits::cut(&v2, t.lo2_low, t.lo2_bits)?.integer(64, 0),
-    })
+    let window = |v: &Masked, (bits, rows): (u32, u32), (low, lo_bits): (u32, u32)| {
+        Ok::<_, Error>(Window { hi: Digits::cut(v, bits - rows, rows)?, lo: Digits::cut(v, low, lo_bits)? })
+    };
+    let first = window(&v.narrow(t.bits)?, (t.bits, t.window), (t.lo1_low, t.lo1_bits))?;
+    let first = line(s, &scope.at("window1"), &first, &p.first, p.f, 64)?;
+    let second = match &p.second {
+        None => None,
+        Some(lines) => {
+            let second = window(&v.narrow(t.b2)?, (t.b2, t.window2), (t.lo2_low, t.lo2_bits))?;
+            Some(line(s, &scope.at("window2"), &second, lines, p.f, 64)?)
+        }
+    };
+    Ok(Looked { first, second })
 }
 
-impl Looked<'_> {
-    /// Receives the rows and starts the polynomial; counts faults in ring `count_bits` if given.
+impl Looked {
+    /// Receives the lines and, of two, starts the selection; counts faults in ring `count_bits` if given.
     ///
     /// # Errors
     /// [`crate::Error::Peer`], [`crate::Error::Reuse`].
     pub fn evaluate(self, s: &mut Session, scope: &Scope, count_bits: Option<u32>) -> Result<Evaluated> {
-        let (first, second) = (self.first.finish(s)?, self.second.finish(s)?);
-        let ([a1, b1, sel], [a2, b2, low]) = (first.as_slice(), second.as_slice()) else {
-            return Err(crate::Error::Internal("three columns per window".into()));
+        let two = |values: Vec<Masked>| -> Result<[Masked; 2]> {
+            values.try_into().map_err(|_| Error::Internal("a line and a column per window".into()))
         };
-        debug_assert_eq!(a1.f(), self.p.f);
-        let operands = [a1, b1, &self.lo1, sel, a2, b2, &self.lo2];
-        let value = polynomial(s, &scope.at("select"), &operands, &MONOMIALS)?;
+        let [value, flag] = two(self.first.finish(s)?)?;
+        let Some(second) = self.second else {
+            let faults = count_bits.map(|k| flag.narrow(k)).transpose()?.map(Pending::ready);
+            return Ok(Evaluated { value: Pending::ready(value), faults });
+        };
+        let [finer, low] = two(second.finish(s)?)?;
+        let picked = product(s, &scope.at("select"), &flag, &finer, Arc::new(Elementwise))?;
         let faults = match count_bits {
             None => None,
-            Some(k) => Some(product(s, &scope.at("low"), &sel.narrow(k)?, &low.narrow(k)?, Arc::new(Elementwise))?),
+            Some(k) => Some(product(s, &scope.at("low"), &flag.narrow(k)?, &low.narrow(k)?, Arc::new(Elementwise))?),
         };
+        let value = picked.then(move |picked| value.add(&picked));
         Ok(Evaluated { value, faults })
     }
 }

@@ -13,11 +13,11 @@ use crate::support::{Given, Random, assert_cost, run};
 #[test]
 fn exponentials() {
     let (f, k, f_out) = (12, 40, 16);
-    for (low, lo_bits, hi_bits) in [(0, 9, 10), (3, 8, 8), (0, 10, 8)] {
-        let width = low + lo_bits + hi_bits;
-        let tables = exp_tables(width, f, low, lo_bits, hi_bits, 4.0);
+    for (lo_bits, hi_bits) in [(12, 7), (10, 9), (13, 5), (12, 3)] {
+        let width = lo_bits + hi_bits;
+        let tables = exp_tables(f, lo_bits, hi_bits, 1.0);
         let mut r = Random(u64::from(width));
-        let (from, to) = [tables.min_x, 4.0].map(|v| (v * f64::from(1 << f)) as i64).into();
+        let (from, to) = [tables.min_x, 1.0].map(|v| (v * f64::from(1 << f)) as i64).into();
         let values: Vec<i64> =
             (0..20_000).map(|i| from + i64::from(i > 0) * (r.word() % (to - from) as u64) as i64).collect();
         // The window ends shortly above the top, so the lowest values wrap around the sign.
@@ -32,18 +32,13 @@ fn exponentials() {
             let x = v as f64 / f64::from(1 << f);
             let want = x.exp();
             let got = y as f64 / f64::from(1 << f_out);
-            // Columns of 15 and 12 fraction bits, halves of a unit each, and the result's own last place.
-            let lo_error = want * (-13f64).exp2();
-            let hi_error = (f64::from(1 << (lo_bits + low + 1)) / f64::from(1 << f)).exp() * (-16f64).exp2();
-            let bound = want * tables.max_rel_error + lo_error + hi_error + (-f64::from(f_out)).exp2();
+            // Factors of 11 and rows of 16 fraction bits, halves of a unit each, and the result's own last place.
+            let factor = want * (-12f64).exp2();
+            let row = (f64::from(1 << lo_bits) / f64::from(1 << f)).exp() * (-17f64).exp2();
+            let bound = factor + row + (-f64::from(f_out)).exp2();
             assert!((got - want).abs() <= 1.01 * bound, "e^{x} gave {got} for {want}");
         }
-        assert_cost(
-            &format!("exp, window {low} + {lo_bits} + {hi_bits}, 20000 values"),
-            &ran,
-            &[&given],
-            e.cost(x.len()),
-        );
+        assert_cost(&format!("exp, window {lo_bits} + {hi_bits}, 20000 values"), &ran, &[&given], e.cost(x.len()));
     }
 }
 
@@ -51,10 +46,11 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(4))]
 
     #[test]
-    fn functions_of_a_positive_value(seed: u64, bits in 20u32..44, window in 8u32..11, root: bool) {
+    fn functions_of_a_positive_value(seed: u64, bits in 20u32..44, window in 8u32..11, root: bool, alone: bool) {
         let gain = if root { f64::from(bits / 2).exp2() } else { f64::from(bits).exp2() };
         let function = |v: f64| if root { gain / v.sqrt() } else { gain / v };
-        let table = PositiveTable::fit(function, bits, window);
+        let fit = |alone| if alone { PositiveTable::fit_alone(function, bits, window) } else { PositiveTable::fit(function, bits, window) };
+        let table = fit(alone);
         let (min, max, error) = (table.min_value, table.max_value, table.max_rel_error);
         let (mut r, f, k, passes) = (Random(seed), 18, 64, [2, 2]);
         let mut x = vec![min, max, min + 1, max - 1, 0, 1, 2, min - 1];
@@ -82,9 +78,10 @@ proptest! {
 
 #[test]
 fn cost_of_a_function_of_a_positive_value() {
-    let p = Positive::new(PositiveTable::reciprocal(30, 9, 1e9), 18);
     let x: Vec<u64> = (1..1_000).map(|i| i << 19).collect();
-    for count in [None, Some(24)] {
+    let tables = [PositiveTable::reciprocal(30, 9, 1e9), PositiveTable::rsqrt_alone(30, 9, 1e9, 0.0, 1.0)];
+    for (table, count) in tables.into_iter().flat_map(|t| [(t.clone(), None), (t, Some(24))]) {
+        let p = Positive::new(table, 18);
         let given = Given::even(&x, &[1], 64, 0);
         let ran = run(&[1], |s| {
             let (v, scope) = (given.share(s, "v")?, Scope::new("f"));

@@ -1,7 +1,7 @@
-//! Attention with a secret KV cache: 18 messages (26 with a norm on queries and keys, which are normalised side by side).
+//! Attention with a secret KV cache: 16 messages (22 or 24 with a norm on queries and keys, which are normalised side by side).
 //!
 //! q, k, v in one linear; rotation (public); lifts of q, k, v beside each other (2); scores (2); thermometer maximum (4);
-//! exponential (4); P V beside the reciprocal's lookups (2); lift of the context beside the reciprocal's polynomial (2);
+//! exponential (2); P V beside the reciprocal's windows (2); lift of the context beside their selection (2);
 //! normalisation (2). Only positions that a token may see are ever computed.
 
 use std::sync::Arc;
@@ -43,14 +43,13 @@ pub(super) struct AttentionTables {
 impl AttentionTables {
     pub(super) fn new(p: &AttentionPlan, head_dim: usize, eps: f64, tables: Tables) -> Self {
         let step = f64::from(p.step_bits).exp2() / f64::from(F).exp2();
-        let hi_bits = p.score_k - p.exp_low - p.exp_lo_bits;
-        let exp = exp_tables(p.score_k, F, p.exp_low, p.exp_lo_bits, hi_bits, 2.0 * step);
+        let exp = exp_tables(F, p.exp_lo_bits, p.score_k - p.exp_lo_bits, 2.0 * step);
         let inverse = match tables {
             Tables::Fitted => {
                 let table = PositiveTable::reciprocal(p.total_bits, p.total_window, f64::from(p.f_prob).exp2());
                 Positive::new(table, p.f_inverse)
             }
-            Tables::Blank => Positive::blank(p.total_bits, p.total_window, p.f_inverse),
+            Tables::Blank => Positive::blank(p.total_bits, p.total_window, false, p.f_inverse),
         };
         AttentionTables {
             exp: Exp::new(&exp, p.prob_k, p.f_prob),

@@ -1,15 +1,17 @@
-//! SwiGLU: 4 messages. The gate's table is looked up beside the lift of `up`, then `up (a + b lo)` is one polynomial.
+//! SwiGLU: 4 messages. The activation of the gate is a line of its window, beside the lift of `up`; then their product.
+
+use std::sync::Arc;
 
 use super::Context;
 use crate::approx::{Activation, SignedTable};
 use crate::error::Result;
 use crate::model::prepare::PreparedLayer;
 use crate::plan::{F, FW, MlpPlan};
+use crate::protocol::evaluate::{Lines, Table, line};
 use crate::protocol::guard::guard;
 use crate::protocol::lift::lift;
 use crate::protocol::linear::owner_linear;
-use crate::protocol::lookup::{self, Table};
-use crate::protocol::polynomial::polynomial;
+use crate::protocol::product::{Elementwise, product};
 use crate::protocol::truncate::truncate;
 use crate::protocol::window::Window;
 use crate::ring::fixed;
@@ -17,7 +19,7 @@ use crate::share::{Masked, Rows};
 
 /// The activation's table.
 pub(super) struct MlpTables {
-    columns: [Table; 2],
+    silu: Lines,
     hi_bits: u32,
 }
 
@@ -26,7 +28,7 @@ impl MlpTables {
         let hi_bits = p.gate_k - p.gate_lo_bits;
         let t = SignedTable::activation(Activation::Silu, p.gate_k, F, 0, p.gate_lo_bits, hi_bits);
         let column = |v: &[f64]| Table::cyclic(&v.iter().map(|&v| fixed::encode(v, p.f_table, 64)).collect::<Vec<_>>());
-        MlpTables { columns: [column(&t.a), column(&t.b)], hi_bits }
+        MlpTables { silu: Lines::new(column(&t.a), column(&t.b), Vec::new()), hi_bits }
     }
 }
 
@@ -47,15 +49,14 @@ pub(super) fn mlp(
     let count_bits = c.flags.count_bits();
     let g = guard(c.s, &scope.at("guard"), &gate, p.gate_k, true, count_bits)?;
     let w = Window::of(&gate.narrow(p.gate_k)?, 0, p.gate_lo_bits, t.hi_bits)?;
-    let ab = lookup::words(c.s, &scope.at("silu"), &w.hi, &t.columns, &[p.f_table; 2], 64)?;
+    let silu = line(c.s, &scope.at("silu"), &w, &t.silu, p.f_table, 64)?;
     let up = lift(c.s, &scope.at("lift"), &up, 64)?;
     c.flags.guard(c.layer, "gate", g);
-    let (ab, up) = (ab.finish(c.s)?, up.finish(c.s)?);
-    let [a, b] = ab.as_slice() else {
-        return Err(crate::Error::Internal("two columns for a line".into()));
+    let (silu, up) = (silu.finish(c.s)?, up.finish(c.s)?);
+    let [silu] = silu.as_slice() else {
+        return Err(crate::Error::Internal("one line for the activation".into()));
     };
-    // up * (a + b lo)
-    let y = polynomial(c.s, &scope.at("product"), &[a, b, &w.lo.integer(64, 0), &up], &[&[0, 3], &[1, 2, 3]])?;
+    let y = product(c.s, &scope.at("product"), silu, &up, Arc::new(Elementwise))?;
     let y = truncate(&y.finish(c.s)?, p.f_table)?;
     truncate(&owner_linear(c.s, &scope.at("down"), &y, &parts.down)?, FW)
 }

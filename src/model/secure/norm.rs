@@ -1,6 +1,7 @@
-//! RMSNorm, without its gain (folded into the next matrices): 8 messages.
+//! RMSNorm, without its gain (folded into the next matrices): 6 messages, 8 where its range is wide.
 //!
-//! square-sum with fused lift (2), reciprocal square root by two windows (2) and a polynomial (2), scaling with fused lift (2).
+//! square-sum with fused lift (2), reciprocal square root by a window (2), or by two and a selection (4), scaling with fused
+//! lift (2).
 
 use super::{Context, Tables};
 use crate::approx::PositiveTable;
@@ -20,13 +21,13 @@ pub(super) struct Norm {
 
 impl Norm {
     pub(super) fn new(p: &NormPlan, n: usize, eps: f64, tables: Tables) -> Self {
-        let units = f64::from(2 * F).exp2();
-        let table = match tables {
-            Tables::Fitted => {
-                let table = PositiveTable::rsqrt(p.bits, p.window, n as f64 * units, eps, 1.0);
-                Positive::new(table, p.f_gain)
+        let units = n as f64 * f64::from(2 * F).exp2();
+        let table = match (tables, p.windows) {
+            (Tables::Fitted, 1) => {
+                Positive::new(PositiveTable::rsqrt_alone(p.bits, p.window, units, eps, 1.0), p.f_gain)
             }
-            Tables::Blank => Positive::blank(p.bits, p.window, p.f_gain),
+            (Tables::Fitted, _) => Positive::new(PositiveTable::rsqrt(p.bits, p.window, units, eps, 1.0), p.f_gain),
+            (Tables::Blank, windows) => Positive::blank(p.bits, p.window, windows == 1, p.f_gain),
         };
         Norm { n, table }
     }

@@ -1,27 +1,50 @@
-//! The AVX2 form of the fold: a query byte becomes two vectors of four whole-word masks, shared by up to two words.
+//! The AVX2 form of the folds: a query byte becomes eight lane masks.
 
 use std::arch::x86_64::*;
 
-/// See [`super::shifted`].
+use super::Scaled;
+
+/// See [`super::shifted`] (`ADD` false) and [`super::sums`].
 ///
 /// # Safety
 /// The processor has AVX2, and the lengths are as [`super::shifted`] asserts.
 #[target_feature(enable = "avx2")]
-pub unsafe fn shifted(tables: &[&[u64]], n: usize, offset: &[u32], sub: &[u64], queries: &[u8], out: &mut [u64]) {
+pub unsafe fn shifted<const ADD: bool>(tables: &[&[u64]], n: usize, offset: &[u32], queries: &[u8], out: &mut [u64]) {
     let words = tables.len();
     let elements = offset.iter().zip(queries.chunks_exact(n / 8));
-    for (((&offset, query), sub), out) in elements.zip(sub.chunks_exact(words)).zip(out.chunks_exact_mut(words)) {
-        let starts = |t: &[&[u64]], i: usize| t[i][offset as usize..][..n].as_ptr();
-        for ((tables, sub), out) in tables.chunks(2).zip(sub.chunks(2)).zip(out.chunks_mut(2)) {
+    for ((&offset, query), out) in elements.zip(out.chunks_exact_mut(words)) {
+        let start = |t: &[u64]| t[offset as usize..][..n].as_ptr();
+        for (tables, out) in tables.chunks(2).zip(out.chunks_mut(2)) {
             // SAFETY: each pointer is the start of a slice of n rows.
             unsafe {
-                if let [s0, s1] = *sub {
-                    out.copy_from_slice(&several([starts(tables, 0), starts(tables, 1)], [s0, s1], query));
+                if let [first, second] = *tables {
+                    out.copy_from_slice(&several::<ADD, 2>([start(first), start(second)], query));
                 } else {
-                    out.copy_from_slice(&several([starts(tables, 0)], [sub[0]], query));
+                    out.copy_from_slice(&several::<ADD, 1>([start(tables[0])], query));
                 }
             }
         }
+    }
+}
+
+/// See [`super::scaled`].
+///
+/// # Safety
+/// The processor has AVX2, and the lengths are as [`super::scaled`] asserts.
+#[target_feature(enable = "avx2")]
+pub unsafe fn scaled(s: &Scaled<'_>, n: usize, offset: &[u32], factor: &[u32], queries: &[u8], out: &mut [u64]) {
+    let half = _mm256_set1_epi64x(s.half() as i64);
+    let count = _mm_cvtsi64_si128(i64::from(s.shift - 32));
+    let elements = offset.iter().zip(factor).zip(queries.chunks_exact(n / 8));
+    for (((&offset, &factor), query), out) in elements.zip(out) {
+        let factor = _mm256_set1_epi64x(i64::from(factor));
+        let row = |v: __m256i| {
+            let low = _mm256_srli_epi64::<32>(_mm256_mul_epu32(v, factor));
+            let high = _mm256_mul_epu32(_mm256_srli_epi64::<32>(v), factor);
+            _mm256_srl_epi64(_mm256_add_epi64(_mm256_add_epi64(high, low), half), count)
+        };
+        // SAFETY: the slice has n rows.
+        [*out] = unsafe { each::<true, 1>([s.table[offset as usize..][..n].as_ptr()], query, row) };
     }
 }
 
@@ -33,18 +56,32 @@ pub unsafe fn shifted(tables: &[&[u64]], n: usize, offset: &[u32], sub: &[u64], 
 pub unsafe fn rows(rows: &[u64], n: usize, queries: &[u8], out: &mut [u64]) {
     for ((rows, query), out) in rows.chunks_exact(n).zip(queries.chunks_exact(n / 8)).zip(out) {
         // SAFETY: the slice has n rows.
-        [*out] = unsafe { several([rows.as_ptr()], [0], query) };
+        [*out] = unsafe { several::<false, 1>([rows.as_ptr()], query) };
     }
 }
 
 /// One element, `W` words.
 ///
 /// # Safety
+/// As [`each`].
+#[target_feature(enable = "avx2")]
+unsafe fn several<const ADD: bool, const W: usize>(start: [*const u64; W], query: &[u8]) -> [u64; W] {
+    // SAFETY: the caller's.
+    unsafe { each::<ADD, W>(start, query, |v| v) }
+}
+
+/// One element, `W` words, each row seen through `of`.
+///
+/// # Safety
 /// Every pointer is valid for reading `8 query.len()` words; the processor has AVX2.
 #[target_feature(enable = "avx2")]
-unsafe fn several<const W: usize>(start: [*const u64; W], sub: [u64; W], query: &[u8]) -> [u64; W] {
+unsafe fn each<const ADD: bool, const W: usize>(
+    start: [*const u64; W],
+    query: &[u8],
+    of: impl Fn(__m256i) -> __m256i,
+) -> [u64; W] {
     let bit = [_mm256_setr_epi64x(1, 2, 4, 8), _mm256_setr_epi64x(16, 32, 64, 128)];
-    let subs: [__m256i; W] = std::array::from_fn(|w| _mm256_set1_epi64x(sub[w] as i64));
+    let join = |a, b| if ADD { _mm256_add_epi64(a, b) } else { _mm256_xor_si256(a, b) };
     let mut acc = [[_mm256_setzero_si256(); 2]; W];
     for (j, &bits) in query.iter().enumerate() {
         let bits = _mm256_set1_epi64x(i64::from(bits));
@@ -53,14 +90,15 @@ unsafe fn several<const W: usize>(start: [*const u64; W], sub: [u64; W], query: 
             for half in 0..2 {
                 // SAFETY: 8 j + 4 half + 4 <= 8 query.len().
                 let rows = unsafe { _mm256_loadu_si256(start[w].add(8 * j + 4 * half).cast()) };
-                let term = _mm256_and_si256(_mm256_sub_epi64(rows, subs[w]), picked[half]);
-                acc[w][half] = _mm256_xor_si256(acc[w][half], term);
+                acc[w][half] = join(acc[w][half], _mm256_and_si256(of(rows), picked[half]));
             }
         }
     }
     acc.map(|[a, b]| {
-        let v = _mm256_xor_si256(a, b);
-        let v = _mm_xor_si128(_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v));
-        (_mm_extract_epi64::<0>(v) ^ _mm_extract_epi64::<1>(v)) as u64
+        let v = join(a, b);
+        let (low, high) = (_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v));
+        let v = if ADD { _mm_add_epi64(low, high) } else { _mm_xor_si128(low, high) };
+        let (low, high) = (_mm_extract_epi64::<0>(v) as u64, _mm_extract_epi64::<1>(v) as u64);
+        if ADD { low.wrapping_add(high) } else { low ^ high }
     })
 }

@@ -1,7 +1,7 @@
-//! The table fold: the XOR of the rows that a query's bits pick, which is the whole server side of a lookup
-//! (two-server PIR). [`shifted`] reads a public table at an offset, a mask subtracted from every row as it goes by, so the
-//! rotated and masked table of an element never exists in memory; several words share one query. Every row is read and
-//! no branch depends on a query: the time tells nothing about it.
+//! The table fold: the XOR or the sum of the rows that a query's bits pick, which is the whole server side of a lookup
+//! (two-server PIR). [`shifted`] and [`sums`] read a public table at an offset, so the rotated table of an element never
+//! exists in memory; several words share one query. [`scaled`] multiplies each row by a factor of the element as it goes
+//! by. Every row is read and no branch depends on a query: the time tells nothing about it.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -15,8 +15,8 @@ use rayon::prelude::*;
 /// Rows (times words) below which one thread is faster than several.
 const PARALLEL_FROM: usize = 1 << 16;
 
-/// For each element `e` and word `w`: `out[e W + w]` = XOR of `tables[w][offset[e] + i] - sub[e W + w]` (modulo 2^64) over the
-/// rows `i` in `0..n` that query `e` picks, with `W = tables.len()`.
+/// For each element `e` and word `w`: `out[e W + w]` = XOR of `tables[w][offset[e] + i]` over the rows `i` in `0..n` that
+/// query `e` picks, with `W = tables.len()`.
 ///
 /// `n` is a multiple of 8; a query is `n / 8` bytes, bit `i` of byte `j` being row `8 j + i`. To serve offsets up to `n`, a
 /// cyclic table of `n` rows is given twice in a row. Costs about a third of a cycle per row and word with AVX-512.
@@ -24,47 +24,134 @@ const PARALLEL_FROM: usize = 1 << 16;
 /// # Panics
 /// If `n` is not a multiple of 8, a table ends before the largest offset plus `n`, or a length does not fit the number of
 /// elements (`offset.len()`).
-pub fn shifted(tables: &[&[u64]], n: usize, offset: &[u32], sub: &[u64], queries: &[u8], out: &mut [u64]) {
-    shifted_on(Isa::current(), tables, n, offset, sub, queries, out);
+pub fn shifted(tables: &[&[u64]], n: usize, offset: &[u32], queries: &[u8], out: &mut [u64]) {
+    folded::<false>(Isa::current(), tables, n, offset, queries, out);
 }
 
 /// [`shifted`] on a chosen instruction set (portable where the processor lacks it): the result is the same bit for bit.
 ///
 /// # Panics
 /// As [`shifted`].
-pub fn shifted_on(isa: Isa, tables: &[&[u64]], n: usize, offset: &[u32], sub: &[u64], queries: &[u8], out: &mut [u64]) {
-    let words = tables.len();
+pub fn shifted_on(isa: Isa, tables: &[&[u64]], n: usize, offset: &[u32], queries: &[u8], out: &mut [u64]) {
+    folded::<false>(isa, tables, n, offset, queries, out);
+}
+
+/// As [`shifted`], with the sum (modulo 2^64) in place of the XOR.
+///
+/// # Panics
+/// As [`shifted`].
+pub fn sums(tables: &[&[u64]], n: usize, offset: &[u32], queries: &[u8], out: &mut [u64]) {
+    folded::<true>(Isa::current(), tables, n, offset, queries, out);
+}
+
+/// [`sums`] on a chosen instruction set.
+///
+/// # Panics
+/// As [`shifted`].
+pub fn sums_on(isa: Isa, tables: &[&[u64]], n: usize, offset: &[u32], queries: &[u8], out: &mut [u64]) {
+    folded::<true>(isa, tables, n, offset, queries, out);
+}
+
+/// Checks the lengths of a fold over tables at offsets; says whether there is nothing to read.
+fn check(tables: &[&[u64]], n: usize, offset: &[u32], queries: &[u8], out: &[u64]) -> bool {
     assert_eq!(n % 8, 0, "a query has whole bytes");
-    let outputs = offset.len().checked_mul(words).expect("outputs that fit memory");
-    assert_eq!(sub.len(), outputs, "one subtrahend per output");
+    let outputs = offset.len().checked_mul(tables.len()).expect("outputs that fit memory");
     assert_eq!(out.len(), outputs, "one output per element and word");
     assert_eq!(Some(queries.len()), offset.len().checked_mul(n / 8), "n / 8 query bytes per element");
-    let Some(&furthest) = offset.iter().max() else { return };
-    let end = (furthest as usize).checked_add(n).expect("a table that fits memory");
-    assert!(tables.iter().all(|t| t.len() >= end), "tables reach the largest offset plus n");
-    if words == 0 || n == 0 {
+    let furthest = offset.iter().max().map_or(0, |&o| o as usize);
+    let end = furthest.checked_add(n).expect("a table that fits memory");
+    assert!(offset.is_empty() || tables.iter().all(|t| t.len() >= end), "tables reach the largest offset plus n");
+    out.is_empty() || n == 0
+}
+
+fn folded<const ADD: bool>(isa: Isa, tables: &[&[u64]], n: usize, offset: &[u32], queries: &[u8], out: &mut [u64]) {
+    let words = tables.len();
+    if check(tables, n, offset, queries, out) {
         return out.fill(0);
     }
     let isa = isa.or_portable();
-    let run = |offset: &[u32], sub: &[u64], queries: &[u8], out: &mut [u64]| match isa {
-        // SAFETY: `or_portable` has checked that the processor has the instructions; the asserts above, which hold for
-        // every run of whole elements, bound all reads.
+    let run = |offset: &[u32], queries: &[u8], out: &mut [u64]| match isa {
+        // SAFETY: `or_portable` has checked that the processor has the instructions; `check`, which holds for every run of
+        // whole elements, bounds all reads.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { avx512::shifted(tables, n, offset, sub, queries, out) },
+        Isa::Avx512 => unsafe { avx512::shifted::<ADD>(tables, n, offset, queries, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { avx2::shifted(tables, n, offset, sub, queries, out) },
-        _ => portable::shifted(tables, n, offset, sub, queries, out),
+        Isa::Avx2 => unsafe { avx2::shifted::<ADD>(tables, n, offset, queries, out) },
+        _ => portable::shifted::<ADD>(tables, n, offset, queries, out),
     };
     let size = chunk(n * words, offset.len());
     if size == offset.len() {
-        run(offset, sub, queries, out);
+        run(offset, queries, out);
     } else {
         out.par_chunks_mut(size * words)
             .zip(offset.par_chunks(size))
-            .zip(sub.par_chunks(size * words))
             .zip(queries.par_chunks(size * (n / 8)))
-            .for_each(|(((out, offset), sub), queries)| run(offset, sub, queries, out));
+            .for_each(|((out, offset), queries)| run(offset, queries, out));
+    }
+}
+
+/// A table whose rows are multiplied as they are read: row times factor, divided by `2^shift` and rounded.
+#[derive(Clone, Copy, Debug)]
+pub struct Scaled<'a> {
+    /// Rows below 2^63, given twice in a row if they are cyclic.
+    pub table: &'a [u64],
+    /// 33 to 63.
+    pub shift: u32,
+}
+
+impl Scaled<'_> {
+    /// Half of what a row is divided by after its lowest 32 bits are gone.
+    fn half(&self) -> u64 {
+        1 << (self.shift - 33)
+    }
+
+    /// One row: the definition, the same on every instruction set.
+    fn row(&self, row: u64, factor: u32) -> u64 {
+        let factor = u64::from(factor);
+        let low = (row & 0xffff_ffff) * factor >> 32;
+        ((row >> 32) * factor).wrapping_add(low).wrapping_add(self.half()) >> (self.shift - 32)
+    }
+}
+
+/// For each element `e`: `out[e]` = the sum of `table[offset[e] + i] factor[e] / 2^shift`, each rounded, over the rows `i`
+/// that query `e` picks. Costs about one cycle per row with AVX-512.
+///
+/// # Panics
+/// As [`shifted`], and if `shift` is not in 33..=63 or there is not one factor per element.
+pub fn scaled(s: &Scaled<'_>, n: usize, offset: &[u32], factor: &[u32], queries: &[u8], out: &mut [u64]) {
+    scaled_on(Isa::current(), s, n, offset, factor, queries, out);
+}
+
+/// [`scaled`] on a chosen instruction set (portable where the processor lacks it): the result is the same bit for bit.
+///
+/// # Panics
+/// As [`scaled`].
+pub fn scaled_on(isa: Isa, s: &Scaled<'_>, n: usize, offset: &[u32], factor: &[u32], queries: &[u8], out: &mut [u64]) {
+    assert!((33..=63).contains(&s.shift), "a shift of 33 to 63 bits");
+    assert_eq!(factor.len(), offset.len(), "one factor per element");
+    if check(&[s.table], n, offset, queries, out) {
+        return out.fill(0);
+    }
+    let isa = isa.or_portable();
+    let run = |offset: &[u32], factor: &[u32], queries: &[u8], out: &mut [u64]| match isa {
+        // SAFETY: as in `folded`.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { avx512::scaled(s, n, offset, factor, queries, out) },
+        // SAFETY: as in `folded`.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::scaled(s, n, offset, factor, queries, out) },
+        _ => portable::scaled(s, n, offset, factor, queries, out),
+    };
+    let size = chunk(4 * n, offset.len());
+    if size == offset.len() {
+        run(offset, factor, queries, out);
+    } else {
+        out.par_chunks_mut(size)
+            .zip(offset.par_chunks(size))
+            .zip(factor.par_chunks(size))
+            .zip(queries.par_chunks(size * (n / 8)))
+            .for_each(|(((out, offset), factor), queries)| run(offset, factor, queries, out));
     }
 }
 
@@ -139,31 +226,43 @@ mod tests {
         words(seed, n.div_ceil(8)).iter().flat_map(|w| w.to_le_bytes()).take(n).collect()
     }
 
-    fn check(elements: usize, n: usize, width: usize, seed: u64) {
+    fn agree(elements: usize, n: usize, width: usize, seed: u64) {
         let tables: Vec<Vec<u64>> = (0..width).map(|w| words(seed + w as u64, 2 * n)).collect();
         let tables: Vec<&[u64]> = tables.iter().map(Vec::as_slice).collect();
         let offset: Vec<u32> = words(seed + 50, elements).iter().map(|v| (v % (n as u64 + 1)) as u32).collect();
-        let sub = words(seed + 60, elements * width);
+        let factor: Vec<u32> = words(seed + 60, elements).iter().map(|v| *v as u32).collect();
         let queries = bytes(seed + 70, elements * n / 8);
         let made = words(seed + 80, elements * n);
+        let positive: Vec<u64> = words(seed + 90, 2 * n).iter().map(|v| v >> 3).collect();
+        let scale = Scaled { table: &positive, shift: 33 + (seed % 31) as u32 };
         let picked = |e: usize, i: usize| queries[e * n / 8 + i / 8] >> (i % 8) & 1 == 1;
-        let mut want = vec![0; elements * width];
-        let mut want_rows = vec![0; elements];
+        let (mut xor, mut sum) = (vec![0; elements * width], vec![0u64; elements * width]);
+        let (mut want_rows, mut want_scaled) = (vec![0; elements], vec![0u64; elements]);
         for e in 0..elements {
             for i in (0..n).filter(|&i| picked(e, i)) {
                 want_rows[e] ^= made[e * n + i];
+                let exact = u128::from(positive[offset[e] as usize + i]) * u128::from(factor[e]);
+                // What is below 2^32 is dropped before it is rounded.
+                let rounded = ((exact >> 32) + u128::from(scale.half())) >> (scale.shift - 32);
+                want_scaled[e] = want_scaled[e].wrapping_add(rounded as u64);
                 for w in 0..width {
-                    want[e * width + w] ^= tables[w][offset[e] as usize + i].wrapping_sub(sub[e * width + w]);
+                    let row = tables[w][offset[e] as usize + i];
+                    xor[e * width + w] ^= row;
+                    sum[e * width + w] = sum[e * width + w].wrapping_add(row);
                 }
             }
         }
         for isa in Isa::available() {
             let mut got = vec![7; elements * width];
-            shifted_on(isa, &tables, n, &offset, &sub, &queries, &mut got);
-            assert!(got == want, "shifted {isa:?} {elements} {n} {width}");
+            shifted_on(isa, &tables, n, &offset, &queries, &mut got);
+            assert!(got == xor, "shifted {isa:?} {elements} {n} {width}");
+            sums_on(isa, &tables, n, &offset, &queries, &mut got);
+            assert!(got == sum, "sums {isa:?} {elements} {n} {width}");
             let mut got = vec![7; elements];
             rows_on(isa, &made, n, &queries, &mut got);
             assert!(got == want_rows, "rows {isa:?} {elements} {n}");
+            scaled_on(isa, &scale, n, &offset, &factor, &queries, &mut got);
+            assert!(got == want_scaled, "scaled {isa:?} {elements} {n}");
         }
     }
 
@@ -171,36 +270,41 @@ mod tests {
     fn every_unroll_remainder() {
         for n in (0..=72).step_by(8) {
             for width in 0..=6 {
-                check(3, n, width, n as u64);
+                agree(3, n, width, n as u64);
             }
         }
     }
 
     #[test]
     fn large_enough_to_run_in_parallel() {
-        check(1025, 256, 2, 1);
-        check(3, 65536, 2, 2);
-        check(1, 65536, 3, 3);
+        agree(1025, 256, 2, 1);
+        agree(3, 65536, 2, 2);
+        agree(1, 65536, 3, 3);
     }
 
     #[test]
-    fn a_lookup_is_the_xor_of_two_folds() {
+    fn a_lookup_is_the_difference_of_two_folds() {
         let n = 32;
         let table: Vec<u64> = words(1, n).repeat(2);
-        let (r, r_out, d) = (21u32, 99, 17);
+        let (r, d) = (21u32, 17);
         let pick = bytes(5, n / 8);
         let mut query = pick.clone();
         query[d / 8] ^= 1 << (d % 8);
         let (mut a, mut b) = ([0], [0]);
-        shifted(&[&table], n, &[r], &[r_out], &pick, &mut a);
-        shifted(&[&table], n, &[r], &[r_out], &query, &mut b);
-        assert_eq!((a[0] ^ b[0]).wrapping_add(r_out), table[(d + r as usize) % n]);
+        let want = table[(d + r as usize) % n];
+        shifted(&[&table], n, &[r], &pick, &mut a);
+        shifted(&[&table], n, &[r], &query, &mut b);
+        assert_eq!(a[0] ^ b[0], want);
+        sums(&[&table], n, &[r], &pick, &mut a);
+        sums(&[&table], n, &[r], &query, &mut b);
+        let gone = pick[d / 8] >> (d % 8) & 1 == 1;
+        assert_eq!(if gone { a[0].wrapping_sub(b[0]) } else { b[0].wrapping_sub(a[0]) }, want);
     }
 
     #[test]
     #[should_panic(expected = "largest offset")]
     fn a_short_table_is_refused() {
-        shifted(&[&[0; 15]], 8, &[0, 8], &[0, 0], &[0, 0], &mut [0, 0]);
+        shifted(&[&[0; 15]], 8, &[0, 8], &[0, 0], &mut [0, 0]);
     }
 
     #[test]
@@ -213,7 +317,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn paths_agree(elements in 0usize..20, n in 0usize..40, width in 0usize..6, seed in any::<u32>()) {
-            check(elements, 8 * n, width, seed.into());
+            agree(elements, 8 * n, width, seed.into());
         }
     }
 }
