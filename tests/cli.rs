@@ -68,7 +68,7 @@ fn one_json_object_with_all_the_figures() {
     assert!(r["prefill_ms"].as_f64().unwrap() > 0.0);
     let (median, p95) = (r["decode_ms"]["median"].as_f64().unwrap(), r["decode_ms"]["p95"].as_f64().unwrap());
     assert!(median > 0.0 && p95 >= median);
-    assert_eq!(r["messages_per_private_layer"], 38);
+    assert_eq!(r["messages_per_private_layer"], 36);
     let links = r["links"].as_object().unwrap();
     let mut names: Vec<&str> = links.keys().map(String::as_str).collect();
     names.sort_unstable();

@@ -125,6 +125,7 @@ impl Helper {
     }
 
     fn keep(&self, id: &PreparationId, manifest: &PublicManifest, model: SecureModel) -> Result<()> {
+        super::release::freed_memory();
         let half = wire::digest(&self.store.hashes(id)?);
         let loaded = Arc::new(Loaded { agreed: wire::digest(&manifest.to_json()?), half, model: Arc::new(model) });
         let mut all = lock(&self.loaded);

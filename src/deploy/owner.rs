@@ -38,6 +38,7 @@ impl Owner {
         let (limits, model) = (config.limits(), preparation.model());
         let need = Need::of(Role::Owner, limits, model.config(), model.plan(), limits.run_ahead_bytes as u64);
         need.check(limits)?;
+        super::release::freed_memory();
         Ok(Owner { need, agreed: wire::digest(&manifest), manifest, preparation, helper, sent: Arc::default() })
     }
 

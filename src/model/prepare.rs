@@ -18,7 +18,7 @@ use crate::plan::{F, FW, Plan};
 use crate::prf::PreparationSeed;
 use crate::protocol::embedding::TableShare;
 use crate::protocol::linear::OwnerMatrix;
-use crate::ring::fixed;
+use crate::ring::{filled, fixed};
 
 /// One party's part of a layer.
 pub struct PreparedLayer {
@@ -150,9 +150,10 @@ impl Prepared {
             }
         };
         let mut table = |s: &Section| {
-            let mut a = vec![0u64; s.rows * s.cols];
-            seed.matrix_words(s.id(), 0, &mut a);
-            a.iter_mut().zip(&w.embed).for_each(|(a, &e)| *a = fixed::encode(f64::from(e), F, 64).wrapping_sub(*a));
+            let a = filled(s.rows * s.cols, |a| {
+                seed.matrix_words(s.id(), 0, a);
+                a.iter_mut().zip(&w.embed).for_each(|(a, &e)| *a = fixed::encode(f64::from(e), F, 64).wrapping_sub(*a));
+            });
             TableShare::rows((s.rows, s.cols), F, a)
         };
         Prepared::assemble(&w.config, plan, &mut matrix, &mut table)

@@ -125,15 +125,15 @@ fn layer(c: &ModelConfig, l: &super::LayerPlan, first: usize, tokens: usize) -> 
     let query = |bits: u32| (1u64 << bits) / 8;
     let exp_rows = query(a.score_k - a.exp_lo_bits);
     let codes = scores * (query(a.score_k - a.step_bits) + 8 * 3 * columns);
-    let gate = t * m * (query(l.mlp.gate_k - l.mlp.gate_lo_bits) + 8 * 6);
+    let gate = t * m * (query(l.mlp.gate_k - l.mlp.gate_lo_bits) + 8 * 5);
     let exp = scores * (exp_rows + 8 * 8);
     let norm = t * (2 * query(l.post_norm.window.max(l.input_norm.window)) + 8 * 4 * h);
     // Words that a job captures, per element: masks of the result and of the reply, copies of operands.
     let guard = |proven: u32, k: u32| if proven > k { 5 * u64::from((proven - k + 4).div_ceil(8)) } else { 0 };
     let words = 6 * h * t
         + t * (2 * (q + 2 * kv) + 5 * q)
-        + scores * (2 * columns + guard(a.score_proven, a.score_k) + 12)
-        + t * m * (13 + guard(l.mlp.gate_proven, l.mlp.gate_k));
+        + scores * (2 * columns + guard(a.score_proven, a.score_k) + 6)
+        + t * m * (9 + guard(l.mlp.gate_proven, l.mlp.gate_k));
     // What lives beside it: hidden states, projections and gated values of the layer.
     let beside = 8 * t * (2 * m + 3 * h + 2 * q) * 10 / VECTORS;
     Layer { largest: codes.max(gate).max(exp).max(norm) + beside, held: 8 * words }

@@ -72,12 +72,13 @@ impl TableShare {
     ///
     /// # Errors
     /// [`Error::Shape`] for the wrong number of words.
-    pub fn rows(dim: (usize, usize), f: u32, a: Vec<u64>) -> Result<Self> {
+    pub fn rows(dim: (usize, usize), f: u32, a: impl Into<Arc<[u64]>>) -> Result<Self> {
+        let a = a.into();
         if a.len() != dim.0 * dim.1 {
             let (lhs, rhs) = (format!("{} words", a.len()), format!("{} x {}", dim.0, dim.1));
             return Err(Error::Shape { op: "embedding table", lhs, rhs });
         }
-        Ok(TableShare { dim, f, ring: 64, part: TablePart::Rows(a.into()) })
+        Ok(TableShare { dim, f, ring: 64, part: TablePart::Rows(a) })
     }
 
     /// The Client's part: the seed of `B`, the stream of matrix `id`.

@@ -28,7 +28,7 @@ use crate::party::Role;
 use crate::plan::cost::Cost;
 use crate::plan::work::Counts;
 use crate::prf::{Pair, PreparationSeed};
-use crate::ring::{self, fixed, gemm};
+use crate::ring::{self, filled, fixed, gemm};
 use crate::session::{Scope, Session};
 use crate::share::{Masked, Rows, Side};
 
@@ -105,11 +105,13 @@ impl OwnerMatrix {
     /// [`Error::Model`] if a weight does not fit 32 bits.
     pub fn quantise(id: u64, name: &str, w: ArrayView2<'_, f32>, bias: Option<&[f32]>, f: u32) -> Result<Self> {
         let scale = f64::from(f).exp2();
-        let ints: Vec<i64> = w.iter().map(|&v| (f64::from(v) * scale).round() as i64).collect();
-        let plain = if ints.iter().all(|&v| i16::try_from(v).is_ok()) {
-            Plain::I16(ints.iter().map(|&v| v as i16).collect())
-        } else if ints.iter().all(|&v| i32::try_from(v).is_ok()) {
-            Plain::I32(ints.iter().map(|&v| v as i32).collect())
+        let int = |&v: &f32| (f64::from(v) * scale).round() as i64;
+        // Twice over the weights rather than once through integers of 8 bytes.
+        let all = |fits: fn(i64) -> bool| w.iter().all(|v| fits(int(v)));
+        let plain = if all(|v| i16::try_from(v).is_ok()) {
+            Plain::I16(filled(w.len(), |out| out.iter_mut().zip(&w).for_each(|(o, v)| *o = int(v) as i16)))
+        } else if all(|v| i32::try_from(v).is_ok()) {
+            Plain::I32(filled(w.len(), |out| out.iter_mut().zip(&w).for_each(|(o, v)| *o = int(v) as i32)))
         } else {
             return Err(Error::Model(format!("{name}: a weight beyond 2^{} cannot be represented", 31 - f)));
         };

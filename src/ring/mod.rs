@@ -5,12 +5,14 @@
 //! time ([`Isa`]); property tests hold all forms equal bit for bit. Besides the memory map of
 //! checkpoints this is the only module with `unsafe` code.
 
+mod filled;
 pub mod fixed;
 pub mod fold;
 pub mod gemm;
 mod isa;
 pub mod pack;
 
+pub(crate) use filled::{filled, try_filled};
 pub use isa::Isa;
 
 /// The low `k` bits set: the largest element of Z_2^k, for `1 <= k <= 64`.

@@ -187,18 +187,25 @@ impl OwnerPreparation {
     }
 }
 
+/// Words of a chunk that are there unpacked at a time. Eight of any width end on a byte, so the pieces join without a seam.
+const PACKED_AT_ONCE: usize = 1 << 14;
+
 /// `A = W - B` of a few rows, packed to the bits of the ring in which they are multiplied.
 fn chunk(layout: &HalfLayout, parts: &Prepared, seed: &PreparationSeed, index: u64) -> Result<Vec<u8>> {
     let none = || Error::Internal(format!("chunk {index} of {}", layout.chunks()));
     let chunk = layout.chunk(index).ok_or_else(none)?;
-    let bits = chunk.section.bits();
-    match parts.matrices().nth(chunk.index) {
-        Some(m) => Ok(pack::pack(&m.helper_range(seed, chunk.words())?, bits)),
-        None => {
-            let words = parts.embedding.as_ref().and_then(|t| t.words(chunk.words()));
-            Ok(pack::pack(words.ok_or_else(none)?, bits))
+    let (bits, words) = (chunk.section.bits(), chunk.words());
+    let matrix = parts.matrices().nth(chunk.index);
+    let mut out = Vec::with_capacity(chunk.bytes);
+    for from in words.clone().step_by(PACKED_AT_ONCE) {
+        let range = from..words.end.min(from + PACKED_AT_ONCE);
+        match (matrix, &parts.embedding) {
+            (Some(m), _) => pack::pack_into(&m.helper_range(seed, range)?, bits, &mut out),
+            (None, Some(table)) => pack::pack_into(table.words(range).ok_or_else(none)?, bits, &mut out),
+            (None, None) => return Err(none()),
         }
     }
+    Ok(out)
 }
 
 fn hash_chunks(

@@ -21,11 +21,12 @@ use crate::plan::{F, FW, Plan};
 use crate::prf::PreparationSeed;
 use crate::protocol::embedding::TableShare;
 use crate::protocol::linear::{OwnerMatrix, Plain};
+use crate::ring::try_filled;
 
 const MAGIC: &[u8; 8] = b"TREFOWN1";
 const REMEDY: &str = "restore it from a backup, or prepare the model anew (trefoil prepare)";
 /// Elements of the embedding that are handled at once.
-const BLOCK: usize = 1 << 18;
+const BLOCK: usize = 1 << 16;
 
 /// Ties `owner.bin` and `seed` together: a preparation with another's seed would give nonsense, and no error.
 fn seed_check(id: &PreparationId, seed: &PreparationSeed) -> [u8; 32] {
@@ -163,28 +164,29 @@ impl Reader {
     }
 
     /// `n` elements of `N` bytes each.
-    fn elements<const N: usize, T>(&mut self, n: usize, of: impl Fn([u8; N]) -> T) -> Result<Vec<T>> {
+    fn elements<const N: usize, T: Copy + Default>(&mut self, n: usize, of: impl Fn([u8; N]) -> T) -> Result<Arc<[T]>> {
         self.has(n, N)?;
-        let mut out = Vec::with_capacity(n);
-        let mut bytes = vec![0; N * n.min(BLOCK)];
-        while out.len() < n {
-            let block = &mut bytes[..N * (n - out.len()).min(BLOCK)];
-            self.take(block)?;
-            out.extend(block.as_chunks::<N>().0.iter().map(|b| of(*b)));
-        }
-        Ok(out)
+        try_filled(n, |out| {
+            let mut bytes = vec![0; N * n.min(BLOCK)];
+            for out in out.chunks_mut(BLOCK) {
+                let block = &mut bytes[..N * out.len()];
+                self.take(block)?;
+                out.iter_mut().zip(block.as_chunks::<N>().0).for_each(|(out, b)| *out = of(*b));
+            }
+            Ok(())
+        })
     }
 
     fn matrix(&mut self, s: &Section) -> Result<OwnerMatrix> {
         let n = s.rows * s.cols;
         let w = match self.array::<1>()? {
-            [2] => Plain::I16(self.elements(n, i16::from_le_bytes)?.into()),
-            [4] => Plain::I32(self.elements(n, i32::from_le_bytes)?.into()),
+            [2] => Plain::I16(self.elements(n, i16::from_le_bytes)?),
+            [4] => Plain::I32(self.elements(n, i32::from_le_bytes)?),
             _ => return Err(self.wrong(&format!("is corrupt at {}", s.name()))),
         };
         let bias: Option<Arc<[f32]>> = match self.array::<1>()? {
             [0] => None,
-            [1] => Some(self.elements(s.rows, f32::from_le_bytes)?.into()),
+            [1] => Some(self.elements(s.rows, f32::from_le_bytes)?),
             _ => return Err(self.wrong(&format!("is corrupt at {}", s.name()))),
         };
         let m = OwnerMatrix::owner(s.id(), (s.rows, s.cols), FW, w, bias)?;
@@ -200,7 +202,7 @@ impl Reader {
             _ => return Err(self.wrong(&format!("is corrupt at {}", s.name()))),
         };
         let mut b = Vec::new();
-        for (i, block) in a.chunks_mut(BLOCK).enumerate() {
+        for (i, block) in Arc::make_mut(&mut a).chunks_mut(BLOCK).enumerate() {
             b.resize(block.len(), 0);
             seed.matrix_words(s.id(), (i * BLOCK) as u64, &mut b);
             block.iter_mut().zip(&b).for_each(|(a, b)| *a = a.wrapping_sub(*b));
