@@ -16,7 +16,7 @@
 //! the Helper lacks; each reply alone is masked by its `pad`, the difference of two by `R_j`, the sum of the last two by
 //! `r_z`. Exact: no error beyond the tables' own.
 //!
-//! [`line`] is `a[hi] + b[hi] lo` over a carry-free window: `W_0 = a + b r_lo`, `W_1 = b`, `O_1 = d_lo`. A function that
+//! [`fn@line`] is `a[hi] + b[hi] lo` over a carry-free window: `W_0 = a + b r_lo`, `W_1 = b`, `O_1 = d_lo`. A function that
 //! would take a lookup and then a polynomial (4 messages) takes 2. Source: two-server PIR by additive differences (Chor et
 //! al., 1995) with the cross terms of [`super::product`]; derived in `docs/protocols.md`.
 
@@ -195,7 +195,7 @@ fn masks(s: &mut Session, scope: &Scope, rows: &Rows, form: Form, sums: Sums) ->
             0 => Vec::new(),
             factors => s.words_each(Pair::OwnerClient, scope, "evaluate.o1", rows, factors, k)?,
         };
-        let mut reply = replies(form, 0..rows.len(), &*sums, &pick, &shares, &rout);
+        let mut reply = replies(form, 0..rows.len(), &sums, &pick, &shares, &rout);
         for (e, reply) in reply.chunks_mut(form.replied().max(1)).enumerate() {
             let pad = &pad[e * form.replied()..];
             reply.iter_mut().zip(pad).for_each(|(v, p)| *v = v.wrapping_add(*p) & m);
@@ -221,7 +221,7 @@ fn masks(s: &mut Session, scope: &Scope, rows: &Rows, form: Form, sums: Sums) ->
                         let fault = crate::error::PeerFault::Malformed("padding bits set");
                         crate::net::blame(Role::Owner, &from, fault)
                     })?;
-                    let mut reply = replies(form, range.clone(), &*sums, &payload[..queries], &shares, &rout);
+                    let mut reply = replies(form, range.clone(), &sums, &payload[..queries], &shares, &rout);
                     let replied = form.replied();
                     for (reply, pad) in reply.chunks_mut(replied).zip(pad[range.start * replied..].chunks(replied)) {
                         for (j, (v, p)) in reply.iter_mut().zip(pad).enumerate() {
@@ -248,14 +248,7 @@ fn masks(s: &mut Session, scope: &Scope, rows: &Rows, form: Form, sums: Sums) ->
 }
 
 /// Sums of picked rows less their masks, and the cross term, without pads.
-fn replies(
-    form: Form,
-    elements: Range<usize>,
-    sums: &(dyn Fn(Range<usize>, &[u8]) -> Vec<u64> + Send + Sync),
-    queries: &[u8],
-    shares: &[u64],
-    rout: &[u64],
-) -> Vec<u64> {
+fn replies(form: Form, elements: Range<usize>, sums: &Sums, queries: &[u8], shares: &[u64], rout: &[u64]) -> Vec<u64> {
     let (words, factors, first) = (form.words(), form.factors, usize::from(form.constant));
     let sums = sums(elements.clone(), queries);
     let mut out = Vec::with_capacity(elements.len() * form.replied());

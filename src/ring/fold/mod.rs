@@ -109,7 +109,7 @@ impl Scaled<'_> {
     /// One row: the definition, the same on every instruction set.
     fn row(&self, row: u64, factor: u32) -> u64 {
         let factor = u64::from(factor);
-        let low = (row & 0xffff_ffff) * factor >> 32;
+        let low = ((row & 0xffff_ffff) * factor) >> 32;
         ((row >> 32) * factor).wrapping_add(low).wrapping_add(self.half()) >> (self.shift - 32)
     }
 }
