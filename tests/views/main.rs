@@ -32,11 +32,11 @@ use trefoil::prf::{Address, AddressLog, Pair, PairKey, PreparationSeed};
 use trefoil::session::Session;
 use trefoil::world::{Keys, Setup, World};
 
-use tally::Message;
+use tally::{Join, Message};
 
 /// Every label under which a message of a pass travels. A message of another name fails the tests: a new kind must be
 /// added here, and is tested from then on.
-const LABELS: [&str; 27] = [
+const LABELS: [&str; 30] = [
     "input.d",
     "open.d",
     "embed.query",
@@ -48,6 +48,9 @@ const LABELS: [&str; 27] = [
     "lookup.query",
     "lookup.client",
     "lookup.helper",
+    "evaluate.query",
+    "evaluate.client",
+    "evaluate.helper",
     "lift.query",
     "lift.client",
     "lift.helper",
@@ -172,22 +175,26 @@ fn named(names: &Names, got: Got, width: impl Fn(&Address) -> Option<u32>) -> Ve
 fn combined(run: &[Message]) -> Vec<Message> {
     let mut out = Vec::new();
     for a in run {
-        let (partner, label, xor) = match a.step.label {
-            "linear.client" => ("linear.helper", "linear, both", false),
-            "lookup.client" => ("lookup.helper", "lookup, both", true),
-            "lift.client" => ("lift.helper", "lift, both", true),
-            "product.client" => ("product.helper", "product, both", false),
-            "cached.client" => ("cached.helper", "cached, both", false),
-            "polynomial.client" => ("polynomial.helper", "polynomial, both", false),
-            "square.client" => ("square.helper", "square, both", false),
-            "scale.client" => ("scale.helper", "scale, both", false),
-            "shared.client" => ("shared.helper", "shared, both", false),
-            "embed.owner" => ("embed.helper", "embed, both", true),
+        let (partner, label, join) = match a.step.label {
+            "linear.client" => ("linear.helper", "linear, both", Join::Sum),
+            "lookup.client" => ("lookup.helper", "lookup, both", Join::Xor),
+            "evaluate.client" => ("evaluate.helper", "evaluate, sum", Join::Sum),
+            "lift.client" => ("lift.helper", "lift, both", Join::Xor),
+            "product.client" => ("product.helper", "product, both", Join::Sum),
+            "cached.client" => ("cached.helper", "cached, both", Join::Sum),
+            "polynomial.client" => ("polynomial.helper", "polynomial, both", Join::Sum),
+            "square.client" => ("square.helper", "square, both", Join::Sum),
+            "scale.client" => ("scale.helper", "scale, both", Join::Sum),
+            "shared.client" => ("shared.helper", "shared, both", Join::Sum),
+            "embed.owner" => ("embed.helper", "embed, both", Join::Xor),
             _ => continue,
         };
         let step = Address { label: partner, ..a.step.clone() };
         let b = run.iter().find(|m| m.step == step).expect("both halves of a step");
-        out.push(a.with(b, label, xor));
+        out.push(a.with(b, label, join));
+        if a.step.label == "evaluate.client" {
+            out.push(a.with(b, "evaluate, difference", Join::Difference));
+        }
     }
     out
 }

@@ -47,16 +47,28 @@ impl Message {
     }
 
     /// Both halves together, as their receiver combines them.
-    pub fn with(&self, other: &Message, label: &'static str, xor: bool) -> Message {
+    pub fn with(&self, other: &Message, label: &'static str, join: Join) -> Message {
         let ((a, k), (b, _)) = (self.elements(), other.elements());
-        let sum: Vec<u64> =
-            a.iter().zip(&b).map(|(a, b)| if xor { a ^ b } else { a.wrapping_add(*b) & mask(k) }).collect();
+        let joined = |(a, b): (&u64, &u64)| match join {
+            Join::Xor => a ^ b,
+            Join::Sum => a.wrapping_add(*b) & mask(k),
+            Join::Difference => a.wrapping_sub(*b) & mask(k),
+        };
+        let sum: Vec<u64> = a.iter().zip(&b).map(joined).collect();
         let mut bytes = pack::pack(&sum, k);
         // Without known elements the carry out of the last one may have reached the padding.
-        let cut = usize::from(!xor && self.k.is_none());
+        let cut = usize::from(join != Join::Xor && self.k.is_none());
         bytes.truncate(self.bytes.len() - cut);
         Message { step: Address { label, ..self.step.clone() }, bytes, k: self.k }
     }
+}
+
+/// How a receiver puts two messages together.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Join {
+    Xor,
+    Sum,
+    Difference,
 }
 
 /// Counts of ones, eight positions to a `u128`.

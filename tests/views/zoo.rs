@@ -118,7 +118,7 @@ fn width(step: &Address) -> Option<u32> {
     let Address { path, label, .. } = step;
     let path = path.as_str();
     match *label {
-        "lookup.query" | "square.shares" | "scale.shares" | "embed.query" => None,
+        "lookup.query" | "evaluate.query" | "square.shares" | "scale.shares" | "embed.query" => None,
         "lift.query" => Some(1),
         "lift.client" | "lift.helper" => Some(if path == "lift" { 22 } else { 12 }),
         _ => match path {
