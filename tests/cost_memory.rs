@@ -135,7 +135,7 @@ fn child(role: Role, s: &[usize; 9], plan: &Path) {
     let mut request = 1u64.to_le_bytes().to_vec();
     request.extend((prompt as u32).to_le_bytes());
     request.extend((new as u32).to_le_bytes());
-    request.resize(33, 0);
+    request.resize(34, 0);
     let tag = Scope::new("request").address(0, "request.open").tag();
     // A Helper that is faster than its Owner.
     let delay = Duration::from_micros(if role == Role::Helper { 800 } else { 0 });
@@ -172,7 +172,7 @@ fn client(s: &mut Session, model: &SecureModel, c: &ModelConfig, plan: &Plan, pr
         let (jobs, links) = (s.jobs(), s.links().clone());
         s.begin(pass, &batch);
         model
-            .pass(s, &mut cache, PassOptions { ports: Some(&ports), noise: None, open_logits: false, depths: None })
+            .pass(s, &mut cache, PassOptions { ports: Some(&ports), noise: None, open_logits: false, every: false, depths: None })
             .unwrap();
         s.end_batch();
         for i in 0..batch.len() {

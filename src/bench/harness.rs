@@ -265,7 +265,7 @@ impl Run<'_> {
         }
         let (mut noise, before) = (Gumbel::new(0, 0.0), (s.declared(), s.depth()));
         let noise = (s.role() == Role::Owner).then_some(&mut noise);
-        model.pass(s, cache, PassOptions { ports: client, noise, open_logits: false, depths: None })?;
+        model.pass(s, cache, PassOptions { ports: client, noise, open_logits: false, every: false, depths: None })?;
         Ok(since(s, &before.0, before.1))
     }
 

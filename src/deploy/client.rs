@@ -11,7 +11,7 @@ use super::party::{Need, Options, reply, unexpected};
 use super::tls::{self, Identity, Reloading, Secured, Tls};
 use super::wire::{self, Digest, Go, Hello, Nonce, Refusal, Reply, SessionFacts};
 use crate::error::{Error, PeerFault, Result};
-use crate::generate::{Client, Generation, LinkReport};
+use crate::generate::{Client, Draft, Generation, LinkReport};
 use crate::model::ModelConfig;
 use crate::model::store::{ClientModel, PublicManifest};
 use crate::net::meter::Meter;
@@ -153,6 +153,14 @@ impl Remote {
             )));
         }
         self.client.generate(prompt, max_new, temperature, seed, false, on_token)
+    }
+
+    /// Generates with drafts from now on, see [`Client::draft_with`].
+    ///
+    /// # Errors
+    /// As [`Client::draft_with`].
+    pub fn draft_with(&mut self, draft: Draft) -> Result<()> {
+        self.client.draft_with(draft)
     }
 
     /// Ends the session at all parties and returns what the Owner reports, and the traffic of all links by name.

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use ndarray::Array2;
 
-use super::{Request, end_walk, lost, request_scope, walk, worst};
+use super::verify::{self, Progress, Turn};
+use super::{Draft, Drafts, Request, end_walk, lost, request_scope, walk, worst};
 use crate::error::{Error, Result};
 use crate::model::secure::{ClientPorts, SecureModel, logit_format};
 use crate::model::{FloatCache, Weights, float};
@@ -16,7 +17,7 @@ use crate::party::Role;
 use crate::plan::{F, INPUT_LIMIT};
 use crate::protocol::embedding::source;
 use crate::ring::fixed;
-use crate::session::{EndOnPanic, Session};
+use crate::session::{EndOnPanic, Session, WALK_ENDED};
 use crate::world::join;
 
 /// Why a generation ended.
@@ -39,10 +40,12 @@ pub struct Generation {
     pub stop: Stop,
     /// From the request to the first token.
     pub prefill: Duration,
-    /// From each token to the next.
+    /// From each token to the next; the tokens that one pass gave out share its time evenly.
     pub decode: Vec<Duration>,
     /// Opened logits per token, if asked for.
     pub logits: Vec<Vec<f32>>,
+    /// What became of the drafts; all zeros without a draft model.
+    pub drafts: Drafts,
 }
 
 /// The Client of a session.
@@ -51,6 +54,7 @@ pub struct Client {
     model: SecureModel,
     /// The public layers and the embedding they need; `None` when the embedding is private.
     public: Option<Weights>,
+    draft: Option<Draft>,
     requests: u64,
     next_pass: u64,
 }
@@ -59,7 +63,22 @@ impl Client {
     /// With the Client's prepared part and the public part of the checkpoint.
     #[must_use]
     pub fn new(session: Session, model: SecureModel, public: Option<Weights>) -> Self {
-        Client { session, model, public, requests: 0, next_pass: 1 }
+        Client { session, model, public, draft: None, requests: 0, next_pass: 1 }
+    }
+
+    /// From now on `draft` guesses tokens, which passes verify: the tokens are those without it, and there are fewer passes.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it has another number of tokens than the model.
+    pub fn draft_with(&mut self, draft: Draft) -> Result<()> {
+        let (ours, theirs) = (draft.vocabulary(), self.model.config().vocab_size);
+        if ours != theirs {
+            return Err(Error::Config(format!(
+                "the draft model has {ours} tokens, the model {theirs}: draft with a model of the same tokenizer"
+            )));
+        }
+        self.draft = Some(draft);
+        Ok(())
     }
 
     /// Generates; `on_token` sees each accepted token and says whether to go on.
@@ -105,6 +124,7 @@ impl Client {
             open_logits,
             temperature,
             seed,
+            drafts: self.draft.as_ref().map_or(0, |d| d.tokens() as u8),
         };
         let index = self.requests;
         self.requests += 1;
@@ -121,6 +141,8 @@ impl Client {
             names: Default::default(),
         };
         let (model, public, session) = (&self.model, self.public.as_ref(), &mut self.session);
+        let draft = self.draft.as_mut();
+        let (decide, decided) = channel();
         let (jobs, links) = (session.jobs(), session.links().clone());
         let stop = AtomicBool::new(false);
         let mut out = Generation {
@@ -129,28 +151,47 @@ impl Client {
             prefill: Duration::ZERO,
             decode: Vec::new(),
             logits: Vec::new(),
+            drafts: Drafts::default(),
         };
         std::thread::scope(|scope| {
             let (ports, stop) = (&ports, &stop);
             let walker = scope.spawn(move || {
                 let _guard = EndOnPanic(session.jobs());
-                let walked = walk(session, model, &r, Some(ports), stop);
+                let walked = match r.drafts {
+                    0 => walk(session, model, &r, Some(ports), stop),
+                    _ => verify::walk(session, model, &r, Some(ports), &decided),
+                };
                 let walked = walked.and_then(|n| end_walk(session, index, n).map(|()| n));
                 if walked.is_err() {
                     session.jobs().end();
                 }
                 walked
             });
+            // It reads the prompt while the prompt's pass is under way.
+            let mut reading = draft.map(|d| {
+                scope.spawn(move || {
+                    d.prepare(prompt);
+                    Ok(d)
+                })
+            });
             let mut online = || -> Result<()> {
                 let mut cache = public.map(|w| FloatCache::new(&w.config));
-                let mut feed = |ids: &[u32]| -> Result<()> {
+                let mut feed = |keep: usize, ids: &[u32]| -> Result<()> {
                     let words = match (public, &mut cache) {
-                        (Some(w), Some(cache)) => hidden_words(&float::hidden(w, ids, cache, &mut ()), model)?,
+                        (Some(w), Some(cache)) => {
+                            cache.truncate(keep);
+                            hidden_words(&float::hidden(w, ids, cache, &mut ()), model)?
+                        }
                         _ => ids.iter().map(|&t| u64::from(t)).collect(),
                     };
                     inputs.send(words).map_err(|_| lost("the client's input"))
                 };
-                feed(prompt)?;
+                feed(0, prompt)?;
+                let mut text = prompt.to_vec();
+                let mut progress = Progress::new(&r);
+                let mut draft: Option<&mut Draft> = None;
+                // Of the pass under way.
+                let mut drafts: Vec<u32> = Vec::new();
                 let mut last = start;
                 for pass in r.first_pass.. {
                     jobs.run_pass(pass, &links)?;
@@ -163,49 +204,91 @@ impl Client {
                         return Err(Error::Range { layer, quantity: quantity.into() });
                     }
                     drop(names);
-                    let id = tokens.try_recv().map_err(|_| lost("the token"))?;
-                    let id = *id.first().ok_or_else(|| lost("the token"))? as u32;
-                    if id as usize >= model.config().vocab_size {
+                    let ids = tokens.try_recv().map_err(|_| lost("the token"))?;
+                    if ids.len() != drafts.len() + 1 {
+                        return Err(lost("a token of the pass"));
+                    }
+                    if ids.iter().any(|&id| id >= model.config().vocab_size as u64) {
                         return Err(Error::Internal("a token beyond the vocabulary".into()));
                     }
-                    if open_logits {
-                        let (f, k) = logit_format(model.plan());
-                        let row = logits.try_recv().map_err(|_| lost("the logits"))?;
-                        out.logits.push(row.iter().map(|&v| fixed::decode(v, f, k) as f32).collect());
-                    }
-                    let now = Instant::now();
-                    if out.tokens.is_empty() {
-                        out.prefill = now - start;
-                    } else {
-                        out.decode.push(now - last);
-                    }
-                    last = now;
-                    out.tokens.push(id);
-                    let more = on_token(id);
-                    let ended = if model.config().eos_ids.contains(&id) {
-                        Some(Stop::EndToken)
-                    } else if out.tokens.len() == max_new {
-                        Some(Stop::Length)
-                    } else if more {
-                        None
-                    } else {
-                        Some(Stop::Caller)
+                    // A draft is right if it is the model's token after all drafts before it; what the model says after a wrong one
+                    // belongs to another text and is forgotten here.
+                    let right = drafts.iter().zip(&ids).take_while(|&(&draft, &id)| u64::from(draft) == id).count();
+                    let rows = match open_logits {
+                        true => logits.try_recv().map_err(|_| lost("the logits"))?,
+                        false => Vec::new(),
                     };
-                    let go = ended.is_none();
-                    if out.tokens.len() < max_new {
-                        let step = request_scope().address(pass + 1, "request.control");
-                        links.send(Role::Owner, Lane::Online, &step, vec![u8::from(go)])?;
-                        links.send(Role::Helper, Lane::Online, &step, vec![u8::from(go)])?;
+                    let (first, took) = (out.tokens.is_empty(), last.elapsed());
+                    last += took;
+                    let before = out.tokens.len();
+                    let mut ended = None;
+                    for (i, &id) in ids[..=right].iter().enumerate() {
+                        let id = id as u32;
+                        if open_logits {
+                            let ((f, k), width) = (logit_format(model.plan()), model.config().vocab_size);
+                            let row = rows.get(i * width..(i + 1) * width).ok_or_else(|| lost("the logits"))?;
+                            out.logits.push(row.iter().map(|&v| fixed::decode(v, f, k) as f32).collect());
+                        }
+                        out.tokens.push(id);
+                        text.push(id);
+                        let more = on_token(id);
+                        ended = if model.config().eos_ids.contains(&id) {
+                            Some(Stop::EndToken)
+                        } else if out.tokens.len() == max_new {
+                            Some(Stop::Length)
+                        } else if more {
+                            None
+                        } else {
+                            Some(Stop::Caller)
+                        };
+                        if ended.is_some() {
+                            break;
+                        }
+                    }
+                    let given = out.tokens.len() - before;
+                    if first {
+                        out.prefill = took;
+                    } else {
+                        out.decode.extend(std::iter::repeat_n(took / given as u32, given));
+                    }
+                    if let Some(progress) = &mut progress {
+                        out.drafts.drafted += if ended.is_some() { given - 1 } else { drafts.len() };
+                        out.drafts.accepted += given - 1;
+                        out.drafts.passes += usize::from(!first);
+                        if let Some(reading) = reading.take() {
+                            draft = Some(join(reading)?);
+                        }
+                        let room = draft.as_ref().map_or(0, |d| d.room(text.len(), max_new - out.tokens.len()));
+                        let n = room.min((max_new - out.tokens.len()).saturating_sub(1));
+                        let turn = Turn { accepted: given - 1, tokens: if ended.is_some() { 0 } else { n + 1 } };
+                        let next = progress.take(turn).map_err(|what| Error::Internal(what.into()))?;
+                        // Before drafting: meanwhile the others walk the pass.
+                        verify::say(&links, pass + 1, turn)?;
+                        if let Some(next) = next {
+                            decide.send(next).map_err(|_| Error::Internal(WALK_ENDED.into()))?;
+                            drafts = draft.as_mut().map_or_else(Vec::new, |d| d.propose(&text, n));
+                            feed(next.keep, &[&text[next.keep..], &drafts].concat())?;
+                        }
+                    } else {
+                        if out.tokens.len() < max_new {
+                            let step = request_scope().address(pass + 1, "request.control");
+                            let go = vec![u8::from(ended.is_none())];
+                            links.send(Role::Owner, Lane::Online, &step, go.clone())?;
+                            links.send(Role::Helper, Lane::Online, &step, go)?;
+                        }
+                        if ended.is_none() {
+                            feed(text.len() - 1, &text[text.len() - 1..])?;
+                        }
                     }
                     if let Some(ended) = ended {
                         out.stop = ended;
                         break;
                     }
-                    feed(&[id])?;
                 }
                 Ok(())
             };
             let online = online();
+            drop(decide);
             stop.store(true, Ordering::Relaxed);
             jobs.release(online.is_err());
             if let Err(e) = &online {
@@ -232,8 +315,7 @@ impl Client {
     /// # Errors
     /// [`Error::Peer`] if a peer is gone already.
     pub fn finish(self) -> Result<()> {
-        let end = Request { first_pass: 0, prompt: 0, max_new: 0, open_logits: false, temperature: 0.0, seed: 0 };
-        self.announce(self.requests, &end)
+        self.announce(self.requests, &Request::END)
     }
 }
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use ndarray::Array1;
 use serde::Serialize;
 
-use super::{Client, Generation, Grant, OwnerReport, helper, lost, owner};
+use super::{Client, Draft, Generation, Grant, OwnerReport, helper, lost, owner};
 use crate::error::{Error, PeerFault, Result};
 use crate::model::preparation::{self, Loaded, Preparation};
 use crate::model::prepare::Prepared;
@@ -223,6 +223,14 @@ impl Local {
         on_token: &mut dyn FnMut(u32) -> bool,
     ) -> Result<Generation> {
         self.client.generate(prompt, max_new, temperature, seed, open_logits, on_token)
+    }
+
+    /// Generates with drafts from now on, see [`Client::draft_with`].
+    ///
+    /// # Errors
+    /// As [`Client::draft_with`].
+    pub fn draft_with(&mut self, draft: Draft) -> Result<()> {
+        self.client.draft_with(draft)
     }
 
     /// Traffic since the preparation, by directed link.

@@ -3,16 +3,23 @@
 //! A request is a prefill pass over the prompt and one decode pass per further token. The Client announces it, gives an
 //! input per pass and says before each decode pass whether to go on; Client and Helper walk the passes ahead in batches
 //! that double up to a limit; what was walked beyond the end is discarded and counted.
+//!
+//! With drafts ([`Draft`]) a decode pass verifies several tokens at once, and no pass is walked ahead of the one before it: see
+//! `verify.rs`, whose head says what that costs and discloses.
 
 mod check;
 mod client;
+mod draft;
 mod local;
 mod server;
+mod verify;
 
 pub use check::{Check, check};
 pub use client::{Client, Generation, Stop};
+pub use draft::{Draft, Drafts, check_draft_tokens};
 pub use local::{LinkReport, Local, LocalOptions};
 pub use server::{Grant, OwnerReport, helper, owner};
+pub use verify::MAX_DRAFTS;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -51,13 +58,19 @@ pub struct Request {
     pub temperature: f64,
     /// Seed of the Owner's sampling noise; no key depends on it.
     pub seed: u64,
+    /// Most drafts that a pass verifies; 0 for a request without drafts.
+    pub drafts: u8,
 }
 
-const REQUEST_BYTES: usize = 33;
+const REQUEST_BYTES: usize = 34;
 /// Of the number of passes walked.
 const WALKED_BYTES: usize = 8;
 
 impl Request {
+    /// Ends the session.
+    const END: Request =
+        Request { first_pass: 0, prompt: 0, max_new: 0, open_logits: false, temperature: 0.0, seed: 0, drafts: 0 };
+
     /// Positions that it may compute: the answer's last token needs none.
     fn positions(&self) -> usize {
         (self.prompt as usize).saturating_add(self.max_new as usize).saturating_sub(1)
@@ -70,6 +83,7 @@ impl Request {
         b.push(u8::from(self.open_logits));
         b.extend(self.temperature.to_le_bytes());
         b.extend(self.seed.to_le_bytes());
+        b.push(self.drafts);
         b
     }
 
@@ -96,6 +110,7 @@ impl Request {
             open_logits: bytes[16] == 1,
             temperature: f64::from_le_bytes(word(17)?),
             seed: u64::from_le_bytes(word(25)?),
+            drafts: bytes[33],
         };
         if r.prompt == 0 {
             return Ok(r);
@@ -115,6 +130,9 @@ impl Request {
         }
         if !(0.0..=crate::plan::MAX_TEMPERATURE).contains(&r.temperature) {
             return Err(bad("a temperature out of range"));
+        }
+        if usize::from(r.drafts) > MAX_DRAFTS {
+            return Err(bad("more drafts for a pass than any request may have"));
         }
         Ok(r)
     }
@@ -158,7 +176,7 @@ fn walk(
     // The stop flag is read after the wait, which a stop may have ended.
     while !batch.is_empty() && jobs.wait_below(MAX_BATCH) && !stop.load(Ordering::Relaxed) {
         s.begin(r.first_pass + walked, &batch);
-        let options = PassOptions { ports, noise: None, open_logits: r.open_logits, depths: None };
+        let options = PassOptions { ports, noise: None, open_logits: r.open_logits, every: false, depths: None };
         let before = s.ahead_sent();
         model.pass(s, &mut cache, options)?;
         s.end_batch();

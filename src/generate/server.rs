@@ -1,15 +1,17 @@
 //! What Owner and Helper do for a session: serve requests until the Client ends it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
+use super::verify::{self, Progress};
 use super::{REQUEST_BYTES, Request, WALKED_BYTES, control, end_walk, request_scope, walk, worst};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::secure::{PassOptions, SecureModel};
 use crate::net::Lane;
 use crate::party::Role;
 use crate::protocol::gumbel::Gumbel;
-use crate::session::{EndOnPanic, Session};
+use crate::session::{EndOnPanic, Session, WALK_ENDED};
 use crate::world::join;
 
 /// What the Owner saw of a session.
@@ -62,18 +64,19 @@ pub fn owner(s: &mut Session, model: &SecureModel, grant: &Grant) -> Result<Owne
         }
         let mut cache = model.cache(r.positions());
         let mut noise = Gumbel::new(r.seed, r.temperature);
-        let mut used = 0;
-        while used < u64::from(r.max_new) {
-            let pass = r.first_pass + used;
-            if used > 0 && !control(s.links(), pass)? {
-                break;
-            }
-            s.begin(pass, &[if used == 0 { r.prompt as usize } else { 1 }]);
+        let mut progress = Progress::new(&r);
+        let (mut used, mut given) = (0, 0);
+        let mut tokens = r.prompt as usize;
+        loop {
+            s.begin(r.first_pass + used, &[tokens]);
             let mut depths = vec![s.depth()];
+            // A rejected draft's noise is used again: by the token that is given out in its place.
+            noise.seek(given);
             let options = PassOptions {
                 ports: None,
                 noise: Some(&mut noise),
                 open_logits: r.open_logits,
+                every: used > 0 && progress.is_some(),
                 depths: Some(&mut depths),
             };
             model.pass(s, &mut cache, options)?;
@@ -81,9 +84,26 @@ pub fn owner(s: &mut Session, model: &SecureModel, grant: &Grant) -> Result<Owne
             // The first difference also holds the Client's input.
             report.layer_messages = depths.windows(2).skip(1).map(|d| d[1] - d[0]).collect();
             used += 1;
+            let pass = r.first_pass + used;
+            match &mut progress {
+                None => {
+                    given = used;
+                    if used == u64::from(r.max_new) || !control(s.links(), pass)? {
+                        break;
+                    }
+                    tokens = 1;
+                }
+                Some(progress) => {
+                    let next = verify::hear(s.links(), pass, progress)?;
+                    given = progress.given() as u64;
+                    let Some(next) = next else { break };
+                    cache.truncate(next.keep);
+                    tokens = next.tokens;
+                }
+            }
         }
         report.requests += 1;
-        report.tokens += used;
+        report.tokens += given;
         next_pass = r.first_pass;
         for from in [Role::Client, Role::Helper] {
             let step = request_scope().address(index, "request.walked");
@@ -114,10 +134,15 @@ pub fn helper(s: &mut Session, model: &SecureModel, grant: &Grant) -> Result<()>
             break;
         }
         let stop = AtomicBool::new(false);
+        let (decide, decided) = channel();
         let walked = std::thread::scope(|scope| {
-            let walker = scope.spawn(|| {
+            let (s, r, stop) = (&mut *s, &r, &stop);
+            let walker = scope.spawn(move || {
                 let _guard = EndOnPanic(s.jobs());
-                let out = walk(s, model, &r, None, &stop);
+                let out = match r.drafts {
+                    0 => walk(s, model, r, None, stop),
+                    _ => verify::walk(s, model, r, None, &decided),
+                };
                 let out = out.and_then(|n| end_walk(s, index, n).map(|()| n));
                 if out.is_err() {
                     s.jobs().end();
@@ -125,6 +150,15 @@ pub fn helper(s: &mut Session, model: &SecureModel, grant: &Grant) -> Result<()>
                 out
             });
             let online = || -> Result<()> {
+                if let Some(mut progress) = Progress::new(r) {
+                    for pass in r.first_pass.. {
+                        jobs.run_pass(pass, &links)?;
+                        let Some(next) = verify::hear(&links, pass + 1, &mut progress)? else { break };
+                        // All jobs of the pass are done: the walker may cut the cache that they have filled.
+                        decide.send(next).map_err(|_| Error::Internal(WALK_ENDED.into()))?;
+                    }
+                    return Ok(());
+                }
                 for used in 0..u64::from(r.max_new) {
                     let pass = r.first_pass + used;
                     if used > 0 && !control(&links, pass)? {
@@ -135,6 +169,7 @@ pub fn helper(s: &mut Session, model: &SecureModel, grant: &Grant) -> Result<()>
                 Ok(())
             };
             let online = online();
+            drop(decide);
             stop.store(true, Ordering::Relaxed);
             jobs.release(online.is_err());
             if let Err(e) = &online {

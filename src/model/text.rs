@@ -10,6 +10,7 @@ use super::config_json::Json;
 use super::files;
 use crate::error::{Error, Result};
 
+const TOKENIZER: &str = "tokenizer.json";
 /// The largest `tokenizer.json` that is read, in bytes.
 const TOKENIZER_LIMIT: u64 = 256 << 20;
 /// The largest `tokenizer_config.json` that is read, in bytes.
@@ -43,10 +44,8 @@ impl TextCodec {
     /// [`Error::Model`] naming the file and what is wrong with it; [`Error::Io`] when it cannot be read.
     pub fn open(dir: &Path) -> Result<Self> {
         let config = ModelConfig::open(dir)?;
-        let path = dir.join("tokenizer.json");
-        let what = path.display().to_string();
-        let remedy = "convert the tokenizer with transformers (AutoTokenizer.from_pretrained(dir, use_fast=True).save_pretrained(dir))";
-        let bytes = files::read_required(&path, TOKENIZER_LIMIT, remedy)?;
+        let what = dir.join(TOKENIZER).display().to_string();
+        let bytes = TextCodec::file(dir)?;
         let mut tokenizer = guarded(&what, || Tokenizer::from_bytes(&bytes))?
             .map_err(|e| Error::Model(format!("{what}: is not a tokenizer of the `tokenizers` library ({e}); fetch it again from where the model comes from")))?;
         // As transformers does: these two are leftovers of training, a prompt is neither cut nor filled up.
@@ -59,6 +58,15 @@ impl TextCodec {
             codec.prepend = codec.prepended(&Json::parse(&bytes, config_path.display().to_string())?)?;
         }
         Ok(codec)
+    }
+
+    /// The bytes of `tokenizer.json` in `dir`.
+    ///
+    /// # Errors
+    /// As [`TextCodec::open`].
+    pub fn file(dir: &Path) -> Result<Vec<u8>> {
+        let remedy = "convert the tokenizer with transformers (AutoTokenizer.from_pretrained(dir, use_fast=True).save_pretrained(dir))";
+        files::read_required(&dir.join(TOKENIZER), TOKENIZER_LIMIT, remedy)
     }
 
     /// The begin token that `tokenizer_config.json` asks for, unless the post-processor adds one by itself: one that

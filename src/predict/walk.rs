@@ -139,6 +139,7 @@ impl<'a> Walker<'a> {
                 ports: (role == Role::Client).then_some(&ports),
                 noise: (role == Role::Owner).then_some(&mut noise),
                 open_logits: false,
+                every: false,
                 depths: (role == Role::Owner).then_some(&mut depths),
             };
             self.model.pass(s, &mut cache, options)?;

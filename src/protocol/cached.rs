@@ -69,6 +69,15 @@ impl Cached {
         self.tokens += tokens;
     }
 
+    /// Forgets all tokens from `tokens` on: rejected drafts. Nobody may still have work to do for them; rows that take their
+    /// place come in a later pass, under masks of their own.
+    pub fn truncate(&mut self, tokens: usize) {
+        self.tokens = self.tokens.min(tokens);
+        for store in [&self.own, &self.share] {
+            store.write().unwrap_or_else(PoisonError::into_inner).truncate(self.tokens * self.width);
+        }
+    }
+
     /// Tokens cached.
     #[must_use]
     pub fn tokens(&self) -> usize {

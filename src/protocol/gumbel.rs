@@ -3,6 +3,9 @@
 //! `argmax_i (x_i + T g_i)` with independent Gumbel `g_i` is a sample of `softmax(x / T)`. The Owner adds the noise to its
 //! side of the masked logits: nobody sees the logits, and the Owner, who knows the noise, sees no logit. Noise is clipped
 //! to `[-ln 20, 20]` (probability `e^-20` each way), a range that the plan of the head reserves. Local.
+//!
+//! The noise of a token is a function of seed and the token's index in the answer alone: however the answer is cut into
+//! passes, and whatever was drafted and rejected in between, the same seed gives the same tokens.
 
 use rand_chacha::ChaCha20Rng;
 use rand_core::{Rng, SeedableRng};
@@ -12,29 +15,46 @@ use crate::share::{Masked, Side};
 
 /// The largest noise at temperature 1.
 pub const CLIP: f64 = 20.0;
+/// Words of 32 bits that [`Gumbel::draw`] takes.
+const WORDS_PER_DRAW: u128 = 2;
 
 /// The Owner's sampling noise; its seed is no key of any PRF stream.
 pub struct Gumbel {
     rng: ChaCha20Rng,
     temperature: f64,
+    /// Index in the answer of the next token that gets noise.
+    next: u64,
 }
 
 impl Gumbel {
     /// Noise for one request. `temperature` 0 means none.
     #[must_use]
     pub fn new(seed: u64, temperature: f64) -> Self {
-        Gumbel { rng: ChaCha20Rng::seed_from_u64(seed), temperature }
+        Gumbel { rng: ChaCha20Rng::seed_from_u64(seed), temperature, next: 0 }
     }
 
-    /// Adds noise to the Owner's side; a no-op for masks.
+    /// The next logits are those of the answer's token `index`.
+    pub fn seek(&mut self, index: u64) {
+        self.next = index;
+    }
+
+    /// Adds noise to the Owner's side, for a token of the answer per row that is not empty; a no-op for masks.
     #[must_use]
     pub fn add(&mut self, x: Masked) -> Masked {
         if x.side() == Side::Mask || self.temperature == 0.0 {
             return x;
         }
         let (k, f, rows) = (x.k(), x.f(), x.rows().clone());
-        x.map(f, rows, |v| {
-            v.iter().map(|w| w.wrapping_add(fixed::encode(self.temperature * self.draw(), f, k))).collect()
+        x.map(f, rows.clone(), |v| {
+            let mut out = Vec::with_capacity(v.len());
+            for logits in (0..rows.tokens()).map(|t| &v[rows.row(t)]).filter(|r| !r.is_empty()) {
+                self.rng.set_word_pos(u128::from(self.next) * WORDS_PER_DRAW * logits.len() as u128);
+                self.next += 1;
+                out.extend(
+                    logits.iter().map(|w| w.wrapping_add(fixed::encode(self.temperature * self.draw(), f, k))),
+                );
+            }
+            out
         })
     }
 

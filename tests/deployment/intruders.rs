@@ -127,6 +127,7 @@ fn request() -> Frame {
     payload.push(0);
     payload.extend(0f64.to_le_bytes());
     payload.extend(0u64.to_le_bytes());
+    payload.push(0);
     frame(Scope::new("request").address(0, "request.open").tag(), payload)
 }
 

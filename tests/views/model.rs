@@ -127,7 +127,7 @@ impl Trio {
         let got = observe(receiver, keys, &PASSES, log, |s| {
             let me = s.role().index();
             let ports = (s.role() == Role::Client).then_some(&ports);
-            let options = PassOptions { ports, noise: None, open_logits, depths: None };
+            let options = PassOptions { ports, noise: None, open_logits, every: false, depths: None };
             self.models[me].pass(s, &mut caches[me].lock().unwrap(), options)
         });
         (got, [tokens, flags, logits].map(|r| r.try_iter().collect()))

@@ -1,4 +1,5 @@
-//! The head: final norm, logits of each pass's last position, noise, argmax, token and range flags to the Client.
+//! The head: final norm, logits of each pass's last position (of a pass that verifies drafts: of all), noise, argmax,
+//! tokens and range flags to the Client.
 
 use std::sync::PoisonError;
 
@@ -21,7 +22,7 @@ pub(super) fn head(
     o: PassOptions<'_>,
 ) -> Result<()> {
     let (scope, p) = (Scope::new("head"), &m.plan.head);
-    let h = last_tokens(s, h);
+    let h = if o.every { h.clone() } else { last_tokens(s, h) };
     let x = {
         let mut c = Context { s, scope: &scope, layer: "head", flags: &mut flags, config: &m.config };
         m.final_norm.apply(&mut c, "norm", "sum of squares before the head", &h, &p.norm)?

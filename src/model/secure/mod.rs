@@ -84,6 +84,16 @@ impl KvCache {
         self.positions += tokens;
     }
 
+    /// Forgets all positions from `positions` on. At the Helper the jobs of all passes so far must be done: they fill the
+    /// cache behind its walk.
+    pub fn truncate(&mut self, positions: usize) {
+        for (keys, values) in &mut self.layers {
+            keys.truncate(positions);
+            values.truncate(positions);
+        }
+        self.positions = self.positions.min(positions);
+    }
+
     /// Positions cached so far.
     #[must_use]
     pub fn positions(&self) -> usize {
@@ -95,7 +105,7 @@ impl KvCache {
 pub struct ClientPorts {
     /// Hidden states (ring elements) or token ids, a vector per pass.
     pub source: input::InputSource,
-    /// The chosen token of each pass.
+    /// The chosen tokens of each pass: one, or one for each position.
     pub token: Sender<Vec<u64>>,
     /// The range flags of each pass.
     pub flags: Sender<Vec<u64>>,
@@ -113,6 +123,8 @@ pub struct PassOptions<'a> {
     pub noise: Option<&'a mut Gumbel>,
     /// Open the logits to the Client (a named option: they are more than the tokens).
     pub open_logits: bool,
+    /// A token for every position of a pass, instead of the last one only: to verify drafts.
+    pub every: bool,
     /// Filled with the causal depth after each layer (Owner).
     pub depths: Option<&'a mut Vec<u32>>,
 }
@@ -240,7 +252,7 @@ impl SecureModel {
         h.add(&m.narrow(self.plan.residual_k)?)
     }
 
-    /// One pass over the session's current batch: input to opened token.
+    /// One pass over the session's current batch: input to opened token (with `every`, tokens).
     ///
     /// # Errors
     /// [`crate::Error::Peer`], [`crate::Error::Reuse`], [`crate::Error::Shape`].
