@@ -1,7 +1,7 @@
 //! What a private layer costs: bytes and messages, asserted; declared costs against the meter.
 
 use trefoil::Role;
-use trefoil::bench::{Harness, Measured, Part, Preset, count};
+use trefoil::bench::{Harness, Measured, Pace, Part, Preset, count};
 use trefoil::model::{Arch, ModelConfig};
 use trefoil::net::FRAME_HEADER;
 use trefoil::world::Setup;
@@ -116,14 +116,37 @@ fn prefill_h768_128_tokens() {
     assert!(m.depth <= 40, "{} messages in sequence", m.depth);
 }
 
+/// A pass that verifies drafts, from its input to its tokens: a head for every position, and no more messages in sequence than
+/// one token takes.
+#[test]
+fn a_pass_that_verifies_drafts_costs_what_it_declares() {
+    let layer = prepared(tiny());
+    let k = layer.plan().residual_k;
+    let verified = |passes: &[usize]| layer.measure(Part::Verified, Pace::OneBatch, 20, passes).unwrap();
+    let one = verified(&[1]);
+    for tokens in [1, 2, 5, 17] {
+        let m = verified(&[tokens]);
+        // Here the input is the pass's own, and declared.
+        declared_is_metered(&m, &[]);
+        assert_eq!(m.depth, one.depth, "{tokens} positions");
+        show("a pass that verifies drafts, per position", &m, tokens);
+        // The same tokens one by one would carry as much, but for padding and what later passes add to the context.
+        let apart = verified(&vec![1; tokens]);
+        assert!(m.online_bytes() <= apart.online_bytes(), "{} {}", m.online_bytes(), apart.online_bytes());
+        assert!(m.ahead_bytes() <= apart.ahead_bytes());
+        let messages = |m: &Measured| m.sent.iter().flatten().map(|l| l.messages).sum::<u64>();
+        assert_eq!(messages(&m), messages(&one), "{tokens} positions, {k} bits each");
+    }
+}
+
 /// The walk that counts says what the meters say, link by link.
 #[test]
 fn the_counted_cost_is_the_metered_one() {
     let layer = prepared(tiny());
     for (part, context, passes) in
-        [(Part::Layers, 0, vec![7]), (Part::Layers, 20, vec![1; 3]), (Part::Whole, 20, vec![1; 3])]
+        [(Part::Layers, 0, vec![7]), (Part::Layers, 20, vec![1; 3]), (Part::Whole, 20, vec![1; 3]), (Part::Verified, 20, vec![5])]
     {
-        let metered = layer.measure(part, trefoil::bench::Pace::Ready, context, &passes).unwrap();
+        let metered = layer.measure(part, Pace::Ready, context, &passes).unwrap();
         let counted = count(&tiny(), layer.plan(), part, context, &passes).unwrap();
         assert_eq!(metered.sent, counted.sent, "{part:?}");
         assert_eq!(metered.depth, counted.depth, "{part:?}");

@@ -30,6 +30,8 @@ pub enum Part {
     Layers,
     /// From the Client's input to its token, as in a generation.
     Whole,
+    /// The same with a token for every position, as in a pass that verifies drafts.
+    Verified,
 }
 
 /// When Client and Helper do their run-ahead work, and from when on the clock runs.
@@ -158,7 +160,7 @@ impl Harness {
         let world = World::new(Keys::seeded(1), &setup);
         let run = Run { world: &world, part, pace, profile: setup.profile };
         let input = |i: usize| match part {
-            Part::Whole if self.plan().private_embedding => vec![(i % ROWS) as u64],
+            Part::Whole | Part::Verified if self.plan().private_embedding => vec![(i % ROWS) as u64],
             _ => self.hidden[i % self.hidden.len()].clone(),
         };
         run.execute(&self.models.each_ref(), context, passes, &input)
@@ -171,7 +173,7 @@ impl Harness {
 /// [`Error::Internal`] for a plan that does not belong to the configuration.
 pub fn count(config: &ModelConfig, plan: &Plan, part: Part, context: usize, passes: &[usize]) -> Result<Measured> {
     let model = SecureModel::shape(config.clone(), plan.clone())?;
-    let width = if part == Part::Whole && plan.private_embedding { 1 } else { config.hidden_size };
+    let width = if part != Part::Layers && plan.private_embedding { 1 } else { config.hidden_size };
     let world = World::counting(Arc::new(Work::default()));
     let pace = Pace::Generation([MAX_BATCH; 3]);
     let run = Run { world: &world, part, pace, profile: Profile::NONE };
@@ -246,7 +248,7 @@ impl Run<'_> {
             .map(|from| Role::ALL.map(|to| if from == to { LinkTotals::default() } else { self.world.sent(from, to) }));
         let depth = match self.part {
             Part::Layers => out.owner.last().map_or(0, |(_, depth)| *depth),
-            Part::Whole => self.world.meter(Role::Client).depth() / passes.len().max(1) as u32,
+            Part::Whole | Part::Verified => self.world.meter(Role::Client).depth() / passes.len().max(1) as u32,
         };
         Ok(Measured { wall, sent, depth, declared: out.owner.into_iter().map(|(cost, _)| cost).collect() })
     }
@@ -265,7 +267,8 @@ impl Run<'_> {
         }
         let (mut noise, before) = (Gumbel::new(0, 0.0), (s.declared(), s.depth()));
         let noise = (s.role() == Role::Owner).then_some(&mut noise);
-        model.pass(s, cache, PassOptions { ports: client, noise, open_logits: false, every: false, depths: None })?;
+        let every = self.part == Part::Verified;
+        model.pass(s, cache, PassOptions { ports: client, noise, open_logits: false, every, depths: None })?;
         Ok(since(s, &before.0, before.1))
     }
 

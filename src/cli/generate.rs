@@ -10,7 +10,9 @@ use trefoil::deploy::client::Remote;
 use trefoil::deploy::config::{Config, Party};
 use trefoil::deploy::party::Options;
 use trefoil::error::{Error, Result};
-use trefoil::generate::{Check, Generation, LinkReport, Local, LocalOptions, Stop, check};
+use trefoil::generate::{
+    Check, Draft, Drafts, Generation, LinkReport, Local, LocalOptions, Stop, check, check_draft_tokens,
+};
 use trefoil::model::preparation::parse_private_layers;
 use trefoil::model::{Checkpoint, TextCodec, TextStream, Weights, calibrate};
 use trefoil::net::shape::Profile;
@@ -56,6 +58,15 @@ pub struct Args {
     /// instead of on a built-in text.
     #[arg(long, value_name = "FILE")]
     calibration_text: Option<PathBuf>,
+    /// Draft with this model (a directory as for --model, with the same tokenizer: a smaller model of the family, or the public
+    /// base). It runs at the client, in plaintext; one private pass then verifies its next tokens together, and those that are
+    /// the model's own are given out. The tokens are the same, in fewer passes. Owner and helper see how many drafts are
+    /// accepted in each pass, and no pass is walked ahead of the one before it.
+    #[arg(long, value_name = "DIR")]
+    draft: Option<PathBuf>,
+    /// Tokens to draft for a pass, 1 to 16.
+    #[arg(long, value_name = "N", default_value_t = 4, requires = "draft")]
+    draft_tokens: usize,
     /// Print one JSON object at the end instead of streaming text.
     #[arg(long)]
     json: bool,
@@ -80,6 +91,25 @@ struct SessionFacts {
     setup_ms: f64,
 }
 
+/// What drafting has brought.
+#[derive(Serialize)]
+struct DraftFacts {
+    model: String,
+    tokens: usize,
+    drafted: usize,
+    accepted: usize,
+    rate: f64,
+    passes: usize,
+}
+
+impl DraftFacts {
+    fn new(a: &Args, d: Drafts) -> Option<DraftFacts> {
+        let model = a.draft.as_ref()?.display().to_string();
+        let Drafts { drafted, accepted, passes } = d;
+        Some(DraftFacts { model, tokens: a.draft_tokens, drafted, accepted, rate: d.rate(), passes })
+    }
+}
+
 #[derive(Serialize)]
 struct Report {
     text: String,
@@ -100,6 +130,8 @@ struct Report {
     preparation_bytes: Option<u64>,
     prefill_ms: f64,
     decode_ms: Decode,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    draft: Option<DraftFacts>,
     messages_per_private_layer: u32,
     links: BTreeMap<String, LinkReport>,
     discarded_slots: u64,
@@ -200,6 +232,7 @@ pub fn run(a: &Args) -> Result<()> {
             a.temperature
         )));
     }
+    check_draft_tokens(a.draft_tokens)?;
     let report = match &a.config {
         Some(config) => remote(a, config)?,
         None => local(a)?,
@@ -211,6 +244,11 @@ pub fn run(a: &Args) -> Result<()> {
         summary(&report);
     }
     Ok(())
+}
+
+/// The draft model, for the model whose tokenizer is in `model`; before anything is prepared, or anybody is called.
+fn draft(a: &Args, model: &Path) -> Result<Option<Draft>> {
+    a.draft.as_ref().map(|dir| Draft::open(dir, a.draft_tokens, model)).transpose()
 }
 
 /// The Client of a deployment.
@@ -225,7 +263,9 @@ fn remote(a: &Args, path: &Path) -> Result<Report> {
     };
     let codec = TextCodec::open(public)?;
     let prompt = encode(&codec, &a.prompt)?;
+    let draft = draft(a, public)?;
     let mut remote = Remote::open(path, Options::default())?;
+    draft.map_or(Ok(()), |d| remote.draft_with(d))?;
     let facts = remote.facts().clone();
     let mut speaker = Speaker::new(a, codec, &prompt, &facts.config.eos_ids)?;
     speaker.begin(&a.prompt)?;
@@ -246,7 +286,7 @@ fn remote(a: &Args, path: &Path) -> Result<Report> {
         preparation: facts.preparation,
         setup_ms: ms(facts.setup),
     };
-    let mut report = Report::new(text, prompt.len(), g, &facts.plan, links);
+    let mut report = Report::new(a, text, prompt.len(), g, &facts.plan, links);
     report.net = "as it is".into();
     report.session = Some(session);
     report.messages_per_private_layer = u32::try_from(sums.layer_messages).unwrap_or(u32::MAX);
@@ -271,6 +311,7 @@ fn local(a: &Args) -> Result<Report> {
             config.max_positions
         )));
     }
+    let draft = draft(a, &a.model)?;
     let mut options = LocalOptions::new(private_layers).net(profile);
     // Nothing of the request: the plan is the model's, and tells nobody how long a prompt is.
     options.max_positions = a.context;
@@ -282,6 +323,7 @@ fn local(a: &Args) -> Result<Report> {
         eprintln!("preparing {} (calibration, fixed point, shares of the weights) ...", a.model.display());
     }
     let mut local = Local::open(&a.model, options)?;
+    draft.map_or(Ok(()), |d| local.draft_with(d))?;
     if let (Some(base), false) = (&a.base, local.plan().head.public) {
         eprintln!(
             "warning: final norm and head are not those of --base {}, bit for bit: they stay private",
@@ -307,7 +349,7 @@ fn local(a: &Args) -> Result<Report> {
         false => None,
         true => Some(check(&Weights::load(&Checkpoint::open(&a.model)?)?, &prompt, &g, a.temperature > 0.0)),
     };
-    let mut report = Report::new(text, prompt.len(), g, &plan, links);
+    let mut report = Report::new(a, text, prompt.len(), g, &plan, links);
     report.net = profile.to_string();
     report.preparation_ms = Some(ms(preparation));
     report.preparation_bytes = Some(preparation_bytes);
@@ -319,6 +361,7 @@ fn local(a: &Args) -> Result<Report> {
 
 impl Report {
     fn new(
+        a: &Args,
         text: String,
         prompt_tokens: usize,
         g: Generation,
@@ -347,6 +390,7 @@ impl Report {
             preparation_bytes: None,
             prefill_ms: ms(g.prefill),
             decode_ms: Decode { median: quantile(&decode, 0.5), p95: quantile(&decode, 0.95) },
+            draft: DraftFacts::new(a, g.drafts),
             messages_per_private_layer: 0,
             links,
             discarded_slots: 0,
@@ -385,6 +429,17 @@ fn summary(r: &Report) {
         r.decode_ms.p95,
         r.tokens.len().saturating_sub(1)
     );
+    if let Some(d) = &r.draft {
+        eprintln!(
+            "drafts        {} of {} accepted ({:.0} %), {} decode passes, {} drafts each at most, from {}",
+            d.accepted,
+            d.drafted,
+            100.0 * d.rate,
+            d.passes,
+            d.tokens,
+            d.model
+        );
+    }
     eprintln!("messages      {} in sequence per private layer", r.messages_per_private_layer);
     for (link, l) in &r.links {
         eprintln!(

@@ -258,8 +258,8 @@ impl Client {
                         if let Some(reading) = reading.take() {
                             draft = Some(join(reading)?);
                         }
-                        let room = draft.as_ref().map_or(0, |d| d.room(text.len(), max_new - out.tokens.len()));
-                        let n = room.min((max_new - out.tokens.len()).saturating_sub(1));
+                        let most = (max_new - out.tokens.len()).saturating_sub(1);
+                        let n = draft.as_ref().map_or(0, |d| d.room(text.len(), most));
                         let turn = Turn { accepted: given - 1, tokens: if ended.is_some() { 0 } else { n + 1 } };
                         let next = progress.take(turn).map_err(|what| Error::Internal(what.into()))?;
                         // Before drafting: meanwhile the others walk the pass.
