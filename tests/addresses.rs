@@ -8,7 +8,7 @@
 use std::collections::{HashMap, HashSet};
 use std::thread;
 
-use trefoil::generate::{Local, LocalOptions, Stop};
+use trefoil::generate::{Draft, Local, LocalOptions, Stop};
 use trefoil::model::{Activation, Arch, ModelConfig, Rope, RopeScaling, Weights};
 use trefoil::party::Role;
 use trefoil::prf::{Address, AddressLog, Pair, Taken};
@@ -45,12 +45,19 @@ fn session(keys: Option<Keys>, private_layers: Option<usize>) -> Vec<Taken> {
     let mut weights = Weights::random(config(), 5).unwrap();
     // Logits far enough apart that rounding, which fresh masks vary, does not decide.
     weights.head.as_mut().unwrap().mapv_inplace(|w| 100.0 * w);
-    let mut local = Local::start(weights, None, options).unwrap();
-    // Two requests, the first one again, one that its caller stops after two of 20 tokens, and the first one once more.
+    let mut local = Local::start(weights.clone(), None, options).unwrap();
+    // Two requests, the first one again, one that its caller stops after two of 20 tokens, and the first one once more. Then the
+    // same with drafts: as good as the model, and then ones of which most are rejected.
     let requests: [(&[u32], usize, usize); 5] =
         [(&[1, 2, 3], 5, 9), (&[7, 8], 3, 9), (&[1, 2, 3], 5, 9), (&[4], 20, 2), (&[1, 2, 3], 5, 9)];
+    let requests = [requests; 3].concat();
     let (mut last, mut from, mut first) = (0, 0, None);
     for (i, (prompt, max_new, stop)) in requests.into_iter().enumerate() {
+        match i {
+            5 => local.draft_with(Draft::new(weights.clone(), 3).unwrap()).unwrap(),
+            10 => local.draft_with(Draft::new(Weights::random(config(), 6).unwrap(), 3).unwrap()).unwrap(),
+            _ => {}
+        }
         let mut n = 0;
         let out = local
             .generate(prompt, max_new, 0.0, 0, false, &mut |_| {

@@ -143,9 +143,12 @@ fn a_pass_that_verifies_drafts_costs_what_it_declares() {
 #[test]
 fn the_counted_cost_is_the_metered_one() {
     let layer = prepared(tiny());
-    for (part, context, passes) in
-        [(Part::Layers, 0, vec![7]), (Part::Layers, 20, vec![1; 3]), (Part::Whole, 20, vec![1; 3]), (Part::Verified, 20, vec![5])]
-    {
+    for (part, context, passes) in [
+        (Part::Layers, 0, vec![7]),
+        (Part::Layers, 20, vec![1; 3]),
+        (Part::Whole, 20, vec![1; 3]),
+        (Part::Verified, 20, vec![5]),
+    ] {
         let metered = layer.measure(part, Pace::Ready, context, &passes).unwrap();
         let counted = count(&tiny(), layer.plan(), part, context, &passes).unwrap();
         assert_eq!(metered.sent, counted.sent, "{part:?}");

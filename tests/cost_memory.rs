@@ -172,7 +172,11 @@ fn client(s: &mut Session, model: &SecureModel, c: &ModelConfig, plan: &Plan, pr
         let (jobs, links) = (s.jobs(), s.links().clone());
         s.begin(pass, &batch);
         model
-            .pass(s, &mut cache, PassOptions { ports: Some(&ports), noise: None, open_logits: false, every: false, depths: None })
+            .pass(
+                s,
+                &mut cache,
+                PassOptions { ports: Some(&ports), noise: None, open_logits: false, every: false, depths: None },
+            )
             .unwrap();
         s.end_batch();
         for i in 0..batch.len() {

@@ -16,6 +16,7 @@ use crate::net::Lane;
 use crate::party::Role;
 use crate::plan::{F, INPUT_LIMIT};
 use crate::protocol::embedding::source;
+use crate::protocol::gumbel::Gumbel;
 use crate::ring::fixed;
 use crate::session::{EndOnPanic, Session, WALK_ENDED};
 use crate::world::join;
@@ -192,6 +193,7 @@ impl Client {
                 let mut draft: Option<&mut Draft> = None;
                 // Of the pass under way.
                 let mut drafts: Vec<u32> = Vec::new();
+                let mut noise = (temperature > 0.0).then(|| Gumbel::new(seed, temperature));
                 let mut last = start;
                 for pass in r.first_pass.. {
                     jobs.run_pass(pass, &links)?;
@@ -266,7 +268,9 @@ impl Client {
                         verify::say(&links, pass + 1, turn)?;
                         if let Some(next) = next {
                             decide.send(next).map_err(|_| Error::Internal(WALK_ENDED.into()))?;
-                            drafts = draft.as_mut().map_or_else(Vec::new, |d| d.propose(&text, n));
+                            drafts = draft
+                                .as_mut()
+                                .map_or_else(Vec::new, |d| d.propose(&text, out.tokens.len(), n, noise.as_mut()));
                             feed(next.keep, &[&text[next.keep..], &drafts].concat())?;
                         }
                     } else {

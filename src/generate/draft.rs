@@ -2,6 +2,10 @@
 //!
 //! Any model with the same tokenizer will do: the public base of the private model, a smaller one of its family, fewer layers
 //! of it. It runs in f32 at the Client and sends nothing; what it gets wrong costs time and never a token.
+//!
+//! Greedy drafts are the likeliest tokens. With a temperature the Client, whose seed makes the Owner's sampling noise
+//! ([`crate::protocol::gumbel`]), adds the same noise to its own logits: where both models give much the same logits they then
+//! sample the same token, which a greedy draft would often miss.
 
 use std::path::Path;
 
@@ -10,6 +14,7 @@ use ndarray::s;
 use super::MAX_DRAFTS;
 use crate::error::{Error, Result};
 use crate::model::{Checkpoint, FloatCache, ModelConfig, TextCodec, Weights, float};
+use crate::protocol::gumbel::Gumbel;
 
 /// A draft model, and how many tokens it drafts for a pass.
 pub struct Draft {
@@ -23,7 +28,10 @@ pub struct Draft {
 impl std::fmt::Debug for Draft {
     /// Without what it has read, which is the prompt.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Draft").field("config", &self.weights.config).field("tokens", &self.tokens).finish_non_exhaustive()
+        f.debug_struct("Draft")
+            .field("config", &self.weights.config)
+            .field("tokens", &self.tokens)
+            .finish_non_exhaustive()
     }
 }
 
@@ -111,23 +119,27 @@ impl Draft {
             && self.room(text.len(), 1) > 0
             && !before.is_empty()
         {
-            let _hidden = self.advance(before);
+            let _ = self.advance(before);
         }
     }
 
-    /// The `n` likeliest tokens after `text`, one after the other; `n` at most its room.
-    pub(super) fn propose(&mut self, text: &[u32], n: usize) -> Vec<u32> {
-        let (mut all, mut out) = (text.to_vec(), Vec::with_capacity(n));
-        for _ in 0..n {
-            let next = self.advance(&all);
-            out.push(next);
-            all.push(next);
+    /// Drafts of the `n` tokens after `text`, of which the last `given` are the answer so far; `n` at most its room. `noise` is
+    /// the request's, as the Owner has it.
+    pub(super) fn propose(&mut self, text: &[u32], given: usize, n: usize, noise: Option<&mut Gumbel>) -> Vec<u32> {
+        let (mut all, mut noise) = (text.to_vec(), noise);
+        for index in given..given + n {
+            let mut logits = self.advance(&all);
+            if let Some(noise) = &mut noise {
+                let noise = noise.of(index as u64, logits.len());
+                logits.iter_mut().zip(noise).for_each(|(l, g)| *l += g as f32);
+            }
+            all.push(largest(&logits));
         }
-        out
+        all.split_off(text.len())
     }
 
-    /// The likeliest token after `text`, of which only what is new is read.
-    fn advance(&mut self, text: &[u32]) -> u32 {
+    /// The logits after `text`, of which only what is new is read.
+    fn advance(&mut self, text: &[u32]) -> Vec<f32> {
         // Its last token is always read again: the logits come from there.
         let known = self.read.iter().zip(text).take_while(|(a, b)| a == b).count().min(text.len().saturating_sub(1));
         self.cache.truncate(known);
@@ -135,13 +147,15 @@ impl Draft {
         let h = float::hidden(&self.weights, &text[known..], &mut self.cache, &mut ());
         self.read.extend_from_slice(&text[known..]);
         let last = h.slice(s![h.nrows() - 1.., ..]).to_owned();
-        let logits = float::logits(&self.weights, &last);
-        let best = logits.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, &v)| {
-            // What is not a number is never the largest.
-            if v > best.1 { (i, v) } else { best }
-        });
-        best.0 as u32
+        float::logits(&self.weights, &last).into_iter().collect()
     }
+}
+
+/// The first of the largest; what is not a number is never it.
+fn largest(logits: &[f32]) -> u32 {
+    let best =
+        logits.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, &v)| if v > best.1 { (i, v) } else { best });
+    best.0 as u32
 }
 
 fn check_vocabulary((draft, ours): (&Path, usize), (model, theirs): (&Path, usize)) -> Result<()> {
@@ -168,16 +182,16 @@ mod tests {
     #[test]
     fn drafts_do_not_depend_on_what_was_rejected() {
         let mut d = draft();
-        let first = d.propose(&[1, 2, 3], 4);
+        let first = d.propose(&[1, 2, 3], 0, 4, None);
         // The model has said something else after the second draft.
         let text = [1, 2, 3, first[0], first[1] ^ 1];
-        let after = d.propose(&text, 3);
-        assert_eq!(after, draft().propose(&text, 3));
+        let after = d.propose(&text, 2, 3, None);
+        assert_eq!(after, draft().propose(&text, 2, 3, None));
         // Another request.
-        assert_eq!(d.propose(&[1, 2, 3], 4), first);
+        assert_eq!(d.propose(&[1, 2, 3], 0, 4, None), first);
         let mut prepared = draft();
         prepared.prepare(&[1, 2, 3]);
-        assert_eq!(prepared.propose(&[1, 2, 3], 4), first);
+        assert_eq!(prepared.propose(&[1, 2, 3], 0, 4, None), first);
     }
 
     #[test]
@@ -186,7 +200,7 @@ mod tests {
         assert_eq!([3, 7, 8, 10, 11, 12].map(|len| d.room(len, 9)), [4, 4, 3, 1, 0, 0]);
         assert_eq!(d.room(3, 2), 2);
         let mut d = draft();
-        assert_eq!(d.propose(&[5; 7], 4).len(), 4);
+        assert_eq!(d.propose(&[5; 7], 0, 4, None).len(), 4);
         d.prepare(&[5; 40]);
     }
 

@@ -166,8 +166,7 @@ mod tests {
     use super::*;
 
     fn progress(drafts: u8, prompt: u32, max_new: u32) -> Progress {
-        let r =
-            Request { first_pass: 1, prompt, max_new, open_logits: false, temperature: 0.0, seed: 0, drafts };
+        let r = Request { first_pass: 1, prompt, max_new, open_logits: false, temperature: 0.0, seed: 0, drafts };
         Progress::new(&r).unwrap()
     }
 

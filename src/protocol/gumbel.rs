@@ -48,14 +48,19 @@ impl Gumbel {
         x.map(f, rows.clone(), |v| {
             let mut out = Vec::with_capacity(v.len());
             for logits in (0..rows.tokens()).map(|t| &v[rows.row(t)]).filter(|r| !r.is_empty()) {
-                self.rng.set_word_pos(u128::from(self.next) * WORDS_PER_DRAW * logits.len() as u128);
+                let noise = self.of(self.next, logits.len());
                 self.next += 1;
-                out.extend(
-                    logits.iter().map(|w| w.wrapping_add(fixed::encode(self.temperature * self.draw(), f, k))),
-                );
+                out.extend(logits.iter().zip(noise).map(|(w, g)| w.wrapping_add(fixed::encode(g, f, k))));
             }
             out
         })
+    }
+
+    /// The noise of the answer's token `index`, temperature included, one for each of `n` candidates. The Client, whose seed it
+    /// is, drafts with it.
+    pub(crate) fn of(&mut self, index: u64, n: usize) -> Vec<f64> {
+        self.rng.set_word_pos(u128::from(index) * WORDS_PER_DRAW * n as u128);
+        (0..n).map(|_| self.temperature * self.draw()).collect()
     }
 
     fn draw(&mut self) -> f64 {

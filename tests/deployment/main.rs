@@ -5,6 +5,9 @@ mod addresses;
 mod attacker;
 mod canary;
 mod crashes;
+mod draft;
+#[path = "../support/drafts.rs"]
+mod drafts;
 mod foreign;
 mod hostile;
 mod identities;
