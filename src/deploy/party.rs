@@ -49,7 +49,9 @@ impl Need {
     pub fn of(role: Role, limits: &Limits, c: &ModelConfig, plan: &Plan, run_ahead: u64) -> Need {
         let model = memory::model_bytes(role, c, plan);
         let prefill = limits.prompt_tokens.clamp(1, plan.max_positions);
-        let session = memory::session_bytes(role, c, plan, prefill, plan.max_positions - prefill, run_ahead);
+        let mut session = memory::session_bytes(role, c, plan, prefill, plan.max_positions - prefill, run_ahead);
+        // A client may draft.
+        session.batch = session.batch.max(memory::verification_bytes(role, c, plan, plan.max_positions));
         Need { model: model.weights + model.tables, session: session.total() }
     }
 

@@ -2,7 +2,7 @@
 
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use ndarray::Array2;
@@ -146,14 +146,7 @@ impl Client {
         let (decide, decided) = channel();
         let (jobs, links) = (session.jobs(), session.links().clone());
         let stop = AtomicBool::new(false);
-        let mut out = Generation {
-            tokens: Vec::new(),
-            stop: Stop::Length,
-            prefill: Duration::ZERO,
-            decode: Vec::new(),
-            logits: Vec::new(),
-            drafts: Drafts::default(),
-        };
+        let mut answer = Answer::new(model, prompt, max_new, on_token);
         std::thread::scope(|scope| {
             let (ports, stop) = (&ports, &stop);
             let walker = scope.spawn(move || {
@@ -188,7 +181,6 @@ impl Client {
                     inputs.send(words).map_err(|_| lost("the client's input"))
                 };
                 feed(0, prompt)?;
-                let mut text = prompt.to_vec();
                 let mut progress = Progress::new(&r);
                 let mut draft: Option<&mut Draft> = None;
                 // Of the pass under way.
@@ -197,15 +189,7 @@ impl Client {
                 let mut last = start;
                 for pass in r.first_pass.. {
                     jobs.run_pass(pass, &links)?;
-                    let bits = flags.try_recv().map_err(|_| lost("the range flags"));
-                    let names = ports.names.lock().unwrap_or_else(PoisonError::into_inner);
-                    // No guard in the whole plan: everything is proven.
-                    let bits = if names.is_empty() { Vec::new() } else { bits? };
-                    if let Some(i) = bits.iter().position(|&b| b != 0) {
-                        let (layer, quantity) = names.get(i).cloned().ok_or_else(|| lost("the names of the flags"))?;
-                        return Err(Error::Range { layer, quantity: quantity.into() });
-                    }
-                    drop(names);
+                    check_flags(ports, &flags)?;
                     let ids = tokens.try_recv().map_err(|_| lost("the token"))?;
                     if ids.len() != drafts.len() + 1 {
                         return Err(lost("a token of the pass"));
@@ -220,72 +204,44 @@ impl Client {
                         true => logits.try_recv().map_err(|_| lost("the logits"))?,
                         false => Vec::new(),
                     };
-                    let (first, took) = (out.tokens.is_empty(), last.elapsed());
+                    let took = last.elapsed();
                     last += took;
-                    let before = out.tokens.len();
-                    let mut ended = None;
-                    for (i, &id) in ids[..=right].iter().enumerate() {
-                        let id = id as u32;
-                        if open_logits {
-                            let ((f, k), width) = (logit_format(model.plan()), model.config().vocab_size);
-                            let row = rows.get(i * width..(i + 1) * width).ok_or_else(|| lost("the logits"))?;
-                            out.logits.push(row.iter().map(|&v| fixed::decode(v, f, k) as f32).collect());
-                        }
-                        out.tokens.push(id);
-                        text.push(id);
-                        let more = on_token(id);
-                        ended = if model.config().eos_ids.contains(&id) {
-                            Some(Stop::EndToken)
-                        } else if out.tokens.len() == max_new {
-                            Some(Stop::Length)
-                        } else if more {
-                            None
-                        } else {
-                            Some(Stop::Caller)
-                        };
-                        if ended.is_some() {
-                            break;
-                        }
-                    }
-                    let given = out.tokens.len() - before;
-                    if first {
-                        out.prefill = took;
-                    } else {
-                        out.decode.extend(std::iter::repeat_n(took / given as u32, given));
-                    }
+                    let (given, ended) = answer.take(&ids[..=right], &rows, took)?;
                     if let Some(progress) = &mut progress {
-                        out.drafts.drafted += if ended.is_some() { given - 1 } else { drafts.len() };
-                        out.drafts.accepted += given - 1;
-                        out.drafts.passes += usize::from(!first);
+                        let counts = &mut answer.out.drafts;
+                        counts.drafted += if ended.is_some() { given - 1 } else { drafts.len() };
+                        counts.accepted += given - 1;
+                        counts.passes += usize::from(pass > r.first_pass);
                         if let Some(reading) = reading.take() {
                             draft = Some(join(reading)?);
                         }
-                        let most = (max_new - out.tokens.len()).saturating_sub(1);
-                        let n = draft.as_ref().map_or(0, |d| d.room(text.len(), most));
+                        let most = (max_new - answer.out.tokens.len()).saturating_sub(1);
+                        let n = draft.as_ref().map_or(0, |d| d.room(answer.text.len(), most));
                         let turn = Turn { accepted: given - 1, tokens: if ended.is_some() { 0 } else { n + 1 } };
                         let next = progress.take(turn).map_err(|what| Error::Internal(what.into()))?;
                         // Before drafting: meanwhile the others walk the pass.
                         verify::say(&links, pass + 1, turn)?;
                         if let Some(next) = next {
                             decide.send(next).map_err(|_| Error::Internal(WALK_ENDED.into()))?;
-                            drafts = draft
-                                .as_mut()
-                                .map_or_else(Vec::new, |d| d.propose(&text, out.tokens.len(), n, noise.as_mut()));
-                            feed(next.keep, &[&text[next.keep..], &drafts].concat())?;
+                            drafts = draft.as_mut().map_or_else(Vec::new, |d| {
+                                d.propose(&answer.text, answer.out.tokens.len(), n, noise.as_mut())
+                            });
+                            feed(next.keep, &[&answer.text[next.keep..], &drafts].concat())?;
                         }
                     } else {
-                        if out.tokens.len() < max_new {
+                        if answer.out.tokens.len() < max_new {
                             let step = request_scope().address(pass + 1, "request.control");
                             let go = vec![u8::from(ended.is_none())];
                             links.send(Role::Owner, Lane::Online, &step, go.clone())?;
                             links.send(Role::Helper, Lane::Online, &step, go)?;
                         }
                         if ended.is_none() {
-                            feed(text.len() - 1, &text[text.len() - 1..])?;
+                            let keep = answer.text.len() - 1;
+                            feed(keep, &answer.text[keep..])?;
                         }
                     }
                     if let Some(ended) = ended {
-                        out.stop = ended;
+                        answer.out.stop = ended;
                         break;
                     }
                 }
@@ -300,6 +256,7 @@ impl Client {
             }
             worst(join(walker), online)
         })?;
+        let out = answer.out;
         self.session.jobs().discard();
         // Not what was walked HERE: the Helper may have run further ahead, up to the end of the request, before it stopped.
         self.next_pass = r.first_pass + u64::from(r.max_new);
@@ -321,6 +278,84 @@ impl Client {
     pub fn finish(self) -> Result<()> {
         self.announce(self.requests, &Request::END)
     }
+}
+
+/// What has been given out of an answer.
+struct Answer<'a> {
+    model: &'a SecureModel,
+    max_new: usize,
+    on_token: &'a mut dyn FnMut(u32) -> bool,
+    /// The prompt and the answer so far.
+    text: Vec<u32>,
+    out: Generation,
+}
+
+impl<'a> Answer<'a> {
+    fn new(
+        model: &'a SecureModel,
+        prompt: &[u32],
+        max_new: usize,
+        on_token: &'a mut dyn FnMut(u32) -> bool,
+    ) -> Answer<'a> {
+        let out = Generation {
+            tokens: Vec::new(),
+            stop: Stop::Length,
+            prefill: Duration::ZERO,
+            decode: Vec::new(),
+            logits: Vec::new(),
+            drafts: Drafts::default(),
+        };
+        Answer { model, max_new, on_token, text: prompt.to_vec(), out }
+    }
+
+    /// Gives out the tokens of a pass that took so long, up to the end of the answer: how many those were, and why it ended.
+    /// `logits` is empty unless they were opened.
+    fn take(&mut self, ids: &[u64], logits: &[u64], took: Duration) -> Result<(usize, Option<Stop>)> {
+        let (first, before, mut ended) = (self.out.tokens.is_empty(), self.out.tokens.len(), None);
+        let ((f, k), width) = (logit_format(self.model.plan()), self.model.config().vocab_size);
+        for (i, &id) in ids.iter().enumerate() {
+            let id = id as u32;
+            if !logits.is_empty() {
+                let row = logits.get(i * width..(i + 1) * width).ok_or_else(|| lost("the logits"))?;
+                self.out.logits.push(row.iter().map(|&v| fixed::decode(v, f, k) as f32).collect());
+            }
+            self.out.tokens.push(id);
+            self.text.push(id);
+            let more = (self.on_token)(id);
+            ended = if self.model.config().eos_ids.contains(&id) {
+                Some(Stop::EndToken)
+            } else if self.out.tokens.len() == self.max_new {
+                Some(Stop::Length)
+            } else if more {
+                None
+            } else {
+                Some(Stop::Caller)
+            };
+            if ended.is_some() {
+                break;
+            }
+        }
+        let given = self.out.tokens.len() - before;
+        if first {
+            self.out.prefill = took;
+        } else {
+            self.out.decode.extend(std::iter::repeat_n(took / given.max(1) as u32, given));
+        }
+        Ok((given, ended))
+    }
+}
+
+/// The range flags of a pass, without which none of its tokens is taken.
+fn check_flags(ports: &ClientPorts, flags: &Receiver<Vec<u64>>) -> Result<()> {
+    let bits = flags.try_recv().map_err(|_| lost("the range flags"));
+    let names = ports.names.lock().unwrap_or_else(PoisonError::into_inner);
+    // No guard in the whole plan: everything is proven.
+    let bits = if names.is_empty() { Vec::new() } else { bits? };
+    if let Some(i) = bits.iter().position(|&b| b != 0) {
+        let (layer, quantity) = names.get(i).cloned().ok_or_else(|| lost("the names of the flags"))?;
+        return Err(Error::Range { layer, quantity: quantity.into() });
+    }
+    Ok(())
 }
 
 /// Hidden states as ring elements of the residual ring.

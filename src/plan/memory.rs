@@ -13,7 +13,7 @@
 use serde::Serialize;
 
 use super::{AttentionPlan, NormPlan, Plan};
-use crate::generate::{MAX_BATCH, MAX_WAITING, next_batch};
+use crate::generate::{MAX_BATCH, MAX_DRAFTS, MAX_WAITING, next_batch};
 use crate::model::ModelConfig;
 use crate::party::Role;
 use crate::session::JOBS_AHEAD_LAYERS;
@@ -173,6 +173,25 @@ fn largest_batch(decode: usize) -> usize {
     largest
 }
 
+/// Bytes of vectors of the largest pass that verifies drafts, at the end of a context of `positions`: it is walked by itself,
+/// as a prompt's, and has a head for every position. A request of no drafts needs none of it.
+#[must_use]
+pub fn verification_bytes(role: Role, c: &ModelConfig, plan: &Plan, positions: usize) -> u64 {
+    let tokens = (MAX_DRAFTS + 1).min(positions);
+    let layers: Vec<Layer> = plan.layers.iter().map(|l| layer(c, l, positions - tokens, tokens)).collect();
+    let head = tokens as u64 * head_bytes(c, plan);
+    let largest = VECTORS * layers.iter().map(|l| l.largest).max().unwrap_or(0).max(head) / 10;
+    let mut held: Vec<u64> = layers.iter().map(|l| l.held).collect();
+    held.sort_unstable_by_key(|h| std::cmp::Reverse(*h));
+    let held = held.iter().take(JOBS_AHEAD_LAYERS).sum::<u64>();
+    largest + if role == Role::Helper { held } else { 0 }
+}
+
+/// Of one position's tournament: its first level has, per candidate of a group of `radix`, half the group's comparisons.
+fn head_bytes(c: &ModelConfig, plan: &Plan) -> u64 {
+    (c.vocab_size * (plan.head.radix - 1) / 2 * 200) as u64
+}
+
 /// What `role` takes for a session whose longest request has `prefill` tokens and `decode` further ones, with buffers of
 /// `run_ahead_capacity` bytes for each peer's run-ahead at the Owner.
 #[must_use]
@@ -192,8 +211,7 @@ pub fn session_bytes(
     let (batch, waiting) = (largest_batch(decode), decode.min(MAX_WAITING));
     let of = |first, tokens| plan.layers.iter().map(move |l| layer(c, l, first, tokens)).collect::<Vec<_>>();
     let largest = |layers: &[Layer], head: u64| layers.iter().map(|l| l.largest).max().unwrap_or(0).max(head);
-    // The tournament's first level: per candidate of a group of `radix`, half the group's comparisons.
-    let head = (c.vocab_size * (plan.head.radix - 1) / 2 * 200) as u64;
+    let head = head_bytes(c, plan);
     let (first, later) = (of(0, prefill), of(last, 1));
     let (once, together) = (VECTORS * largest(&first, head) / 10, VECTORS * batch as u64 * largest(&later, head) / 10);
     let batch_bytes = match role {

@@ -8,7 +8,7 @@ fn drafts_change_no_token_over_tls() {
     let trio = Trio::new();
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
-    write(&at("disturbed"), &disturbed(0.5, 5));
+    write(&at("disturbed"), &disturbed(0.4, 5));
     write(&at("garbage"), &garbage());
     let sampled = ["--temperature", "0.7", "--seed", "5"];
     let plain = run(trio.generate(&trio.client, 24).args(sampled));
@@ -33,8 +33,8 @@ fn drafts_change_no_token_over_tls() {
 #[test]
 fn nobody_is_called_for_a_draft_that_cannot_be_read() {
     let site = Site::new();
-    let nobody = "127.0.0.1:9";
-    let client = site.config("client", trefoil::Role::Client, "client", "", nobody, nobody);
+    let (owner, helper) = ("127.0.0.1:9", "127.0.0.1:10");
+    let client = site.config("client", trefoil::Role::Client, "client", "", owner, helper);
     let draft = site.path("draft");
     write(&draft, &garbage());
     std::fs::write(draft.join("model.safetensors"), b"cut off").unwrap();
