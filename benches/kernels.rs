@@ -13,7 +13,7 @@ fn words(n: usize) -> Vec<u64> {
 }
 
 fn gemms(c: &mut Criterion) {
-    for (t, m, n) in [(1, 2048, 2048), (16, 512, 2048)] {
+    for (t, m, n) in [(1, 2048, 2048), (16, 512, 2048), (128, 512, 2048)] {
         let mut group = c.benchmark_group(format!("gemm/{t}x{m}x{n}"));
         group.throughput(Throughput::Elements((t * m * n) as u64));
         let (x, w) = (words(t * n), words(m * n));
@@ -23,6 +23,9 @@ fn gemms(c: &mut Criterion) {
         for isa in Isa::available() {
             group.bench_function(BenchmarkId::new("ring", isa.name()), |b| {
                 b.iter(|| gemm::multiply(isa, black_box(&x), &w, t, m, n, &mut out));
+            });
+            group.bench_function(BenchmarkId::new("ring44", isa.name()), |b| {
+                b.iter(|| gemm::Rows::on(isa, 44, black_box(&x), n).times(&w, m, &mut out));
             });
             group.bench_function(BenchmarkId::new("i32", isa.name()), |b| {
                 b.iter(|| gemm::multiply(isa, black_box(&x), &w32, t, m, n, &mut out));

@@ -64,7 +64,7 @@ fn say(text: &str) -> Result<()> {
 }
 
 fn main() -> std::process::ExitCode {
-    trefoil::deploy::release::few_arenas();
+    trefoil::deploy::release::tune_allocator();
     let result = match Cli::parse().command {
         Command::Generate(args) => generate::run(&args),
         Command::Party(args) => party::run(&args),

@@ -325,8 +325,8 @@ fn counts(role: Role, public: bool, t: u64, w: &OwnerMatrix) -> Counts {
     }
 }
 
-/// `B r` or `A r`.
-fn local_masks(r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
+/// `B r` or `A r`, modulo `2^k`.
+fn local_masks(k: u32, r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
     let (m, n) = (w.outputs, w.inputs);
     let t = r.len() / n;
     let mut y = vec![0u64; t * m];
@@ -345,10 +345,11 @@ fn local_masks(r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
     }
     match &w.part {
         Part::Owner { .. } | Part::Public { .. } | Part::Shape { .. } => {}
-        Part::Helper { a } => gemm::ring(r, a, t, m, n, &mut y),
+        Part::Helper { a } => gemm::Rows::new(k, r, n).times(a, m, &mut y),
         Part::Client { seed } => {
             // B is regenerated tile by tile and never stored: the Client keeps 32 bytes per model.
             let tile = (1usize << 16).div_ceil(n).clamp(1, m);
+            let x = gemm::Rows::new(k, r, n);
             let tiles: Vec<(usize, Vec<u64>)> = (0..m.div_ceil(tile))
                 .into_par_iter()
                 .map_init(Vec::new, |b: &mut Vec<u64>, i| {
@@ -356,7 +357,7 @@ fn local_masks(r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
                     b.resize(rows * n, 0);
                     seed.matrix_words(w.id, (from * n) as u64, b);
                     let mut part = vec![0u64; t * rows];
-                    gemm::ring(r, b, t, rows, n, &mut part);
+                    x.times(b, rows, &mut part);
                     (from, part)
                 })
                 .collect();
@@ -373,7 +374,7 @@ fn local_masks(r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
 
 fn masks(s: &mut Session, scope: &Scope, x: &Masked, rows: Rows, w: &OwnerMatrix) -> Result<Masked> {
     let k = x.k();
-    let mut y = local_masks(x.raw(), w);
+    let mut y = local_masks(k, x.raw(), w);
     let ry = s.words(Pair::ClientHelper, scope, "linear.ry", &rows, k)?;
     let rho = s.words(Pair::ClientHelper, scope, "linear.rho", &rows, k)?;
     let m = ring::mask(k);

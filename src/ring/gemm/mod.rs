@@ -8,6 +8,10 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
+mod fma;
+#[cfg(target_arch = "x86_64")]
+mod ifma;
+#[cfg(target_arch = "x86_64")]
 mod planes;
 mod portable;
 
@@ -46,6 +50,76 @@ pub fn ring(x: &[u64], w: &[u64], t: usize, m: usize, n: usize, c: &mut [u64]) {
     multiply(Isa::current(), x, w, t, m, n, c);
 }
 
+/// Ring words made ready for products modulo `2^k` with many matrices: [`ring`] by parts of a matrix that come one by one.
+pub struct Rows<'a> {
+    isa: Isa,
+    k: u32,
+    x: &'a [u64],
+    n: usize,
+    #[cfg(target_arch = "x86_64")]
+    digits: Option<fma::Digits>,
+}
+
+impl<'a> Rows<'a> {
+    /// Rows of `n` words.
+    ///
+    /// # Panics
+    /// If `x` is not of whole rows.
+    #[must_use]
+    pub fn new(k: u32, x: &'a [u64], n: usize) -> Self {
+        Rows::on(Isa::current(), k, x, n)
+    }
+
+    /// [`Rows::new`] on a chosen instruction set (portable where the processor lacks it).
+    ///
+    /// # Panics
+    /// If `x` is not of whole rows.
+    #[must_use]
+    pub fn on(isa: Isa, k: u32, x: &'a [u64], n: usize) -> Self {
+        assert!(x.len().is_multiple_of(n.max(1)) && k >= 1, "x is t x n");
+        let isa = isa.or_portable();
+        // Fewer rows do not pay for the cutting.
+        #[cfg(target_arch = "x86_64")]
+        let digits = (isa == Isa::Avx512 && k <= fma::WIDEST && n > 0 && x.len() / n >= fma::FEWEST)
+            // SAFETY: `or_portable` has checked that the processor has the instructions.
+            .then(|| unsafe { fma::Digits::cut(x, n, k) });
+        Rows {
+            isa,
+            k,
+            x,
+            n,
+            #[cfg(target_arch = "x86_64")]
+            digits,
+        }
+    }
+
+    /// `c[s m + j] += sum_i x[s n + i] w[j n + i]`, `w` being `m x n`. Bits of `c` above `k` mean nothing.
+    ///
+    /// # Panics
+    /// If a slice has not exactly the length that the rows and `m` say.
+    pub fn times(&self, w: &[u64], m: usize, c: &mut [u64]) {
+        let n = self.n;
+        let t = self.x.len() / n.max(1);
+        #[cfg(target_arch = "x86_64")]
+        if let Some(digits) = &self.digits {
+            check(self.x, w, n, (t, m, n), c);
+            // SAFETY: there are digits only where `or_portable` has checked that the processor has the instructions.
+            tiles(t, m, n, c, |s, j, rows| unsafe { digits.tile(s, &w[j * n..][..rows[0].len() * n], rows) });
+            return;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if self.isa == Isa::Ifma && self.k <= ifma::WIDEST && n > 0 {
+            check(self.x, w, n, (t, m, n), c);
+            // SAFETY: `or_portable` has checked that the processor has the instructions.
+            tiles(t, m, n, c, |s, j, rows| unsafe {
+                ifma::tile(&self.x[s * n..][..rows.len() * n], &w[j * n..][..rows[0].len() * n], n, rows);
+            });
+            return;
+        }
+        multiply(self.isa, self.x, w, t, m, n, c);
+    }
+}
+
 /// [`ring`] with 16-bit signed weights, modulo `2^k`: a quarter of the memory traffic, and fewer instructions. Bits of `c`
 /// above `k` mean nothing.
 ///
@@ -61,7 +135,7 @@ pub fn weights_i16(k: u32, x: &[u64], w: &[i16], t: usize, m: usize, n: usize, c
 /// If a slice has not exactly the length that `t`, `m` and `n` say.
 pub fn multiply_i16(isa: Isa, k: u32, x: &[u64], w: &[i16], (t, m, n): (usize, usize, usize), c: &mut [u64]) {
     #[cfg(target_arch = "x86_64")]
-    if isa.or_portable() == Isa::Avx512 && n > 0 {
+    if isa.or_portable() >= Isa::Avx512 && n > 0 {
         check(x, w, n, (t, m, n), c);
         let digits = planes::Digits::cut(x, n, k);
         // SAFETY: `or_portable` has checked that the processor has the instructions.
@@ -112,7 +186,7 @@ pub fn strided<W: Weight>(
         match isa {
             // SAFETY: `or_portable` has checked that the processor has the instructions.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { avx512::tile(x, w, stride, n, rows) },
+            Isa::Avx512 | Isa::Ifma => unsafe { avx512::tile(x, w, stride, n, rows) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => unsafe { avx2::tile(x, w, stride, n, rows) },
@@ -136,7 +210,7 @@ pub fn weighted(isa: Isa, x: &[u64], w: &[u64], stride: usize, (t, m, n): (usize
     match isa.or_portable() {
         // SAFETY: `or_portable` has checked that the processor has the instructions.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { avx512::weighted(x, w, stride, n, m, c) },
+        Isa::Avx512 | Isa::Ifma => unsafe { avx512::weighted(x, w, stride, n, m, c) },
         isa => {
             for (x, c) in x.chunks_exact(n).zip(c.chunks_exact_mut(m)) {
                 for (&s, w) in x.iter().zip(w.chunks(stride)) {
@@ -257,10 +331,12 @@ mod tests {
             multiply(isa, &x, &w32, t, m, n, &mut got32);
             assert!(got == want, "ring {isa:?} {t} {m} {n}");
             assert!(got32 == want32, "i32 {isa:?} {t} {m} {n}");
-            for k in [8, 31, 32, 33, 44, 48, 49, 63, 64] {
-                let mut got16 = c.clone();
+            for k in [1, 2, 8, 31, 32, 33, 44, 48, 49, 50, 51, 63, 64] {
+                let (mut got16, mut got) = (c.clone(), c.clone());
                 multiply_i16(isa, k, &x, &w16, (t, m, n), &mut got16);
+                Rows::on(isa, k, &x, n).times(&w, m, &mut got);
                 let low = |v: &[u64]| v.iter().map(|v| v & mask(k)).collect::<Vec<_>>();
+                assert!(low(&got) == low(&want), "ring {isa:?} {t} {m} {n} modulo 2^{k}");
                 assert!(low(&got16) == low(&want16), "i16 {isa:?} {t} {m} {n} modulo 2^{k}");
             }
         }
@@ -268,9 +344,9 @@ mod tests {
 
     #[test]
     fn every_block_remainder() {
-        for t in 1..=9 {
+        for t in (1..=9).chain(32..=35) {
             for m in 1..=9 {
-                for n in [1, 3, 4, 7, 8, 9, 16, 31] {
+                for n in [1, 3, 4, 7, 8, 9, 16, 31, 257] {
                     all_paths_agree(t, m, n, (t * 100 + m * 10 + n) as u64);
                 }
             }
@@ -281,6 +357,7 @@ mod tests {
     fn large_enough_to_run_in_parallel() {
         all_paths_agree(70, 130, 129, 1);
         all_paths_agree(1, 1030, 1031, 2);
+        all_paths_agree(40, 300, 600, 4);
         all_paths_agree(300, 5, 801, 3);
     }
 
@@ -302,6 +379,26 @@ mod tests {
                     multiply(isa, &x, &vec![v32; n], 1, 1, n, &mut got[..1]);
                     multiply_i16(isa, 64, &x, &vec![v16; n], (1, 1, n), &mut got[1..]);
                     assert_eq!(got, want, "{isa:?}");
+                }
+            }
+        }
+    }
+
+    /// Digits at the ends of their ranges, all of one sign: the largest sums there are.
+    #[test]
+    fn extreme_digits() {
+        let (t, n) = (33, 700);
+        for k in 1..=50u32 {
+            let low = k.div_ceil(2);
+            let least = (1 << (low - 1)) | (1 << (k - 1));
+            for (v, u) in [(least, least), (least, mask(k) ^ least), (mask(k) ^ least, mask(k) ^ least), (mask(k), 1)] {
+                let (x, w) = (vec![v; t * n], vec![u; 4 * n]);
+                let mut want = vec![0; 4 * t];
+                naive(&x, &w, t, 4, n, &mut want);
+                for isa in Isa::available() {
+                    let mut got = vec![0; 4 * t];
+                    Rows::on(isa, k, &x, n).times(&w, 4, &mut got);
+                    assert!(got.iter().zip(&want).all(|(a, b)| (a ^ b) & mask(k) == 0), "{isa:?} 2^{k} {v:x} {u:x}");
                 }
             }
         }
