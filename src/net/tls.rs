@@ -6,7 +6,7 @@
 //! that a message takes no detour through another thread. Reading never waits for writing, hence two parties that send to
 //! each other at the same time cannot block each other.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -69,8 +69,11 @@ impl Stream {
             {
                 // Encryption holds the connection; the socket does not, so that reading goes on meanwhile.
                 let mut tls = self.tls();
-                tls.writer().write_all(head)?;
-                tls.writer().write_all(chunk)?;
+                // In one go: two writes would be two records.
+                let both = [IoSlice::new(head), IoSlice::new(chunk)];
+                if tls.writer().write_vectored(&both)? != head.len() + chunk.len() {
+                    return Err(io::Error::other("TLS took part of a frame, though its buffer has no limit"));
+                }
                 while tls.wants_write() {
                     tls.write_tls(&mut *out)?;
                 }
