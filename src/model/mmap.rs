@@ -1,5 +1,5 @@
 //! The one place with `unsafe`: mapping a weight file into memory, so that a checkpoint larger than the memory that is
-//! free can be read tensor by tensor.
+//! free can be read tensor by tensor, and the Helper's half of a model used without a copy.
 
 use std::fs::File;
 use std::ops::Deref;
@@ -32,6 +32,12 @@ impl MappedFile {
         // documentation asks that a model directory stays untouched while it is open, as every mapping loader must.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(fail)?;
         Ok(MappedFile(map))
+    }
+}
+
+impl AsRef<[u8]> for MappedFile {
+    fn as_ref(&self) -> &[u8] {
+        self
     }
 }
 

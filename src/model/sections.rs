@@ -216,11 +216,10 @@ impl HalfLayout {
         Some(Chunk { section, index: at, first_row, rows, offset, bytes: packed(rows) })
     }
 
-    /// The chunks of section `at`.
-    pub fn chunks_of(&self, at: usize) -> std::ops::Range<u64> {
-        match (self.before.get(at), self.before.get(at + 1)) {
-            (Some(from), Some(to)) => from.0..to.0,
-            _ => 0..0,
-        }
+    /// Where section `index` begins, and how many of its words are packed together.
+    #[must_use]
+    pub fn section(&self, index: usize) -> Option<(usize, usize)> {
+        let s = self.sections.get(index)?;
+        Some((usize::try_from(self.before[index].1).ok()?, s.chunk_rows() * s.cols))
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! | term | Owner | Client | Helper |
 //! |---|---|---|---|
-//! | weights | integers of 2 bytes (4 where they do not fit), `A` of a private embedding at 8 | public layers and embedding, f32; a public head at 4 | `A`, 8 per weight |
+//! | weights | integers of 2 bytes (1 or 4 where that fits), `A` of a private embedding in the bits of its ring | public layers and embedding, f32; a public head at 4 | `A` in the bits of its ring; a public head at 4 once more |
 //! | tables | the functions of every private layer, the same at all three | | |
 //! | cache | `d`: 8 per key or value element | `r` and a share: 16 | `r` and a share: 16 |
 //! | run-ahead | what both peers have sent and no pass has used yet | none | none |
@@ -15,7 +15,9 @@ use serde::Serialize;
 use super::{AttentionPlan, NormPlan, Plan};
 use crate::generate::{MAX_BATCH, MAX_DRAFTS, MAX_WAITING, next_batch};
 use crate::model::ModelConfig;
+use crate::model::sections::{Section, Slot, sections};
 use crate::party::Role;
+use crate::ring::pack;
 use crate::session::JOBS_AHEAD_LAYERS;
 
 /// What a party keeps of a model, whatever the sessions.
@@ -85,14 +87,15 @@ pub fn table_bytes(plan: &Plan) -> u64 {
 /// What `role` keeps of a model. Of the Owner's integers two bytes each are counted.
 #[must_use]
 pub fn model_bytes(role: Role, c: &ModelConfig, plan: &Plan) -> ModelBytes {
-    let words = owner_words(c, plan);
     let table = (c.vocab_size * c.hidden_size) as u64;
-    let embedding = if plan.private_embedding { 8 * table } else { 0 };
+    // Of a plan that has not been checked there may be none.
+    let sections = sections(c, plan).unwrap_or_default();
+    let packed = |s: &Section| pack::packed_len(s.rows * s.cols, s.bits()) as u64;
+    let embedding = sections.iter().filter(|s| s.slot == Slot::Embedding).map(packed).sum::<u64>();
     let weights = match role {
-        Role::Owner => 2 * words + embedding,
-        // A public head is kept as 32-bit integers.
-        Role::Helper if plan.head.public => 8 * (words - table) + 4 * table + embedding,
-        Role::Helper => 8 * words + embedding,
+        Role::Owner => 2 * owner_words(c, plan) + embedding,
+        // Mapped, and verified all of it. A public head is unpacked to 32-bit integers.
+        Role::Helper => sections.iter().map(packed).sum::<u64>() + if plan.head.public { 4 * table } else { 0 },
         Role::Client => {
             let below = ModelConfig { num_layers: plan.first_private, ..c.clone() };
             let head = if c.tie_word_embeddings { 0 } else { table };
