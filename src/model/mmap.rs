@@ -29,7 +29,8 @@ impl MappedFile {
         let file = File::open(path).map_err(fail)?;
         // SAFETY: the map is private to this struct and read-only, and the bytes are only ever read as plain bytes, of
         // which every pattern is valid. What is left is another process that changes the file meanwhile; the
-        // documentation asks that a model directory stays untouched while it is open, as every mapping loader must.
+        // documentation asks that a model directory and a half in use stay untouched, as every mapping loader must. Our own
+        // store never writes to a complete half: it renames one into place and unlinks it.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(fail)?;
         Ok(MappedFile(map))
     }

@@ -196,10 +196,11 @@ impl HalfLayout {
         self.before.last().map_or(0, |b| b.1)
     }
 
-    /// Words of all matrices: what the half unpacks to.
+    /// Memory that the half takes once it is loaded: mapped as it is, public matrices unpacked to 32-bit integers beside it.
     #[must_use]
-    pub fn words(&self) -> u64 {
-        self.sections.iter().map(|s| (s.rows * s.cols) as u64).sum()
+    pub fn loaded_bytes(&self) -> u64 {
+        let public = self.sections.iter().filter(|s| s.public);
+        self.bytes() + public.map(|s| 4 * (s.rows * s.cols) as u64).sum::<u64>()
     }
 
     /// Chunk `index`, if there is one.

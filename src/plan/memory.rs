@@ -15,9 +15,8 @@ use serde::Serialize;
 use super::{AttentionPlan, NormPlan, Plan};
 use crate::generate::{MAX_BATCH, MAX_DRAFTS, MAX_WAITING, next_batch};
 use crate::model::ModelConfig;
-use crate::model::sections::{Section, Slot, sections};
+use crate::model::sections::HalfLayout;
 use crate::party::Role;
-use crate::ring::pack;
 use crate::session::JOBS_AHEAD_LAYERS;
 
 /// What a party keeps of a model, whatever the sessions.
@@ -88,14 +87,12 @@ pub fn table_bytes(plan: &Plan) -> u64 {
 #[must_use]
 pub fn model_bytes(role: Role, c: &ModelConfig, plan: &Plan) -> ModelBytes {
     let table = (c.vocab_size * c.hidden_size) as u64;
-    // Of a plan that has not been checked there may be none.
-    let sections = sections(c, plan).unwrap_or_default();
-    let packed = |s: &Section| pack::packed_len(s.rows * s.cols, s.bits()) as u64;
-    let embedding = sections.iter().filter(|s| s.slot == Slot::Embedding).map(packed).sum::<u64>();
+    // Rows are asked for in the ring of the residual stream.
+    let embedding = if plan.private_embedding { (table * u64::from(plan.residual_k)).div_ceil(8) } else { 0 };
     let weights = match role {
         Role::Owner => 2 * owner_words(c, plan) + embedding,
-        // Mapped, and verified all of it. A public head is unpacked to 32-bit integers.
-        Role::Helper => sections.iter().map(packed).sum::<u64>() + if plan.head.public { 4 * table } else { 0 },
+        // All of it mapped, and read at least once to verify it. A plan that has not been checked may have none.
+        Role::Helper => HalfLayout::new(c, plan).map_or(0, |half| half.loaded_bytes()),
         Role::Client => {
             let below = ModelConfig { num_layers: plan.first_private, ..c.clone() };
             let head = if c.tie_word_embeddings { 0 } else { table };

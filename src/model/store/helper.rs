@@ -101,7 +101,7 @@ impl HelperStore {
     }
 
     fn admit(&self, manifest: &PublicManifest, layout: &HalfLayout) -> Result<()> {
-        let want = layout.bytes();
+        let want = layout.loaded_bytes();
         if want > self.limit {
             return Err(Error::Config(format!(
                 "preparation {}: its half takes {want} bytes of memory, [limits] memory_gb leaves {}; raise it, or serve this model on a larger machine",
@@ -157,18 +157,6 @@ impl HelperStore {
     /// # Errors
     /// [`Error::Model`] naming the file that is missing or damaged, [`Error::Config`] if it is too large, [`Error::Io`].
     pub fn load(&self, id: &PreparationId) -> Result<(PublicManifest, SecureModel)> {
-        self.load_with(id, &mut |_, _| {})
-    }
-
-    /// [`HelperStore::load`]; `progress` hears how many bytes of how many are verified.
-    ///
-    /// # Errors
-    /// Those of [`HelperStore::load`].
-    pub fn load_with(
-        &self,
-        id: &PreparationId,
-        progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<(PublicManifest, SecureModel)> {
         let dir = self.at(id);
         let wrong = |path: &Path, text: &str| {
             let remedy = "remove this preparation here and have the owner send it again";
@@ -194,8 +182,9 @@ impl HelperStore {
         if half.len() as u64 != layout.bytes() {
             return Err(wrong(&path, &format!("has {} bytes where {} belong", half.len(), layout.bytes())));
         }
-        verify(&half, &layout, &hashes, progress)
-            .map_err(|index| wrong(&path, &format!("is damaged in chunk {index}")))?;
+        if let Some(index) = damaged(&half, &layout, &hashes) {
+            return Err(wrong(&path, &format!("is damaged in chunk {index}")));
+        }
         // The weights stay in the file: the system keeps what it has room for, and reads the rest again.
         let half: Bytes = Arc::new(half);
         let mut index = 0;
@@ -332,29 +321,14 @@ impl Incoming {
     }
 }
 
-/// Every chunk against its hash, some at a time on the pool; the first that is damaged.
-fn verify(
-    half: &[u8],
-    layout: &HalfLayout,
-    hashes: &[u8],
-    progress: &mut dyn FnMut(u64, u64),
-) -> std::result::Result<(), u64> {
-    let (total, at_once) = (layout.chunks(), 4 * rayon::current_num_threads() as u64);
-    let bytes = |index: u64| {
+/// Every chunk against its hash, on the pool: the first that is not the announced one.
+fn damaged(half: &[u8], layout: &HalfLayout, hashes: &[u8]) -> Option<u64> {
+    let right = |index: u64| {
         let chunk = layout.chunk(index)?;
-        half.get(usize::try_from(chunk.offset).ok()?..)?.get(..chunk.bytes)
+        let bytes = half.get(usize::try_from(chunk.offset).ok()?..)?.get(..chunk.bytes)?;
+        is(hashes, index, bytes).then_some(())
     };
-    let mut done = 0;
-    for from in (0..total).step_by(at_once as usize) {
-        let some = from..total.min(from + at_once);
-        let right = |index: &u64| bytes(*index).is_some_and(|b| is(hashes, *index, b));
-        if let Some(damaged) = some.clone().into_par_iter().find_first(|index| !right(index)) {
-            return Err(damaged);
-        }
-        done += some.filter_map(bytes).map(|b| b.len() as u64).sum::<u64>();
-        progress(done, layout.bytes());
-    }
-    Ok(())
+    (0..layout.chunks()).into_par_iter().find_first(|index| right(*index).is_none())
 }
 
 fn is(hashes: &[u8], index: u64, bytes: &[u8]) -> bool {

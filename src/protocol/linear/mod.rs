@@ -184,3 +184,64 @@ fn online<'a>(
         Ok(Masked::new(y, Side::Value, k, f, rows))
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::prf::PreparationSeed;
+    use crate::ring::Packed;
+
+    /// Word by word, modulo `2^k`.
+    fn naive(r: &[u64], a: &[u64], n: usize, k: u32) -> Vec<u64> {
+        let dot = |r: &[u64], a: &[u64]| r.iter().zip(a).fold(0u64, |y, (r, a)| y.wrapping_add(r.wrapping_mul(*a)));
+        r.chunks(n).flat_map(|r| a.chunks(n).map(move |a| dot(r, a) & ring::mask(k))).collect()
+    }
+
+    fn words(seed: u8, n: usize) -> Vec<u64> {
+        let mut words = vec![0; n];
+        PreparationSeed::from_bytes([seed; 32]).matrix_words(1, 0, &mut words);
+        words
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        // Packed in pieces that end anywhere, at any address, in more than one tile, for few rows and for many.
+        #[test]
+        fn packed_weights_multiply_as_words_do(
+            seed: u8, t in 1usize..90, m in 1usize..70, n in 1usize..700, k in 1u32..=64, rows in 1usize..20, at in 0usize..9,
+        ) {
+            let (r, a) = (words(seed, t * n), words(!seed, m * n));
+            let mut bytes = vec![0xa5; at];
+            a.chunks(rows * n).for_each(|piece| pack::pack_into(piece, k, &mut bytes));
+            let packed = Packed::from_bytes(Arc::new(bytes), at, m * n, rows * n, k).unwrap();
+            let w = OwnerMatrix::helper_packed(1, (m, n), 12, packed).unwrap();
+            let low = |y: Vec<u64>| y.into_iter().map(|y| y & ring::mask(k)).collect::<Vec<_>>();
+            prop_assert_eq!(low(local_masks(&r, &w)), naive(&r, &a, n, k));
+            // The Client's half, regenerated: the same tiles.
+            let client = OwnerMatrix::client(1, m, n, 12, PreparationSeed::from_bytes([!seed; 32]));
+            prop_assert_eq!(low(local_masks(&r, &client)), naive(&r, &a, n, k));
+        }
+
+        #[test]
+        fn a_packed_diagonal_scales(seed: u8, t in 1usize..5, n in 1usize..90, k in 1u32..=64) {
+            let (r, a) = (words(seed, t * n), words(!seed, n));
+            let w = OwnerMatrix::helper_packed(1, (1, n), 12, Packed::new(&a, k)).unwrap().into_diagonal().unwrap();
+            let want = r.iter().zip(a.iter().cycle()).map(|(r, a)| r.wrapping_mul(*a) & ring::mask(k));
+            let got = local_masks(&r, &w);
+            prop_assert!(got.iter().map(|y| y & ring::mask(k)).eq(want));
+        }
+    }
+
+    #[test]
+    fn a_ring_wider_than_the_packed_words_is_refused() {
+        let w = OwnerMatrix::helper_packed(1, (2, 3), 12, Packed::new(&[0; 6], 44)).unwrap();
+        assert_eq!(w.clone().within(60).ring, 44);
+        assert_eq!(w.within(40).ring, 40);
+        assert!(OwnerMatrix::helper_packed(1, (2, 4), 12, Packed::new(&[0; 6], 44)).is_err());
+    }
+}
