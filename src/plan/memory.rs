@@ -111,9 +111,8 @@ fn visible(first: usize, tokens: usize) -> u64 {
 /// Vectors of a pass at one layer: the largest operation, and what the Helper's answers wait for.
 struct Layer {
     largest: u64,
-    /// At the Owner, who has one party's share of everything and no tables of masks: the words of the maximum's codes and the
-    /// vectors of the MLP. Both, though one comes after the other: what the allocator has cut up for the first is of little use
-    /// for the second.
+    /// At the Owner, who has one party's share of everything and no tables of masks: the words of the maximum's codes, or the
+    /// vectors of the MLP.
     value: u64,
     held: u64,
 }
@@ -140,7 +139,7 @@ fn layer(c: &ModelConfig, l: &super::LayerPlan, first: usize, tokens: usize) -> 
         + t * m * (9 + guard(l.mlp.gate_proven, l.mlp.gate_k));
     // What lives beside it: hidden states, projections and gated values of the layer.
     let beside = 8 * t * (2 * m + 3 * h + 2 * q) * 10 / VECTORS;
-    let value = scores * query(a.score_k - a.step_bits).max(8 * 2 * columns + 8 * 10) + t * m * 8 * 20;
+    let value = (scores * query(a.score_k - a.step_bits).max(8 * 2 * columns + 8 * 10)).max(t * m * 8 * 20);
     Layer { value, largest: codes.max(gate).max(exp).max(norm) + beside, held: 8 * words }
 }
 
@@ -222,7 +221,7 @@ pub fn session_bytes(
     let value = first.iter().map(|l| l.value).max().unwrap_or(0).max(VECTORS * head / 10);
     let batch_bytes = match role {
         Role::Owner => value,
-        Role::Client => (value * 85 / 100).max(together),
+        Role::Client => once.max(together),
         Role::Helper => {
             let mut held: Vec<u64> = first.iter().map(|l| l.held).collect();
             held.sort_unstable_by_key(|h| std::cmp::Reverse(*h));

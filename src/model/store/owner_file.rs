@@ -253,3 +253,69 @@ pub(super) fn read(
     }
     Ok(parts)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::sections::Slot;
+
+    fn section(slot: Slot, ring: u32) -> Section {
+        Section { layer: 0, slot, rows: 7, cols: 13, ring, public: false }
+    }
+
+    /// What `read` makes of what `write` wrote.
+    fn back<T>(
+        write: impl FnOnce(&mut Writer<'_>) -> Result<()>,
+        read: impl FnOnce(&mut Reader) -> Result<T>,
+    ) -> (u64, T) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = file.path();
+        let mut out = Writer { file: BufWriter::new(File::create(path).unwrap()), hash: Sha256::new(), path };
+        write(&mut out).unwrap();
+        out.file.flush().unwrap();
+        let left = std::fs::metadata(path).unwrap().len();
+        let file = BufReader::new(File::open(path).unwrap());
+        let mut r = Reader { file, hash: Sha256::new(), left, path: path.to_path_buf() };
+        let got = read(&mut r).unwrap();
+        assert_eq!(r.left, 0);
+        (left, got)
+    }
+
+    #[test]
+    fn integers_of_every_width_come_back() {
+        let (s, seed) = (section(Slot::O, 48), PreparationSeed::from_bytes([4; 32]));
+        for (most, bytes) in [(1i64 << 7, 1), (1 << 15, 2), (1 << 31, 4)] {
+            // The ends of the width, and what lies between.
+            let w = |i: usize| [-most, most - 1, 0, -1][i % 4] / (1 + i as i64 / 4);
+            let w: Vec<f32> = (0..7 * 13).map(|i| w(i) as f32 * (-(FW as f32)).exp2()).collect();
+            // An f32 has 24 bits: the upper end of 32 rounds to what does not fit.
+            let w: Vec<f32> = w.into_iter().map(|v| v.min((most - 1).min((1 << 31) - 128) as f32 / 4096.0)).collect();
+            let w = ndarray::Array2::from_shape_vec((7, 13), w).unwrap();
+            let made = OwnerMatrix::quantise(s.id(), "w", w.view(), None, FW).unwrap();
+            assert_eq!(made.bytes(), 7 * 13 * bytes);
+            let put = |out: &mut Writer<'_>| {
+                out.integers(made.integers().unwrap().0)?;
+                out.put(&[0])
+            };
+            let (len, got) = back(put, |r| r.matrix(&s));
+            assert_eq!((len as usize, got.bytes()), (2 + 7 * 13 * bytes, made.bytes()));
+            assert_eq!(got.helper_words(&seed).unwrap(), made.helper_words(&seed).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_table_comes_back_in_the_ring_of_its_rows() {
+        let seed = PreparationSeed::from_bytes([4; 32]);
+        for (ring, most, bytes) in [(40, 1i64 << 15, 2), (40, 1 << 31, 4), (44, 1 << 40, 8), (64, 1 << 62, 8)] {
+            let s = section(Slot::Embedding, ring);
+            let mut a = vec![0u64; 7 * 13];
+            seed.matrix_words(s.id(), 0, &mut a);
+            let e = |i: usize| [-most, most - 1, 0, -1][i % 4] / (1 + i as i64 / 4);
+            a.iter_mut().enumerate().for_each(|(i, a)| *a = (e(i) as u64).wrapping_sub(*a));
+            let made = TableShare::packed((7, 13), F, Packed::new(&a, ring)).unwrap();
+            let (len, got) = back(|out| write_table(out, &made, &s, &seed), |r| r.table(&s, &seed));
+            assert_eq!(len, 1 + 7 * 13 * bytes);
+            assert_eq!(got.words(0..7 * 13), made.words(0..7 * 13));
+        }
+    }
+}

@@ -100,7 +100,7 @@ fn counts(role: Role, public: bool, t: u64, w: &OwnerMatrix) -> Counts {
 }
 
 /// `B r` or `A r`.
-fn local_masks(r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
+pub(crate) fn local_masks(r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
     let (m, n) = (w.outputs, w.inputs);
     let t = r.len() / n;
     let mut y = vec![0u64; t * m];
