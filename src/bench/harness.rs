@@ -18,7 +18,7 @@ use crate::plan::{F, Plan, plan};
 use crate::prf::PreparationSeed;
 use crate::protocol::gumbel::Gumbel;
 use crate::protocol::{embedding, input};
-use crate::ring::fixed;
+use crate::ring::{Packed, fixed};
 use crate::session::{Scope, Session};
 use crate::share::Rows;
 use crate::world::{Batches, Keys, Setup, World};
@@ -114,14 +114,13 @@ impl Harness {
         let plan = plan(config, 0, private_embedding, &bounds, &ranges)?;
         let seed = PreparationSeed::from_bytes([3; 32]);
         let owner = Prepared::owner(weights, &plan, &seed)?;
-        let mut words = Vec::new();
-        owner.helper_words(&seed, &mut |w| {
-            words.push(w);
-            Ok(())
+        let (mut index, none) = (0, || Error::Internal("the helper's part is not what the owner made".into()));
+        let helper = Prepared::helper_packed(config, &plan, &mut |s| {
+            let n = s.rows * s.cols;
+            let bytes = owner.helper_bytes(&seed, (index, s), 0..n)?;
+            index += 1;
+            Packed::from_bytes(Arc::new(bytes), 0, n, n, s.bits()).ok_or_else(none)
         })?;
-        let mut words = words.into_iter();
-        let none = || Error::Internal("the helper asks for more words than the owner has".into());
-        let helper = Prepared::helper(config, &plan, &mut |_| words.next().ok_or_else(none))?;
         let client = Prepared::client(config, &plan, &seed, &mut |_| Err(none()))?;
         let rows = calibrate::stress(config, ROWS);
         let encode = |&id: &u32| {

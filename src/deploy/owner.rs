@@ -60,6 +60,7 @@ impl Owner {
                 match offer(&shared, &preparation, &manifest, &helper, &sent).await {
                     Ok(()) => {
                         if sent.swap(ALL, Ordering::Relaxed) != ALL {
+                            super::release::freed_memory();
                             tracing::info!(preparation = %preparation.manifest().id, "the helper has the model");
                         }
                         pause = Duration::from_secs(20);

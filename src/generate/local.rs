@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use super::{Client, Draft, Generation, Grant, OwnerReport, helper, lost, owner};
 use crate::error::{Error, PeerFault, Result};
 use crate::model::preparation::{self, Loaded, Preparation};
 use crate::model::prepare::Prepared;
+use crate::model::sections::sections;
 use crate::model::secure::SecureModel;
 use crate::model::{ModelConfig, Weights};
 use crate::net::shape::Profile;
@@ -21,7 +23,7 @@ use crate::net::{Lane, blame};
 use crate::party::Role;
 use crate::plan::Plan;
 use crate::prf::{Address, AddressLog, PreparationSeed};
-use crate::ring::pack;
+use crate::ring::{Packed, pack};
 use crate::session::Scope;
 use crate::world::{Keys, Setup, World, first_cause};
 
@@ -318,12 +320,11 @@ fn prepare_owner(s: &crate::session::Session, loaded: Loaded) -> Result<SecureMo
         let words = parts.head.helper_words(&seed)?;
         links.send(Role::Client, Lane::Online, &words_step(0), pack::pack(&words, 64))?;
     }
-    let mut index = 0;
-    parts.helper_words(&seed, &mut |words| {
-        let step = words_step(index);
-        index += 1;
-        links.send(Role::Helper, Lane::Online, &step, pack::pack(&words, 64))
-    })?;
+    // Packed as the Helper keeps them: nobody ever has a matrix in words of 8 bytes.
+    for (i, section) in sections(&loaded.weights.config, &plan)?.iter().enumerate() {
+        let bytes = parts.helper_bytes(&seed, (i, section), 0..section.rows * section.cols)?;
+        links.send(Role::Helper, Lane::Online, &words_step(i as u64), bytes)?;
+    }
     Ok(SecureModel::new(loaded.weights.config, plan, parts))
 }
 
@@ -351,9 +352,12 @@ fn receive_plan(s: &crate::session::Session, config: &ModelConfig) -> Result<Pla
 
 fn receive_parts(s: &crate::session::Session, config: &ModelConfig, plan: &Plan) -> Result<Prepared> {
     let mut index = 0;
-    Prepared::helper(config, plan, &mut |n| {
+    Prepared::helper_packed(config, plan, &mut |section| {
         let step = words_step(index);
         index += 1;
-        crate::session::recv_words(s.links(), Role::Owner, Lane::Online, &step, n, 64)
+        let n = section.rows * section.cols;
+        let bytes = s.links().recv(Role::Owner, Lane::Online, &step, pack::packed_len(n, section.bits()))?;
+        let packed = Packed::from_bytes(Arc::new(bytes), 0, n, n, section.bits());
+        packed.ok_or_else(|| Error::Internal("fewer bytes than asked for".into()))
     })
 }

@@ -1,5 +1,5 @@
 //! The one place with `unsafe`: mapping a weight file into memory, so that a checkpoint larger than the memory that is
-//! free can be read tensor by tensor.
+//! free can be read tensor by tensor, and the Helper's half of a model used without a copy.
 
 use std::fs::File;
 use std::ops::Deref;
@@ -29,9 +29,16 @@ impl MappedFile {
         let file = File::open(path).map_err(fail)?;
         // SAFETY: the map is private to this struct and read-only, and the bytes are only ever read as plain bytes, of
         // which every pattern is valid. What is left is another process that changes the file meanwhile; the
-        // documentation asks that a model directory stays untouched while it is open, as every mapping loader must.
+        // documentation asks that a model directory and a half in use stay untouched, as every mapping loader must. Our own
+        // store never writes to a complete half: it renames one into place and unlinks it.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(fail)?;
         Ok(MappedFile(map))
+    }
+}
+
+impl AsRef<[u8]> for MappedFile {
+    fn as_ref(&self) -> &[u8] {
+        self
     }
 }
 

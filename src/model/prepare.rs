@@ -3,10 +3,12 @@
 //! | | Owner | Client | Helper |
 //! |---|---|---|---|
 //! | gets | | plan, 32-byte seed | plan, `A = W - B` of every matrix |
-//! | keeps | plan, weights (16 or 32 bits), seed | plan, seed, the public part of the checkpoint | plan, `A` |
+//! | keeps | plan, weights (8, 16 or 32 bits), seed | plan, seed, the public part of the checkpoint | plan, `A` in the bits of its ring |
 //!
 //! Helper and Client together could rebuild the weights: they are assumed not to collude. Norm gains fold into the
 //! matrices behind them and `1/sqrt(head_dim)` into the queries, so that both cost nothing.
+
+use std::ops::Range;
 
 use ndarray::{Array1, Array2, Axis, concatenate};
 
@@ -18,7 +20,7 @@ use crate::plan::{F, FW, Plan};
 use crate::prf::PreparationSeed;
 use crate::protocol::embedding::TableShare;
 use crate::protocol::linear::OwnerMatrix;
-use crate::ring::{filled, fixed};
+use crate::ring::{Packed, fixed, pack_range};
 
 /// One party's part of a layer.
 pub struct PreparedLayer {
@@ -149,12 +151,16 @@ impl Prepared {
                 }
             }
         };
-        let mut table = |s: &Section| {
-            let a = filled(s.rows * s.cols, |a| {
-                seed.matrix_words(s.id(), 0, a);
-                a.iter_mut().zip(&w.embed).for_each(|(a, &e)| *a = fixed::encode(f64::from(e), F, 64).wrapping_sub(*a));
-            });
-            TableShare::rows((s.rows, s.cols), F, a)
+        let mut table = |s: &Section| -> Result<TableShare> {
+            let all = w.embed.as_slice().ok_or_else(|| Error::Internal("an embedding of another layout".into()))?;
+            let a = Packed::made(all.len(), s.ring, |range| {
+                let mut a = vec![0; range.len()];
+                seed.matrix_words(s.id(), range.start as u64, &mut a);
+                let e = all[range].iter().map(|&e| fixed::encode(f64::from(e), F, 64));
+                a.iter_mut().zip(e).for_each(|(a, e)| *a = e.wrapping_sub(*a));
+                Ok::<_, Error>(a)
+            })?;
+            TableShare::packed((s.rows, s.cols), F, a)
         };
         Prepared::assemble(&w.config, plan, &mut matrix, &mut table)
     }
@@ -171,7 +177,8 @@ impl Prepared {
     ) -> Result<Prepared> {
         let mut matrix = |s: &Section| {
             if s.public {
-                return OwnerMatrix::public(s.id(), s.rows, s.cols, FW, next(s.rows * s.cols)?);
+                let words = Packed::new(&next(s.rows * s.cols)?, s.bits());
+                return OwnerMatrix::public(s.id(), (s.rows, s.cols), FW, &words);
             }
             Ok(OwnerMatrix::client(s.id(), s.rows, s.cols, FW, seed.clone()))
         };
@@ -194,15 +201,27 @@ impl Prepared {
     /// # Errors
     /// Those of `next`, which is told how many words it has to yield.
     pub fn helper(c: &ModelConfig, plan: &Plan, next: &mut dyn FnMut(usize) -> Result<Vec<u64>>) -> Result<Prepared> {
+        Self::helper_packed(c, plan, &mut |s| Ok(Packed::new(&next(s.rows * s.cols)?, s.bits())))
+    }
+
+    /// The Helper's part, from what [`Prepared::helper_bytes`] makes of each section.
+    ///
+    /// # Errors
+    /// Those of `next`.
+    pub(crate) fn helper_packed(
+        c: &ModelConfig,
+        plan: &Plan,
+        next: &mut dyn FnMut(&Section) -> Result<Packed>,
+    ) -> Result<Prepared> {
         let next = std::cell::RefCell::new(next);
         let mut matrix = |s: &Section| {
-            let words = next.borrow_mut()(s.rows * s.cols)?;
+            let words = next.borrow_mut()(s)?;
             if s.public {
-                return OwnerMatrix::public(s.id(), s.rows, s.cols, FW, words);
+                return OwnerMatrix::public(s.id(), (s.rows, s.cols), FW, &words);
             }
-            OwnerMatrix::helper(s.id(), s.rows, s.cols, FW, words)
+            OwnerMatrix::helper_packed(s.id(), (s.rows, s.cols), FW, words)
         };
-        let mut table = |s: &Section| TableShare::rows((s.rows, s.cols), F, next.borrow_mut()(s.rows * s.cols)?);
+        let mut table = |s: &Section| TableShare::packed((s.rows, s.cols), F, next.borrow_mut()(s)?);
         Prepared::assemble(c, plan, &mut matrix, &mut table)
     }
 
@@ -225,8 +244,27 @@ impl Prepared {
         }
         if let Some(table) = &self.embedding {
             let words = table.words(0..table.dim.0 * table.dim.1);
-            put(words.ok_or_else(|| Error::Internal("only the owner can make the helper's rows".into()))?.to_vec())?;
+            put(words.ok_or_else(|| Error::Internal("only the owner can make the helper's rows".into()))?)?;
         }
         Ok(())
+    }
+
+    /// At the Owner: words `range` of section `index`, which is `s`, packed as the Helper keeps them.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] at another party, or if there are no such words.
+    pub(crate) fn helper_bytes(
+        &self,
+        seed: &PreparationSeed,
+        (index, s): (usize, &Section),
+        range: Range<usize>,
+    ) -> Result<Vec<u8>> {
+        match (self.matrices().nth(index), &self.embedding) {
+            (Some(m), _) => pack_range(range, s.bits(), |some| m.helper_range(seed, some)),
+            (None, Some(table)) => pack_range(range, s.bits(), |some| {
+                table.words(some).ok_or_else(|| Error::Internal("rows that only the owner has".into()))
+            }),
+            (None, None) => Err(Error::Internal(format!("no matrix {} of this model", s.name()))),
+        }
     }
 }

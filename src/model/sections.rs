@@ -196,10 +196,11 @@ impl HalfLayout {
         self.before.last().map_or(0, |b| b.1)
     }
 
-    /// Words of all matrices: what the half unpacks to.
+    /// Memory that the half takes once it is loaded: mapped as it is, public matrices unpacked to 32-bit integers beside it.
     #[must_use]
-    pub fn words(&self) -> u64 {
-        self.sections.iter().map(|s| (s.rows * s.cols) as u64).sum()
+    pub fn loaded_bytes(&self) -> u64 {
+        let public = self.sections.iter().filter(|s| s.public);
+        self.bytes() + public.map(|s| 4 * (s.rows * s.cols) as u64).sum::<u64>()
     }
 
     /// Chunk `index`, if there is one.
@@ -216,11 +217,10 @@ impl HalfLayout {
         Some(Chunk { section, index: at, first_row, rows, offset, bytes: packed(rows) })
     }
 
-    /// The chunks of section `at`.
-    pub fn chunks_of(&self, at: usize) -> std::ops::Range<u64> {
-        match (self.before.get(at), self.before.get(at + 1)) {
-            (Some(from), Some(to)) => from.0..to.0,
-            _ => 0..0,
-        }
+    /// Where section `index` begins, and how many of its words are packed together.
+    #[must_use]
+    pub fn section(&self, index: usize) -> Option<(usize, usize)> {
+        let s = self.sections.get(index)?;
+        Some((usize::try_from(self.before[index].1).ok()?, s.chunk_rows() * s.cols))
     }
 }

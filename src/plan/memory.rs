@@ -2,7 +2,7 @@
 //!
 //! | term | Owner | Client | Helper |
 //! |---|---|---|---|
-//! | weights | integers of 2 bytes (4 where they do not fit), `A` of a private embedding at 8 | public layers and embedding, f32; a public head at 4 | `A`, 8 per weight |
+//! | weights | integers of 2 bytes (1 or 4 where that fits), `A` of a private embedding in the bits of its ring | public layers and embedding, f32; a public head at 4 | `A` in the bits of its ring; a public head at 4 once more |
 //! | tables | the functions of every private layer, the same at all three | | |
 //! | cache | `d`: 8 per key or value element | `r` and a share: 16 | `r` and a share: 16 |
 //! | run-ahead | what both peers have sent and no pass has used yet | none | none |
@@ -15,6 +15,7 @@ use serde::Serialize;
 use super::{AttentionPlan, NormPlan, Plan};
 use crate::generate::{MAX_BATCH, MAX_DRAFTS, MAX_WAITING, next_batch};
 use crate::model::ModelConfig;
+use crate::model::sections::HalfLayout;
 use crate::party::Role;
 use crate::session::JOBS_AHEAD_LAYERS;
 
@@ -85,14 +86,13 @@ pub fn table_bytes(plan: &Plan) -> u64 {
 /// What `role` keeps of a model. Of the Owner's integers two bytes each are counted.
 #[must_use]
 pub fn model_bytes(role: Role, c: &ModelConfig, plan: &Plan) -> ModelBytes {
-    let words = owner_words(c, plan);
     let table = (c.vocab_size * c.hidden_size) as u64;
-    let embedding = if plan.private_embedding { 8 * table } else { 0 };
+    // Rows are asked for in the ring of the residual stream.
+    let embedding = if plan.private_embedding { (table * u64::from(plan.residual_k)).div_ceil(8) } else { 0 };
     let weights = match role {
-        Role::Owner => 2 * words + embedding,
-        // A public head is kept as 32-bit integers.
-        Role::Helper if plan.head.public => 8 * (words - table) + 4 * table + embedding,
-        Role::Helper => 8 * words + embedding,
+        Role::Owner => 2 * owner_words(c, plan) + embedding,
+        // All of it mapped, and read at least once to verify it. A plan that has not been checked may have none.
+        Role::Helper => HalfLayout::new(c, plan).map_or(0, |half| half.loaded_bytes()),
         Role::Client => {
             let below = ModelConfig { num_layers: plan.first_private, ..c.clone() };
             let head = if c.tie_word_embeddings { 0 } else { table };
@@ -111,6 +111,9 @@ fn visible(first: usize, tokens: usize) -> u64 {
 /// Vectors of a pass at one layer: the largest operation, and what the Helper's answers wait for.
 struct Layer {
     largest: u64,
+    /// At the Owner, who has one party's share of everything and no tables of masks: the words of the maximum's codes, or the
+    /// vectors of the MLP.
+    value: u64,
     held: u64,
 }
 
@@ -136,7 +139,8 @@ fn layer(c: &ModelConfig, l: &super::LayerPlan, first: usize, tokens: usize) -> 
         + t * m * (9 + guard(l.mlp.gate_proven, l.mlp.gate_k));
     // What lives beside it: hidden states, projections and gated values of the layer.
     let beside = 8 * t * (2 * m + 3 * h + 2 * q) * 10 / VECTORS;
-    Layer { largest: codes.max(gate).max(exp).max(norm) + beside, held: 8 * words }
+    let value = (scores * query(a.score_k - a.step_bits).max(8 * 2 * columns + 8 * 10)).max(t * m * 8 * 20);
+    Layer { value, largest: codes.max(gate).max(exp).max(norm) + beside, held: 8 * words }
 }
 
 /// Run-ahead bytes of one pass of `tokens` from `first` on, about: what linear layers, products and lookups send to the
@@ -214,8 +218,9 @@ pub fn session_bytes(
     let head = head_bytes(c, plan);
     let (first, later) = (of(0, prefill), of(last, 1));
     let (once, together) = (VECTORS * largest(&first, head) / 10, VECTORS * batch as u64 * largest(&later, head) / 10);
+    let value = first.iter().map(|l| l.value).max().unwrap_or(0).max(VECTORS * head / 10);
     let batch_bytes = match role {
-        Role::Owner => once,
+        Role::Owner => value,
         Role::Client => once.max(together),
         Role::Helper => {
             let mut held: Vec<u64> = first.iter().map(|l| l.held).collect();

@@ -151,8 +151,9 @@ fn party_memory(role: Role, s: &Source, walked: &Walked, prefill: usize, passes:
         let per_pass = walk::bytes(&walked.decode.links, crate::net::Lane::Ahead) / passes.max(1) as u64;
         let ahead = walk::bytes(&walked.prefill.links, crate::net::Lane::Ahead);
         let waiting = passes.min(crate::generate::MAX_WAITING) as u64 * per_pass;
-        // Half of it is used by the time that the other half has come.
-        session.run_ahead = (ahead.max(waiting) / 2).min(2 * RUN_AHEAD);
+        // Some of it is used by the time that the rest has come: less on a machine with other work, where it is mostly the
+        // Owner who waits for a core.
+        session.run_ahead = (ahead.max(waiting) * 3 / 5).min(2 * RUN_AHEAD);
     }
     let process = PROCESS + if role == Role::Client { TEXT } else { 0 };
     let peak = model.weights + model.tables + session.total() + process;

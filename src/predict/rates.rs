@@ -9,9 +9,11 @@ use serde::Serialize;
 use crate::error::Result;
 use crate::net::memory;
 use crate::net::{Channel, Frame, Lane};
+use crate::plan::FW;
 use crate::plan::work::Counts;
 use crate::prf::{Address, Pair, PairKey, Prf};
-use crate::ring::{Isa, fold, gemm, pack};
+use crate::protocol::linear::{OwnerMatrix, local_masks};
+use crate::ring::{Isa, Packed, fold, gemm, pack};
 
 /// What a second of one core does. Kernels run on the whole pool where they are large; these are figures of the pool
 /// divided by its threads.
@@ -29,7 +31,7 @@ pub struct Rates {
     pub weight_bytes: f64,
     /// Multiply-adds ring by ring, many rows at once.
     pub ring_macs: f64,
-    /// Bytes of ring matrices, one row at a time.
+    /// Bytes of packed ring matrices, one row at a time.
     pub ring_bytes: f64,
     /// Multiply-adds with short cached rows.
     pub row_macs: f64,
@@ -74,8 +76,10 @@ impl Rates {
         let (one, all) = ((m * n) as f64, (t * m * n) as f64);
         let weight_bytes = per(rate(2.0 * one, || gemm::weights_i16(44, &x[..n], &narrow, 1, m, n, &mut y[..m])));
         let weight_macs = per(rate(all, || gemm::weights_i16(44, &x, &narrow, t, m, n, &mut y)));
-        let ring_bytes = per(rate(8.0 * one, || gemm::ring(&x[..n], &wide, 1, m, n, &mut y[..m])));
-        // A part of a matrix that stays in the cache, as the Client makes its own.
+        let packed = OwnerMatrix::helper_packed(0, (m, n), FW, Packed::new(&wide, 48))?;
+        let ring_bytes =
+            per(rate(packed.bytes() as f64, || y[..m].copy_from_slice(&local_masks(44, &x[..n], &packed))));
+        // A part of a matrix that stays in the cache, as it is used.
         let part = &wide[..m / 8 * n];
         let ring_macs = per(rate(all / 8.0, || gemm::Rows::new(44, &x, n).times(part, m / 8, &mut y[..t * m / 8])));
         // One head's scores and context over 512 positions of a cache of 16 heads.

@@ -25,7 +25,7 @@ use crate::party::Role;
 use crate::plan::cost::Cost;
 use crate::plan::work::Counts;
 use crate::prf::{Pair, PreparationSeed};
-use crate::ring::{self, pack};
+use crate::ring::{self, Packed, pack};
 use crate::session::{Scope, Session, recv_words};
 use crate::share::{Masked, Rows, Side};
 
@@ -43,8 +43,8 @@ pub struct TableShare {
 
 #[derive(Clone)]
 enum TablePart {
-    /// Owner and Helper: `A`.
-    Rows(Arc<[u64]>),
+    /// Owner and Helper: `A`, in the bits of the ring in which rows are asked for.
+    Rows(Packed),
     /// The Client regenerates rows of `B`.
     Seed { id: u64, seed: PreparationSeed },
     /// Nothing: for a walk that counts instead of computing.
@@ -61,7 +61,7 @@ impl TablePart {
             (TablePart::Shape, Some(_), Role::Client) => {
                 Ok(TablePart::Seed { id: 0, seed: PreparationSeed::from_bytes([0; 32]) })
             }
-            (TablePart::Shape, Some(_), _) => Ok(TablePart::Rows(Arc::new([]))),
+            (TablePart::Shape, Some(_), _) => Ok(TablePart::Rows(Packed::new(&[], 64))),
             (part, ..) => Ok(part.clone()),
         }
     }
@@ -72,13 +72,20 @@ impl TableShare {
     ///
     /// # Errors
     /// [`Error::Shape`] for the wrong number of words.
-    pub fn rows(dim: (usize, usize), f: u32, a: impl Into<Arc<[u64]>>) -> Result<Self> {
-        let a = a.into();
+    pub fn rows(dim: (usize, usize), f: u32, a: impl AsRef<[u64]>) -> Result<Self> {
+        Self::packed(dim, f, Packed::new(a.as_ref(), 64))
+    }
+
+    /// The same from words that are packed already.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for the wrong number of words.
+    pub(crate) fn packed(dim: (usize, usize), f: u32, a: Packed) -> Result<Self> {
         if a.len() != dim.0 * dim.1 {
-            let (lhs, rhs) = (format!("{} words", a.len()), format!("{} x {}", dim.0, dim.1));
+            let (lhs, rhs) = (format!("{a:?}"), format!("{} x {}", dim.0, dim.1));
             return Err(Error::Shape { op: "embedding table", lhs, rhs });
         }
-        Ok(TableShare { dim, f, ring: 64, part: TablePart::Rows(a) })
+        Ok(TableShare { dim, f, ring: a.bits(), part: TablePart::Rows(a) })
     }
 
     /// The Client's part: the seed of `B`, the stream of matrix `id`.
@@ -95,14 +102,18 @@ impl TableShare {
     /// Declares that rows are asked for in rings of at most `ring` bits, so that the Helper needs no more of `A`.
     #[must_use]
     pub fn within(self, ring: u32) -> Self {
-        TableShare { ring, ..self }
+        TableShare { ring: ring.min(self.ring), ..self }
     }
 
     /// Elements `range` of `A`, row by row; `None` at the Client.
-    pub(crate) fn words(&self, range: Range<usize>) -> Option<&[u64]> {
+    pub(crate) fn words(&self, range: Range<usize>) -> Option<Vec<u64>> {
         match &self.part {
-            TablePart::Rows(a) => a.get(range),
-            TablePart::Seed { .. } | TablePart::Shape => None,
+            TablePart::Rows(a) if range.start <= range.end && range.end <= a.len() => {
+                let mut words = vec![0; range.len()];
+                a.read(range.start, &mut words);
+                Some(words)
+            }
+            _ => None,
         }
     }
 }
@@ -125,27 +136,43 @@ pub fn cost(n: usize, rows: usize, width: usize, k: u32) -> Cost {
     c
 }
 
-/// XOR of the rows `A[i] - s` picked by `query`, for one token.
-fn fold_rows(a: &[u64], width: usize, query: &[u8], s: &[u64], m: u64) -> Vec<u64> {
-    a.par_chunks(width * 512)
-        .enumerate()
-        .map(|(block, rows)| {
-            let mut acc = vec![0u64; width];
-            for (i, row) in rows.chunks(width).enumerate() {
-                let i = block * 512 + i;
-                if query[i / 8] >> (i % 8) & 1 == 1 {
-                    acc.iter_mut().zip(row.iter().zip(s)).for_each(|(o, (a, s))| *o ^= a.wrapping_sub(*s) & m);
+/// Rows of the table that a thread folds at a time.
+const BLOCK: usize = 512;
+/// Tokens that share a row once it is unpacked: so many of their sums stay in the cache.
+const TOGETHER: usize = 16;
+
+/// XOR of the rows `A[i] - s` picked by each of `queries`, of `bytes` each, with `width` words of `s` each.
+fn fold_rows(a: &Packed, width: usize, queries: &[u8], bytes: usize, s: &[u64], m: u64) -> Vec<u64> {
+    let rows = a.len() / width;
+    let groups = queries.chunks(TOGETHER * bytes).zip(s.chunks(TOGETHER * width));
+    let fold = |(queries, s): (&[u8], &[u64])| {
+        let block = |block: usize| {
+            let (mut acc, mut row) = (vec![0u64; s.len()], vec![0u64; width]);
+            for i in block * BLOCK..rows.min((block + 1) * BLOCK) {
+                let picked = |q: &[u8]| q[i / 8] >> (i % 8) & 1 == 1;
+                if !queries.chunks(bytes).any(picked) {
+                    continue;
+                }
+                a.read(i * width, &mut row);
+                for ((acc, q), s) in acc.chunks_mut(width).zip(queries.chunks(bytes)).zip(s.chunks(width)) {
+                    if picked(q) {
+                        acc.iter_mut().zip(row.iter().zip(s)).for_each(|(o, (a, s))| *o ^= a.wrapping_sub(*s));
+                    }
                 }
             }
             acc
-        })
-        .reduce(
-            || vec![0u64; width],
+        };
+        let mut sum = (0..rows.div_ceil(BLOCK)).into_par_iter().map(block).reduce(
+            || vec![0u64; s.len()],
             |mut x, y| {
                 x.iter_mut().zip(&y).for_each(|(x, y)| *x ^= y);
                 x
             },
-        )
+        );
+        sum.iter_mut().for_each(|v| *v &= m);
+        sum
+    };
+    groups.flat_map(fold).collect()
 }
 
 /// The rows of one token per element of `source`'s vectors, as `rows` of `width` elements each.
@@ -178,10 +205,7 @@ pub fn embed(
             let sm = s.words(Pair::OwnerHelper, scope, "embed.s", &rows, k)?;
             let pad = s.words(Pair::OwnerHelper, scope, "embed.pad", &rows, k)?;
             let pick = s.bytes_each(Pair::OwnerClient, scope, "embed.pick", &Rows::even(tokens, 1), bytes)?;
-            let mut reply = Vec::with_capacity(rows.len());
-            for (q, sm) in pick.chunks(bytes).zip(sm.chunks(width)) {
-                reply.extend(fold_rows(a, width, q, sm, m));
-            }
+            let mut reply = fold_rows(a, width, &pick, bytes, &sm, m);
             reply.iter_mut().zip(&pad).for_each(|(a, p)| *a ^= p);
             s.send_online(Role::Client, scope, "embed.owner", pack::pack(&reply, k))?;
             let got = s.recv_words(Role::Client, Lane::Online, scope, "embed.d", rows.len(), k)?;
@@ -194,17 +218,14 @@ pub fn embed(
             let pad = Arc::new(s.words(Pair::OwnerHelper, scope, "embed.pad", &rows, k)?);
             for (i, pass) in s.passes().iter().enumerate() {
                 let (range, n) = (rows.range(&pass.tokens), pass.tokens.len());
-                let (sm, pad, a) = (Arc::clone(&sm), Arc::clone(&pad), Arc::clone(a));
+                let (sm, pad, a) = (Arc::clone(&sm), Arc::clone(&pad), a.clone());
                 let (from, to) =
                     (scope.address(pass.number, "embed.query"), scope.address(pass.number, "embed.helper"));
                 s.leave(
                     i,
                     Box::new(move |links| {
                         let query = links.recv(Role::Client, Lane::Online, &from, n * bytes)?;
-                        let mut reply = Vec::with_capacity(range.len());
-                        for (q, sm) in query.chunks(bytes).zip(sm[range.clone()].chunks(width)) {
-                            reply.extend(fold_rows(&a, width, q, sm, m));
-                        }
+                        let mut reply = fold_rows(&a, width, &query, bytes, &sm[range.clone()], m);
                         reply.iter_mut().zip(&pad[range]).for_each(|(a, p)| *a ^= p);
                         links.send(Role::Client, Lane::Online, &to, pack::pack(&reply, k))
                     }),

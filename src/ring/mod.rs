@@ -11,9 +11,12 @@ pub mod fold;
 pub mod gemm;
 mod isa;
 pub mod pack;
+mod packed;
 
 pub(crate) use filled::{filled, try_filled};
 pub use isa::Isa;
+pub use packed::Packed;
+pub(crate) use packed::{Bytes, pack_range};
 
 /// The low `k` bits set: the largest element of Z_2^k, for `1 <= k <= 64`.
 ///

@@ -4,18 +4,22 @@
 //! between finds the verified beginning again.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rayon::prelude::*;
 
 use super::disk;
 use super::manifest::{PreparationId, PublicManifest};
 use crate::error::{Error, PeerFault, Result};
+use crate::model::mmap::MappedFile;
 use crate::model::prepare::Prepared;
 use crate::model::sections::HalfLayout;
 use crate::model::secure::SecureModel;
 use crate::party::Role;
-use crate::ring::pack;
+use crate::ring::{Bytes, Packed};
 
 const MANIFEST: &str = "manifest.json";
 const HASHES: &str = "half.sha256";
@@ -97,7 +101,7 @@ impl HelperStore {
     }
 
     fn admit(&self, manifest: &PublicManifest, layout: &HalfLayout) -> Result<()> {
-        let want = layout.words() * 8;
+        let want = layout.loaded_bytes();
         if want > self.limit {
             return Err(Error::Config(format!(
                 "preparation {}: its half takes {want} bytes of memory, [limits] memory_gb leaves {}; raise it, or serve this model on a larger machine",
@@ -174,28 +178,21 @@ impl HelperStore {
         let hash_path = dir.join(HASHES);
         let hashes = disk::read_exact(&hash_path, 32 * layout.chunks(), |_| wrong(&hash_path, "has the wrong length"))?;
         let path = dir.join(HALF);
-        let file = File::open(&path).map_err(|e| disk::failed(&path, e))?;
-        let have = file.metadata().map_err(|e| disk::failed(&path, e))?.len();
-        if have != layout.bytes() {
-            return Err(wrong(&path, &format!("has {have} bytes where {} belong", layout.bytes())));
+        let half = MappedFile::open(&path)?;
+        if half.len() as u64 != layout.bytes() {
+            return Err(wrong(&path, &format!("has {} bytes where {} belong", half.len(), layout.bytes())));
         }
-        let mut file = BufReader::with_capacity(1 << 20, file);
-        let (mut at, mut bytes) = (0, Vec::new());
-        let parts = Prepared::helper(&config, &manifest.plan, &mut |n| {
-            let mut words = Vec::with_capacity(n);
-            for index in layout.chunks_of(at) {
-                let none = || Error::Internal(format!("chunk {index} of {}", layout.chunks()));
-                let chunk = layout.chunk(index).ok_or_else(none)?;
-                bytes.resize(chunk.bytes, 0);
-                file.read_exact(&mut bytes).map_err(|e| disk::failed(&path, e))?;
-                let unpacked = pack::unpack(&bytes, chunk.words().len(), chunk.section.bits());
-                match unpacked.filter(|_| is(&hashes, index, &bytes)) {
-                    Some(some) => words.extend(some),
-                    None => return Err(wrong(&path, &format!("is damaged in chunk {index}"))),
-                }
-            }
-            at += 1;
-            Ok(words)
+        if let Some(index) = damaged(&half, &layout, &hashes) {
+            return Err(wrong(&path, &format!("is damaged in chunk {index}")));
+        }
+        // The weights stay in the file: the system keeps what it has room for, and reads the rest again.
+        let half: Bytes = Arc::new(half);
+        let mut index = 0;
+        let parts = Prepared::helper_packed(&config, &manifest.plan, &mut |s| {
+            let (at, piece) = layout.section(index).ok_or_else(|| Error::Internal(format!("section {index}")))?;
+            index += 1;
+            Packed::from_bytes(Arc::clone(&half), at, s.rows * s.cols, piece, s.bits())
+                .ok_or_else(|| wrong(&path, "is too short"))
         })?;
         let model = SecureModel::new(config, manifest.plan.clone(), parts);
         Ok((manifest, model))
@@ -322,6 +319,16 @@ impl Incoming {
         let cut = self.file.set_len(end).and_then(|()| self.file.seek(SeekFrom::Start(end)));
         cut.map(|_| ()).map_err(|e| disk::failed(&self.path, e))
     }
+}
+
+/// Every chunk against its hash, on the pool: the first that is not the announced one.
+fn damaged(half: &[u8], layout: &HalfLayout, hashes: &[u8]) -> Option<u64> {
+    let right = |index: u64| {
+        let chunk = layout.chunk(index)?;
+        let bytes = half.get(usize::try_from(chunk.offset).ok()?..)?.get(..chunk.bytes)?;
+        is(hashes, index, bytes).then_some(())
+    };
+    (0..layout.chunks()).into_par_iter().find_first(|index| right(*index).is_none())
 }
 
 fn is(hashes: &[u8], index: u64, bytes: &[u8]) -> bool {

@@ -20,7 +20,6 @@ use crate::model::secure::SecureModel;
 use crate::model::{Checkpoint, ModelConfig};
 use crate::plan::Plan;
 use crate::prf::PreparationSeed;
-use crate::ring::pack;
 
 const REMEDY: &str = "restore it from a backup, or prepare the model anew (trefoil prepare)";
 const HASHES: &str = "half.sha256";
@@ -187,25 +186,11 @@ impl OwnerPreparation {
     }
 }
 
-/// Words of a chunk that are there unpacked at a time. Eight of any width end on a byte, so the pieces join without a seam.
-const PACKED_AT_ONCE: usize = 1 << 14;
-
 /// `A = W - B` of a few rows, packed to the bits of the ring in which they are multiplied.
 fn chunk(layout: &HalfLayout, parts: &Prepared, seed: &PreparationSeed, index: u64) -> Result<Vec<u8>> {
     let none = || Error::Internal(format!("chunk {index} of {}", layout.chunks()));
     let chunk = layout.chunk(index).ok_or_else(none)?;
-    let (bits, words) = (chunk.section.bits(), chunk.words());
-    let matrix = parts.matrices().nth(chunk.index);
-    let mut out = Vec::with_capacity(chunk.bytes);
-    for from in words.clone().step_by(PACKED_AT_ONCE) {
-        let range = from..words.end.min(from + PACKED_AT_ONCE);
-        match (matrix, &parts.embedding) {
-            (Some(m), _) => pack::pack_into(&m.helper_range(seed, range)?, bits, &mut out),
-            (None, Some(table)) => pack::pack_into(table.words(range).ok_or_else(none)?, bits, &mut out),
-            (None, None) => return Err(none()),
-        }
-    }
-    Ok(out)
+    parts.helper_bytes(seed, (chunk.index, chunk.section), chunk.words())
 }
 
 fn hash_chunks(

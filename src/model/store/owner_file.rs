@@ -21,7 +21,7 @@ use crate::plan::{F, FW, Plan};
 use crate::prf::PreparationSeed;
 use crate::protocol::embedding::TableShare;
 use crate::protocol::linear::{OwnerMatrix, Plain};
-use crate::ring::try_filled;
+use crate::ring::{self, Packed, try_filled};
 
 const MAGIC: &[u8; 8] = b"TREFOWN1";
 const REMEDY: &str = "restore it from a backup, or prepare the model anew (trefoil prepare)";
@@ -50,15 +50,14 @@ impl Writer<'_> {
     }
 
     fn integers(&mut self, w: &Plain) -> Result<()> {
+        fn put<T: Copy, const N: usize>(out: &mut Writer<'_>, w: &[T], bytes: impl Fn(T) -> [u8; N]) -> Result<()> {
+            out.put(&[N as u8])?;
+            w.chunks(BLOCK).try_for_each(|b| out.put(&bytes_of(b.iter().map(|v| bytes(*v)))))
+        }
         match w {
-            Plain::I16(w) => {
-                self.put(&[2])?;
-                w.chunks(BLOCK).try_for_each(|b| self.put(&bytes_of(b.iter().map(|v| v.to_le_bytes()))))
-            }
-            Plain::I32(w) => {
-                self.put(&[4])?;
-                w.chunks(BLOCK).try_for_each(|b| self.put(&bytes_of(b.iter().map(|v| v.to_le_bytes()))))
-            }
+            Plain::I8(w) => put(self, w, i8::to_le_bytes),
+            Plain::I16(w) => put(self, w, i16::to_le_bytes),
+            Plain::I32(w) => put(self, w, i32::to_le_bytes),
         }
     }
 }
@@ -105,7 +104,7 @@ fn write_table(out: &mut Writer<'_>, table: &TableShare, s: &Section, seed: &Pre
             let a = table.words(range.clone()).ok_or_else(|| Error::Internal("only the owner has the table".into()))?;
             let mut e = vec![0u64; range.len()];
             seed.matrix_words(s.id(), from as u64, &mut e);
-            let e: Vec<i64> = e.iter().zip(a).map(|(b, a)| a.wrapping_add(*b) as i64).collect();
+            let e: Vec<i64> = e.iter().zip(a).map(|(b, a)| ring::signed(a.wrapping_add(*b), s.ring)).collect();
             put(&e)?;
         }
         Ok(())
@@ -180,6 +179,7 @@ impl Reader {
     fn matrix(&mut self, s: &Section) -> Result<OwnerMatrix> {
         let n = s.rows * s.cols;
         let w = match self.array::<1>()? {
+            [1] => Plain::I8(self.elements(n, i8::from_le_bytes)?),
             [2] => Plain::I16(self.elements(n, i16::from_le_bytes)?),
             [4] => Plain::I32(self.elements(n, i32::from_le_bytes)?),
             _ => return Err(self.wrong(&format!("is corrupt at {}", s.name()))),
@@ -193,21 +193,30 @@ impl Reader {
         Ok(if s.public { m.into_public() } else { m })
     }
 
+    /// Of the table no more is there unpacked than a block.
     fn table(&mut self, s: &Section, seed: &PreparationSeed) -> Result<TableShare> {
         let n = s.rows * s.cols;
-        let mut a = match self.array::<1>()? {
-            [2] => self.elements(n, |b| i64::from(i16::from_le_bytes(b)) as u64)?,
-            [4] => self.elements(n, |b| i64::from(i32::from_le_bytes(b)) as u64)?,
-            [8] => self.elements(n, u64::from_le_bytes)?,
-            _ => return Err(self.wrong(&format!("is corrupt at {}", s.name()))),
-        };
-        let mut b = Vec::new();
-        for (i, block) in Arc::make_mut(&mut a).chunks_mut(BLOCK).enumerate() {
-            b.resize(block.len(), 0);
-            seed.matrix_words(s.id(), (i * BLOCK) as u64, &mut b);
-            block.iter_mut().zip(&b).for_each(|(a, b)| *a = a.wrapping_sub(*b));
+        let [width] = self.array::<1>()?;
+        if !matches!(width, 2 | 4 | 8) {
+            return Err(self.wrong(&format!("is corrupt at {}", s.name())));
         }
-        TableShare::rows((s.rows, s.cols), F, a)
+        let width = usize::from(width);
+        self.has(n, width)?;
+        let a = Packed::made(n, s.ring, |range| {
+            let mut bytes = vec![0; width * range.len()];
+            self.take(&mut bytes)?;
+            let mut a = vec![0; range.len()];
+            seed.matrix_words(s.id(), range.start as u64, &mut a);
+            for (a, e) in a.iter_mut().zip(bytes.chunks_exact(width)) {
+                let mut word = [0; 8];
+                word[..width].copy_from_slice(e);
+                // Signed, of so many bytes: only the ring's own bits count.
+                let e = ring::signed(u64::from_le_bytes(word), 8 * width as u32) as u64;
+                *a = e.wrapping_sub(*a);
+            }
+            Ok::<_, Error>(a)
+        })?;
+        TableShare::packed((s.rows, s.cols), F, a)
     }
 }
 
@@ -243,4 +252,70 @@ pub(super) fn read(
         return Err(r.wrong("is corrupt: its checksum is not that of its contents"));
     }
     Ok(parts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::sections::Slot;
+
+    fn section(slot: Slot, ring: u32) -> Section {
+        Section { layer: 0, slot, rows: 7, cols: 13, ring, public: false }
+    }
+
+    /// What `read` makes of what `write` wrote.
+    fn back<T>(
+        write: impl FnOnce(&mut Writer<'_>) -> Result<()>,
+        read: impl FnOnce(&mut Reader) -> Result<T>,
+    ) -> (u64, T) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = file.path();
+        let mut out = Writer { file: BufWriter::new(File::create(path).unwrap()), hash: Sha256::new(), path };
+        write(&mut out).unwrap();
+        out.file.flush().unwrap();
+        let left = std::fs::metadata(path).unwrap().len();
+        let file = BufReader::new(File::open(path).unwrap());
+        let mut r = Reader { file, hash: Sha256::new(), left, path: path.to_path_buf() };
+        let got = read(&mut r).unwrap();
+        assert_eq!(r.left, 0);
+        (left, got)
+    }
+
+    #[test]
+    fn integers_of_every_width_come_back() {
+        let (s, seed) = (section(Slot::O, 48), PreparationSeed::from_bytes([4; 32]));
+        for (most, bytes) in [(1i64 << 7, 1), (1 << 15, 2), (1 << 31, 4)] {
+            // The ends of the width, and what lies between.
+            let w = |i: usize| [-most, most - 1, 0, -1][i % 4] / (1 + i as i64 / 4);
+            let w: Vec<f32> = (0..7 * 13).map(|i| w(i) as f32 * (-(FW as f32)).exp2()).collect();
+            // An f32 has 24 bits: the upper end of 32 rounds to what does not fit.
+            let w: Vec<f32> = w.into_iter().map(|v| v.min((most - 1).min((1 << 31) - 128) as f32 / 4096.0)).collect();
+            let w = ndarray::Array2::from_shape_vec((7, 13), w).unwrap();
+            let made = OwnerMatrix::quantise(s.id(), "w", w.view(), None, FW).unwrap();
+            assert_eq!(made.bytes(), 7 * 13 * bytes);
+            let put = |out: &mut Writer<'_>| {
+                out.integers(made.integers().unwrap().0)?;
+                out.put(&[0])
+            };
+            let (len, got) = back(put, |r| r.matrix(&s));
+            assert_eq!((len as usize, got.bytes()), (2 + 7 * 13 * bytes, made.bytes()));
+            assert_eq!(got.helper_words(&seed).unwrap(), made.helper_words(&seed).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_table_comes_back_in_the_ring_of_its_rows() {
+        let seed = PreparationSeed::from_bytes([4; 32]);
+        for (ring, most, bytes) in [(40, 1i64 << 15, 2), (40, 1 << 31, 4), (44, 1 << 40, 8), (64, 1 << 62, 8)] {
+            let s = section(Slot::Embedding, ring);
+            let mut a = vec![0u64; 7 * 13];
+            seed.matrix_words(s.id(), 0, &mut a);
+            let e = |i: usize| [-most, most - 1, 0, -1][i % 4] / (1 + i as i64 / 4);
+            a.iter_mut().enumerate().for_each(|(i, a)| *a = (e(i) as u64).wrapping_sub(*a));
+            let made = TableShare::packed((7, 13), F, Packed::new(&a, ring)).unwrap();
+            let (len, got) = back(|out| write_table(out, &made, &s, &seed), |r| r.table(&s, &seed));
+            assert_eq!(len, 1 + 7 * 13 * bytes);
+            assert_eq!(got.words(0..7 * 13), made.words(0..7 * 13));
+        }
+    }
 }

@@ -100,6 +100,27 @@ impl Load for i16 {
     }
 }
 
+impl Load for i8 {
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    unsafe fn load(p: *const Self) -> __m256i {
+        // SAFETY: the caller's.
+        _mm256_cvtepi8_epi64(unsafe { _mm_cvtsi32_si128(p.cast::<i32>().read_unaligned()) })
+    }
+
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    unsafe fn high(x: __m256i) -> __m256i {
+        high_of_signed_low(x)
+    }
+
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    unsafe fn step(acc: [__m256i; 2], x: __m256i, xh: __m256i, w: __m256i) -> [__m256i; 2] {
+        signed_step(acc, x, xh, w)
+    }
+}
+
 /// `rows[s][j] += sum_i x[s n + i] w[j stride + i]`.
 ///
 /// # Safety

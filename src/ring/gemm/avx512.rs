@@ -65,6 +65,22 @@ impl Load for i16 {
     }
 }
 
+impl Load for i8 {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    #[inline]
+    unsafe fn load(p: *const Self) -> __m512i {
+        // SAFETY: the caller's.
+        _mm512_cvtepi8_epi64(unsafe { _mm_loadl_epi64(p.cast()) })
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    #[inline]
+    unsafe fn load_some(lanes: __mmask8, p: *const Self) -> __m512i {
+        // SAFETY: the caller's.
+        _mm512_cvtepi8_epi64(unsafe { _mm_maskz_loadu_epi8(lanes.into(), p) })
+    }
+}
+
 /// `rows[s][j] += sum_i x[s n + i] w[j stride + i]`.
 ///
 /// # Safety

@@ -1,5 +1,5 @@
 //! Matrix products over Z_2^64 (hence over every Z_2^k: reduce afterwards): activations `x` times weights `w`, both with the
-//! inner dimension contiguous, added to `c`. The Owner multiplies by its plaintext weights in 16 or 32 bits, the other
+//! inner dimension contiguous, added to `c`. The Owner multiplies by its plaintext weights in 8, 16 or 32 bits, the other
 //! products are ring by ring. Tiles of the output run in parallel on rayon's pool from about a million multiply-adds up;
 //! within a tile a block of rows of `x` meets a block of rows of `w` in registers.
 
@@ -23,11 +23,22 @@ const PARALLEL_FROM: usize = 1 << 20;
 /// Rows of `x` in one tile: enough to pay for reading a block of `w`, few enough that their chunks stay in L2.
 const TILE_ROWS: usize = 64;
 
-/// A weight that widens to a ring word: `u64` as it is, `i16` and `i32` sign-extended. Sealed.
+/// A weight that widens to a ring word: `u64` as it is, `i8`, `i16` and `i32` sign-extended. Sealed.
 pub trait Weight: Copy + Send + Sync + lanes::Lanes {}
 impl Weight for u64 {}
 impl Weight for i32 {}
 impl Weight for i16 {}
+impl Weight for i8 {}
+
+/// A weight of at most 16 bits.
+#[cfg(target_arch = "x86_64")]
+trait Narrow: Weight + planes::Load {}
+#[cfg(target_arch = "x86_64")]
+impl<W: Weight + planes::Load> Narrow for W {}
+#[cfg(not(target_arch = "x86_64"))]
+trait Narrow: Weight {}
+#[cfg(not(target_arch = "x86_64"))]
+impl<W: Weight> Narrow for W {}
 
 mod lanes {
     /// What every path knows about a weight type.
@@ -129,11 +140,31 @@ pub fn weights_i16(k: u32, x: &[u64], w: &[i16], t: usize, m: usize, n: usize, c
     multiply_i16(Isa::current(), k, x, w, (t, m, n), c);
 }
 
+/// [`weights_i16`] with 8-bit signed weights: half the memory traffic again, and the same instructions.
+///
+/// # Panics
+/// If a slice has not exactly the length that `t`, `m` and `n` say.
+pub fn weights_i8(k: u32, x: &[u64], w: &[i8], t: usize, m: usize, n: usize, c: &mut [u64]) {
+    multiply_narrow(Isa::current(), k, x, w, (t, m, n), c);
+}
+
 /// [`weights_i16`] on a chosen instruction set (portable where the processor lacks it).
 ///
 /// # Panics
 /// If a slice has not exactly the length that `t`, `m` and `n` say.
-pub fn multiply_i16(isa: Isa, k: u32, x: &[u64], w: &[i16], (t, m, n): (usize, usize, usize), c: &mut [u64]) {
+pub fn multiply_i16(isa: Isa, k: u32, x: &[u64], w: &[i16], shape: (usize, usize, usize), c: &mut [u64]) {
+    multiply_narrow(isa, k, x, w, shape, c);
+}
+
+/// [`weights_i8`] on a chosen instruction set (portable where the processor lacks it).
+///
+/// # Panics
+/// If a slice has not exactly the length that `t`, `m` and `n` say.
+pub fn multiply_i8(isa: Isa, k: u32, x: &[u64], w: &[i8], shape: (usize, usize, usize), c: &mut [u64]) {
+    multiply_narrow(isa, k, x, w, shape, c);
+}
+
+fn multiply_narrow<W: Narrow>(isa: Isa, k: u32, x: &[u64], w: &[W], (t, m, n): (usize, usize, usize), c: &mut [u64]) {
     #[cfg(target_arch = "x86_64")]
     if isa.or_portable() >= Isa::Avx512 && n > 0 {
         check(x, w, n, (t, m, n), c);
@@ -321,7 +352,10 @@ mod tests {
         let (w32, w16): (Vec<i32>, Vec<i16>) = w.iter().map(|&v| (v as i32, (v >> 32) as i16)).unzip();
         let extended32: Vec<u64> = w32.iter().map(|&v| v as u64).collect();
         let extended16: Vec<u64> = w16.iter().map(|&v| v as u64).collect();
-        let (mut want, mut want32, mut want16) = (c.clone(), c.clone(), c.clone());
+        let w8: Vec<i8> = w.iter().map(|&v| (v >> 21) as i8).collect();
+        let extended8: Vec<u64> = w8.iter().map(|&v| v as u64).collect();
+        let (mut want, mut want32, mut want16, mut want8) = (c.clone(), c.clone(), c.clone(), c.clone());
+        naive(&x, &extended8, t, m, n, &mut want8);
         naive(&x, &w, t, m, n, &mut want);
         naive(&x, &extended32, t, m, n, &mut want32);
         naive(&x, &extended16, t, m, n, &mut want16);
@@ -338,6 +372,9 @@ mod tests {
                 let low = |v: &[u64]| v.iter().map(|v| v & mask(k)).collect::<Vec<_>>();
                 assert!(low(&got) == low(&want), "ring {isa:?} {t} {m} {n} modulo 2^{k}");
                 assert!(low(&got16) == low(&want16), "i16 {isa:?} {t} {m} {n} modulo 2^{k}");
+                let mut got8 = c.clone();
+                multiply_i8(isa, k, &x, &w8, (t, m, n), &mut got8);
+                assert!(low(&got8) == low(&want8), "i8 {isa:?} {t} {m} {n} modulo 2^{k}");
             }
         }
     }
@@ -374,7 +411,13 @@ mod tests {
                 let mut want = [0, 0];
                 naive(&x, &vec![v32 as u64; n], 1, 1, n, &mut want[..1]);
                 naive(&x, &vec![v16 as u64; n], 1, 1, n, &mut want[1..]);
+                let v8 = v16.clamp(i8::MIN.into(), i8::MAX.into()) as i8;
+                let mut want8 = [0];
+                naive(&x, &vec![v8 as u64; n], 1, 1, n, &mut want8);
                 for isa in Isa::available() {
+                    let mut got8 = [0];
+                    multiply_i8(isa, 64, &x, &vec![v8; n], (1, 1, n), &mut got8);
+                    assert_eq!(got8, want8, "{isa:?}");
                     let mut got = [0, 0];
                     multiply(isa, &x, &vec![v32; n], 1, 1, n, &mut got[..1]);
                     multiply_i16(isa, 64, &x, &vec![v16; n], (1, 1, n), &mut got[1..]);

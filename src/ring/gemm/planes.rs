@@ -1,4 +1,4 @@
-//! 16-bit weights times ring words by `vpmaddwd`: the words are cut into digits once, each digit's plane meets the weights as
+//! Weights of 16 bits (or 8, widened when they are loaded) times ring words by `vpmaddwd`: the words are cut into digits once, each digit's plane meets the weights as
 //! 16-bit integers, and the sums are put together at the end. Per 32 multiply-adds one instruction and one addition a plane,
 //! where `vpmullq` takes four of each and its three parts.
 //!
@@ -6,6 +6,33 @@
 //! so that their sums over [`EXACT`] columns fit 32 bits and are exact. All are signed; a digit's carry goes to the next.
 
 use std::arch::x86_64::*;
+
+/// A weight that `vpmaddwd` takes, as 16 bits.
+pub trait Load: Copy {
+    /// Those of 32 from `p` whose bit in `lanes` is set, zero elsewhere.
+    ///
+    /// # Safety
+    /// `p` is valid for reads of the set lanes; the processor has AVX-512 F, BW and VL.
+    unsafe fn load(lanes: u32, p: *const Self) -> __m512i;
+}
+
+impl Load for i16 {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    #[inline]
+    unsafe fn load(lanes: u32, p: *const Self) -> __m512i {
+        // SAFETY: the caller's.
+        unsafe { _mm512_maskz_loadu_epi16(lanes, p) }
+    }
+}
+
+impl Load for i8 {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    #[inline]
+    unsafe fn load(lanes: u32, p: *const Self) -> __m512i {
+        // SAFETY: the caller's.
+        _mm512_cvtepi8_epi16(unsafe { _mm256_maskz_loadu_epi8(lanes, p) })
+    }
+}
 
 /// Columns in one register.
 const LANES: usize = 32;
@@ -65,16 +92,16 @@ impl Digits {
     /// # Panics
     /// If `w` is not `rows[_].len() x n`, or there are not so many rows.
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
-    pub unsafe fn tile(&self, first: usize, w: &[i16], rows: &mut [&mut [u64]]) {
+    pub unsafe fn tile<W: Load>(&self, first: usize, w: &[W], rows: &mut [&mut [u64]]) {
         match self.planes {
-            2 => self.tile_of::<2>(first, w, rows),
-            4 => self.tile_of::<4>(first, w, rows),
-            _ => self.tile_of::<6>(first, w, rows),
+            2 => self.tile_of::<2, W>(first, w, rows),
+            4 => self.tile_of::<4, W>(first, w, rows),
+            _ => self.tile_of::<6, W>(first, w, rows),
         }
     }
 
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
-    fn tile_of<const P: usize>(&self, first: usize, w: &[i16], rows: &mut [&mut [u64]]) {
+    fn tile_of<const P: usize, W: Load>(&self, first: usize, w: &[W], rows: &mut [&mut [u64]]) {
         let (n, m) = (self.n, rows.first().map_or(0, |r| r.len()));
         assert!(w.len() == m * n && rows.iter().all(|r| r.len() == m));
         let mut j = 0;
@@ -83,7 +110,7 @@ impl Digits {
             let w = &w[j * n..][..wide * n];
             for (s, row) in rows.iter_mut().enumerate() {
                 let (x, out) = (self.row(first + s), &mut row[j..j + wide]);
-                if wide == 4 { block::<P, 4>(x, w, n, out) } else { block::<P, 1>(x, w, n, out) }
+                if wide == 4 { block::<P, 4, W>(x, w, n, out) } else { block::<P, 1, W>(x, w, n, out) }
             }
             j += wide;
         }
@@ -92,7 +119,7 @@ impl Digits {
 
 /// One row of digits by `M` rows of weights.
 #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
-fn block<const P: usize, const M: usize>(x: &[[i16; LANES]], w: &[i16], n: usize, out: &mut [u64]) {
+fn block<const P: usize, const M: usize, W: Load>(x: &[[i16; LANES]], w: &[W], n: usize, out: &mut [u64]) {
     assert!(x.len() == n.div_ceil(LANES) * P && w.len() == M * n && out.len() == M);
     let mut from = 0;
     while from < n {
@@ -105,7 +132,7 @@ fn block<const P: usize, const M: usize>(x: &[[i16; LANES]], w: &[i16], n: usize
             let (xs, ws): ([__m512i; P], [__m512i; M]) = unsafe {
                 (
                     std::array::from_fn(|p| _mm512_loadu_si512(x.as_ptr().add(i / LANES * P + p).cast())),
-                    std::array::from_fn(|q| _mm512_maskz_loadu_epi16(lanes, w.as_ptr().add(q * n + i))),
+                    std::array::from_fn(|q| W::load(lanes, w.as_ptr().add(q * n + i))),
                 )
             };
             for q in 0..M {

@@ -20,6 +20,13 @@ impl Widen for i32 {
     }
 }
 
+impl Widen for i8 {
+    #[inline(always)]
+    fn widen(self) -> u64 {
+        self as u64
+    }
+}
+
 impl Widen for i16 {
     #[inline(always)]
     fn widen(self) -> u64 {

@@ -1,8 +1,12 @@
 //! Bit packing for the wire: `n` elements of Z_2^k in `ceil(n k / 8)` bytes, element `i` in bits `[i k, (i + 1) k)` of the
 //! stream, the lowest bit of a byte first. Widths of whole bytes take copy loops; in all
-//! others eight elements at a time, which end on a byte, take overlapping words.
+//! others eight elements at a time, which end on a byte, take overlapping words. With AVX-512 eight elements are one
+//! register, whatever their width.
 
-use super::mask;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+use super::{Isa, mask};
 
 /// Bytes that `n` elements of `k` bits take.
 ///
@@ -31,7 +35,21 @@ pub fn pack(values: &[u64], k: u32) -> Vec<u8> {
 pub fn pack_into(values: &[u64], k: u32, out: &mut Vec<u8>) {
     let start = out.len();
     out.resize(start + packed_len(values.len(), k), 0);
-    let out = &mut out[start..];
+    pack_on(Isa::current(), values, k, &mut out[start..]);
+}
+
+/// [`pack`] on a chosen instruction set (portable where the processor lacks it), to `out`, which it fills.
+///
+/// # Panics
+/// If `k` is 0 or above 64, or `out` has not [`packed_len`] bytes.
+pub fn pack_on(isa: Isa, values: &[u64], k: u32, out: &mut [u8]) {
+    assert_eq!(out.len(), packed_len(values.len(), k), "as many bytes as the elements take");
+    #[cfg(target_arch = "x86_64")]
+    if isa.or_portable() == Isa::Avx512 && (32..64).contains(&k) {
+        // SAFETY: `or_portable` has checked that the processor has the instructions.
+        return unsafe { avx512::pack(values, k, out) };
+    }
+    let _ = isa;
     match k {
         8 => pack_bytes::<1>(values, out),
         16 => pack_bytes::<2>(values, out),
@@ -52,7 +70,7 @@ pub fn pack_into(values: &[u64], k: u32, out: &mut Vec<u8>) {
 /// If `k` is 0 or above 64.
 #[must_use]
 pub fn unpack(bytes: &[u8], n: usize, k: u32) -> Option<Vec<u64>> {
-    let mask = mask(k);
+    assert!((1..=64).contains(&k), "a ring has 1 to 64 bits");
     let bits = n.checked_mul(k as usize)?;
     if bytes.len() != bits.div_ceil(8) {
         return None;
@@ -61,18 +79,55 @@ pub fn unpack(bytes: &[u8], n: usize, k: u32) -> Option<Vec<u64>> {
         return None;
     }
     let mut out = vec![0; n];
-    match k {
-        8 => unpack_bytes::<1>(bytes, &mut out),
-        16 => unpack_bytes::<2>(bytes, &mut out),
-        24 => unpack_bytes::<3>(bytes, &mut out),
-        32 => unpack_bytes::<4>(bytes, &mut out),
-        40 => unpack_bytes::<5>(bytes, &mut out),
-        48 => unpack_bytes::<6>(bytes, &mut out),
-        56 => unpack_bytes::<7>(bytes, &mut out),
-        64 => unpack_bytes::<8>(bytes, &mut out),
-        _ => unpack_bits(bytes, k, mask, &mut out),
-    }
+    unpack_on(Isa::current(), bytes, k, &mut out);
     Some(out)
+}
+
+/// Elements `from..from + out.len()` of a packed stream.
+///
+/// # Panics
+/// If `k` is 0 or above 64, or `bytes` holds fewer elements.
+pub fn unpack_from(bytes: &[u8], from: usize, k: u32, out: &mut [u64]) {
+    // Eight elements begin and end on a byte: up to the next such place by way of the group around `from`.
+    let within = from % 8;
+    let bytes = &bytes[packed_len(from - within, k)..];
+    if within == 0 {
+        return unpack_on(Isa::current(), &bytes[..packed_len(out.len(), k)], k, out);
+    }
+    let (head, rest) = out.split_at_mut(out.len().min(8 - within));
+    let mut group = [0; 8];
+    let group = &mut group[..within + head.len()];
+    unpack_on(Isa::current(), &bytes[..packed_len(group.len(), k)], k, group);
+    head.copy_from_slice(&group[within..]);
+    if !rest.is_empty() {
+        unpack_on(Isa::current(), &bytes[k as usize..][..packed_len(rest.len(), k)], k, rest);
+    }
+}
+
+/// As many elements as `out` has room for, on a chosen instruction set (portable where the processor lacks it). What is left
+/// over in the last byte is not looked at.
+///
+/// # Panics
+/// If `k` is 0 or above 64, or `bytes` has not [`packed_len`] bytes.
+pub fn unpack_on(isa: Isa, bytes: &[u8], k: u32, out: &mut [u64]) {
+    assert_eq!(bytes.len(), packed_len(out.len(), k), "as many bytes as the elements take");
+    #[cfg(target_arch = "x86_64")]
+    if isa.or_portable() == Isa::Avx512 && (1..64).contains(&k) {
+        // SAFETY: `or_portable` has checked that the processor has the instructions.
+        return unsafe { avx512::unpack(bytes, k, out) };
+    }
+    let _ = isa;
+    match k {
+        8 => unpack_bytes::<1>(bytes, out),
+        16 => unpack_bytes::<2>(bytes, out),
+        24 => unpack_bytes::<3>(bytes, out),
+        32 => unpack_bytes::<4>(bytes, out),
+        40 => unpack_bytes::<5>(bytes, out),
+        48 => unpack_bytes::<6>(bytes, out),
+        56 => unpack_bytes::<7>(bytes, out),
+        64 => unpack_bytes::<8>(bytes, out),
+        _ => unpack_bits(bytes, k, mask(k), out),
+    }
 }
 
 fn pack_bytes<const B: usize>(values: &[u64], out: &mut [u8]) {
@@ -206,6 +261,13 @@ mod tests {
             for n in [0, 1, 7, 8, 63, 64, 65, 131] {
                 let packed = pack(&values[..n], k);
                 assert_eq!(packed, bit_by_bit(&values[..n], k), "k = {k}, n = {n}");
+                for isa in Isa::available() {
+                    let (mut bytes, mut words) = (vec![0xa5; packed.len()], vec![1; n]);
+                    pack_on(isa, &values[..n], k, &mut bytes);
+                    assert_eq!(bytes, packed, "{isa:?}, k = {k}, n = {n}");
+                    unpack_on(isa, &packed, k, &mut words);
+                    assert!(words.iter().zip(&values).all(|(w, v)| *w == v & mask(k)), "{isa:?}, k = {k}, n = {n}");
+                }
                 let want: Vec<u64> = values[..n].iter().map(|v| v & mask(k)).collect();
                 assert_eq!(unpack(&packed, n, k), Some(want), "k = {k}, n = {n}");
             }
@@ -225,6 +287,34 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn paths_agree(values in prop::collection::vec(any::<u64>(), 0..300), k in 1u32..=64, skip in 0usize..9) {
+            let want = bit_by_bit(&values, k);
+            // At any address, and with nothing but noise beside it.
+            let mut bytes = vec![0x5a; skip + want.len() + 70];
+            for isa in Isa::available() {
+                pack_on(isa, &values, k, &mut bytes[skip..skip + want.len()]);
+                prop_assert_eq!(&bytes[skip..skip + want.len()], &want[..]);
+                let mut words = vec![u64::MAX; values.len() + 2];
+                unpack_on(isa, &bytes[skip..skip + want.len()], k, &mut words[1..=values.len()]);
+                for (w, v) in words[1..].iter().zip(&values) {
+                    prop_assert_eq!(*w, v & mask(k));
+                }
+                prop_assert_eq!((words[0], words[values.len() + 1]), (u64::MAX, u64::MAX));
+            }
+            prop_assert!(bytes[..skip].iter().chain(&bytes[skip + want.len()..]).all(|b| *b == 0x5a));
+        }
+
+        #[test]
+        fn any_part_of_a_stream(values in prop::collection::vec(any::<u64>(), 0..200), k in 1u32..=64, from in 0usize..200, n in 0usize..200) {
+            let from = from.min(values.len());
+            let n = n.min(values.len() - from);
+            let mut words = vec![0; n];
+            unpack_from(&pack(&values, k), from, k, &mut words);
+            let want: Vec<u64> = values[from..from + n].iter().map(|v| v & mask(k)).collect();
+            prop_assert_eq!(words, want);
+        }
+
         #[test]
         fn appends_and_round_trips(values in prop::collection::vec(any::<u64>(), 0..300), k in 1u32..=64) {
             let mut out = vec![0xaa; 3];

@@ -1,0 +1,248 @@
+//! Owner linear: `y = W x` with `W` known to the Owner only. No online message.
+//!
+//! | | Owner | Client | Helper |
+//! |---|---|---|---|
+//! | preparation | `W`, seed | seed: `B = PRF(O,C; seed)` | `A = W - B` |
+//! | ahead | | sends `B r - r_y + rho` | sends `A r - rho` |
+//! | online | `W d` + both `= y - r_y` | | |
+//!
+//! `r_y`, `rho` = PRF(Client, Helper), fresh. Cost: `2k` bits ahead per output, nothing online. Private: the Client's
+//! message is masked by `rho`, the Helper's too, and their sum by `r_y`; the Helper's `A` is uniform because it lacks the
+//! seed, the Client knows only the seed. A preparation has its own seed: two preparations of different weights under one
+//! seed would show the Helper `W' - W`. Source: mask-ahead linear layers as in DELPHI (2020) and ASTRA (2019), with the
+//! weight matrix shared between the two mask holders. Exact (no error) in the ring.
+//!
+//! A matrix that all three know ([`OwnerMatrix::public`]) is a public linear map: each side multiplies what it holds, and
+//! nothing is sent.
+
+mod matrix;
+
+use rayon::prelude::*;
+
+pub use matrix::OwnerMatrix;
+use matrix::Part;
+pub(crate) use matrix::Plain;
+
+use super::Pending;
+use crate::error::{Error, Result};
+use crate::net::Lane;
+use crate::party::Role;
+use crate::plan::cost::Cost;
+use crate::plan::work::Counts;
+use crate::prf::Pair;
+use crate::ring::{self, fixed, gemm, pack};
+use crate::session::{Scope, Session};
+use crate::share::{Masked, Rows, Side};
+
+/// What it costs for `n` outputs.
+#[must_use]
+pub fn cost(n: usize, k: u32) -> Cost {
+    Cost::default().run_ahead(Role::Client, n, k).run_ahead(Role::Helper, n, k)
+}
+
+/// `y = W x (+ bias)` for every row of `w.inputs` elements; ring of `x`, fraction bits of both added.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::Peer`], [`Error::Reuse`].
+pub fn owner_linear(s: &mut Session, scope: &Scope, x: &Masked, w: &OwnerMatrix) -> Result<Masked> {
+    start(s, scope, x, w)?.finish(s)
+}
+
+/// Words of the other parties' matrices that are there at a time, per thread.
+const TILE_WORDS: usize = 1 << 14;
+/// The same for passes of more than [`LONG`] rows.
+const TILE_WORDS_LONG: usize = 1 << 16;
+const LONG: usize = 64;
+
+fn start<'a>(s: &mut Session, scope: &Scope, x: &Masked, w: &'a OwnerMatrix) -> Result<Pending<'a, Masked>> {
+    let tokens = x.rows().tokens();
+    if (0..tokens).any(|t| !x.rows().row(t).len().is_multiple_of(w.inputs)) {
+        return Err(Error::Shape { op: "owner linear", lhs: x.facts(), rhs: format!("{w:?}") });
+    }
+    if x.k() > w.ring {
+        let rhs = format!("{w:?}, shared modulo 2^{}", w.ring);
+        return Err(Error::Shape { op: "owner linear", lhs: x.facts(), rhs });
+    }
+    let rows = Rows::ragged((0..tokens).map(|t| x.rows().row(t).len() / w.inputs * w.outputs));
+    match &w.part {
+        Part::Shape { public } => {
+            let n = x.raw().len();
+            if !s.count(scope, counts(s.role(), *public, (n / w.inputs) as u64, w)) {
+                return Err(Error::Internal("a matrix without weights outside a walk that counts".into()));
+            }
+            match (public, s.role()) {
+                (true, _) => Ok(Pending::ready(Masked::new(vec![0; rows.len()], x.side(), x.k(), x.f() + w.f, rows))),
+                (false, Role::Owner) => online(s, scope, x, rows, w, None, None),
+                (false, _) => masks(s, scope, x, rows, w).map(Pending::ready),
+            }
+        }
+        Part::Owner { w: plain, bias } => online(s, scope, x, rows, w, Some(plain), bias.as_deref()),
+        Part::Client { .. } | Part::Helper { .. } => masks(s, scope, x, rows, w).map(Pending::ready),
+        Part::Public { w: plain } => {
+            let mut y = vec![0u64; rows.len()];
+            plain.product(x.k(), x.raw(), x.raw().len() / w.inputs, w.outputs, w.inputs, &mut y);
+            Ok(Pending::ready(Masked::new(y, x.side(), x.k(), x.f() + w.f, rows)))
+        }
+    }
+}
+
+/// What `t` rows through `w` would take at a party.
+fn counts(role: Role, public: bool, t: u64, w: &OwnerMatrix) -> Counts {
+    let words = w.words() as u64;
+    let none = Counts::default();
+    let macs = if w.diagonal { 0 } else { t * words };
+    match role {
+        Role::Owner => Counts { weight_macs: macs, weight_bytes: 2 * words, ..none },
+        _ if public => Counts { weight_macs: macs, weight_bytes: 4 * words, ..none },
+        Role::Client => Counts { ring_macs: macs, prf_bytes: 8 * words, ..none },
+        Role::Helper => Counts { ring_macs: macs, ring_bytes: pack::packed_len(w.words(), w.ring) as u64, ..none },
+    }
+}
+
+/// `B r` or `A r`, modulo `2^k`.
+pub(crate) fn local_masks(k: u32, r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
+    let (m, n) = (w.outputs, w.inputs);
+    let t = r.len() / n;
+    let mut y = vec![0u64; t * m];
+    if !matches!(w.part, Part::Client { .. } | Part::Helper { .. }) {
+        return y;
+    }
+    if w.diagonal {
+        let mut own = vec![0; n];
+        w.mask_words(0, &mut own);
+        y.iter_mut().zip(r).zip(own.iter().cycle()).for_each(|((y, r), w)| *y = r.wrapping_mul(*w));
+        return y;
+    }
+    // Made tile by tile and never stored: the Client keeps 32 bytes per model, the Helper packed words. Of a few rows at a
+    // time that stay in the cache; of more where a long prompt would read its own rows again for each tile.
+    let words = if t > LONG { TILE_WORDS_LONG } else { TILE_WORDS };
+    let tile = words.div_ceil(n).next_multiple_of(4).min(m);
+    let x = gemm::Rows::new(k, r, n);
+    let tiles: Vec<(usize, Vec<u64>)> = (0..m.div_ceil(tile))
+        .into_par_iter()
+        .map_init(Vec::new, |b: &mut Vec<u64>, i| {
+            let (from, rows) = (i * tile, tile.min(m - i * tile));
+            b.resize(rows * n, 0);
+            w.mask_words(from * n, b);
+            let mut part = vec![0u64; t * rows];
+            x.times(b, rows, &mut part);
+            (from, part)
+        })
+        .collect();
+    for (from, part) in tiles {
+        let rows = part.len() / t.max(1);
+        for (i, row) in part.chunks(rows.max(1)).enumerate() {
+            y[i * m + from..i * m + from + rows].copy_from_slice(row);
+        }
+    }
+    y
+}
+
+fn masks(s: &mut Session, scope: &Scope, x: &Masked, rows: Rows, w: &OwnerMatrix) -> Result<Masked> {
+    let k = x.k();
+    let mut y = local_masks(k, x.raw(), w);
+    let ry = s.words(Pair::ClientHelper, scope, "linear.ry", &rows, k)?;
+    let rho = s.words(Pair::ClientHelper, scope, "linear.rho", &rows, k)?;
+    let m = ring::mask(k);
+    if s.role() == Role::Client {
+        y.iter_mut().zip(ry.iter().zip(&rho)).for_each(|(y, (a, b))| *y = y.wrapping_sub(*a).wrapping_add(*b) & m);
+        s.send_ahead(scope, "linear.client", &rows, 1, k, &y)?;
+    } else {
+        y.iter_mut().zip(&rho).for_each(|(y, b)| *y = y.wrapping_sub(*b) & m);
+        s.send_ahead(scope, "linear.helper", &rows, 1, k, &y)?;
+    }
+    Ok(Masked::new(ry, Side::Mask, k, x.f() + w.f, rows))
+}
+
+fn online<'a>(
+    s: &mut Session,
+    scope: &Scope,
+    x: &Masked,
+    rows: Rows,
+    w: &'a OwnerMatrix,
+    plain: Option<&'a Plain>,
+    bias: Option<&'a [f32]>,
+) -> Result<Pending<'a, Masked>> {
+    let (k, f, n) = (x.k(), x.f() + w.f, rows.len());
+    s.declare(cost(n, k));
+    let (outputs, inputs) = w.dim();
+    let t = x.raw().len() / inputs;
+    let mut y = vec![0u64; n];
+    match plain {
+        Some(plain) if w.diagonal => plain.scale(x.raw(), &mut y),
+        Some(plain) => plain.product(k, x.raw(), t, outputs, inputs, &mut y),
+        None => {}
+    }
+    if let Some(bias) = bias {
+        let bias: Vec<u64> = bias.iter().map(|&b| fixed::encode(f64::from(b), f, k)).collect();
+        y.chunks_mut(outputs).for_each(|row| row.iter_mut().zip(&bias).for_each(|(y, b)| *y = y.wrapping_add(*b)));
+    }
+    let scope = scope.clone();
+    Ok(Pending::new(move |s| {
+        let c = s.recv_words(Role::Client, Lane::Ahead, &scope, "linear.client", n, k)?;
+        let h = s.recv_words(Role::Helper, Lane::Ahead, &scope, "linear.helper", n, k)?;
+        y.iter_mut().zip(c.iter().zip(&h)).for_each(|(y, (c, h))| *y = y.wrapping_add(*c).wrapping_add(*h));
+        Ok(Masked::new(y, Side::Value, k, f, rows))
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::prf::PreparationSeed;
+    use crate::ring::Packed;
+
+    /// Word by word, modulo `2^k`.
+    fn naive(r: &[u64], a: &[u64], n: usize, k: u32) -> Vec<u64> {
+        let dot = |r: &[u64], a: &[u64]| r.iter().zip(a).fold(0u64, |y, (r, a)| y.wrapping_add(r.wrapping_mul(*a)));
+        r.chunks(n).flat_map(|r| a.chunks(n).map(move |a| dot(r, a) & ring::mask(k))).collect()
+    }
+
+    fn words(seed: u8, n: usize) -> Vec<u64> {
+        let mut words = vec![0; n];
+        PreparationSeed::from_bytes([seed; 32]).matrix_words(1, 0, &mut words);
+        words
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        // Packed in pieces that end anywhere, at any address, in more than one tile, for few rows and for many.
+        #[test]
+        fn packed_weights_multiply_as_words_do(
+            seed: u8, t in 1usize..90, m in 1usize..70, n in 1usize..700, k in 1u32..=64, rows in 1usize..20, at in 0usize..9,
+        ) {
+            let (r, a) = (words(seed, t * n), words(!seed, m * n));
+            let mut bytes = vec![0xa5; at];
+            a.chunks(rows * n).for_each(|piece| pack::pack_into(piece, k, &mut bytes));
+            let packed = Packed::from_bytes(Arc::new(bytes), at, m * n, rows * n, k).unwrap();
+            let w = OwnerMatrix::helper_packed(1, (m, n), 12, packed).unwrap();
+            let low = |y: Vec<u64>| y.into_iter().map(|y| y & ring::mask(k)).collect::<Vec<_>>();
+            prop_assert_eq!(low(local_masks(k, &r, &w)), naive(&r, &a, n, k));
+            // The Client's half, regenerated: the same tiles.
+            let client = OwnerMatrix::client(1, m, n, 12, PreparationSeed::from_bytes([!seed; 32]));
+            prop_assert_eq!(low(local_masks(k, &r, &client)), naive(&r, &a, n, k));
+        }
+
+        #[test]
+        fn a_packed_diagonal_scales(seed: u8, t in 1usize..5, n in 1usize..90, k in 1u32..=64) {
+            let (r, a) = (words(seed, t * n), words(!seed, n));
+            let w = OwnerMatrix::helper_packed(1, (1, n), 12, Packed::new(&a, k)).unwrap().into_diagonal().unwrap();
+            let want = r.iter().zip(a.iter().cycle()).map(|(r, a)| r.wrapping_mul(*a) & ring::mask(k));
+            let got = local_masks(k, &r, &w);
+            prop_assert!(got.iter().map(|y| y & ring::mask(k)).eq(want));
+        }
+    }
+
+    #[test]
+    fn a_ring_wider_than_the_packed_words_is_refused() {
+        let w = OwnerMatrix::helper_packed(1, (2, 3), 12, Packed::new(&[0; 6], 44)).unwrap();
+        assert_eq!(w.clone().within(60).ring, 44);
+        assert_eq!(w.within(40).ring, 40);
+        assert!(OwnerMatrix::helper_packed(1, (2, 4), 12, Packed::new(&[0; 6], 44)).is_err());
+    }
+}
