@@ -17,12 +17,15 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Instant;
 
 use ndarray::ArrayView2;
 use rayon::prelude::*;
 
 use super::Pending;
 use crate::error::{Error, Result};
+use crate::ledger;
 use crate::net::Lane;
 use crate::party::Role;
 use crate::plan::cost::Cost;
@@ -281,6 +284,7 @@ pub fn owner_linear(s: &mut Session, scope: &Scope, x: &Masked, w: &OwnerMatrix)
 }
 
 fn start<'a>(s: &mut Session, scope: &Scope, x: &Masked, w: &'a OwnerMatrix) -> Result<Pending<'a, Masked>> {
+    s.enter(scope);
     let tokens = x.rows().tokens();
     if (0..tokens).any(|t| !x.rows().row(t).len().is_multiple_of(w.inputs)) {
         return Err(Error::Shape { op: "owner linear", lhs: x.facts(), rhs: format!("{w:?}") });
@@ -349,17 +353,22 @@ fn local_masks(r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
         Part::Client { seed } => {
             // B is regenerated tile by tile and never stored: the Client keeps 32 bytes per model.
             let tile = (1usize << 16).div_ceil(n).clamp(1, m);
+            let (drawing, all) = (AtomicU64::new(0), AtomicU64::new(0));
             let tiles: Vec<(usize, Vec<u64>)> = (0..m.div_ceil(tile))
                 .into_par_iter()
                 .map_init(Vec::new, |b: &mut Vec<u64>, i| {
                     let (from, rows) = (i * tile, tile.min(m - i * tile));
+                    let begun = Instant::now();
                     b.resize(rows * n, 0);
                     seed.matrix_words(w.id, (from * n) as u64, b);
+                    drawing.fetch_add(begun.elapsed().as_nanos() as u64, Relaxed);
                     let mut part = vec![0u64; t * rows];
                     gemm::ring(r, b, t, rows, n, &mut part);
+                    all.fetch_add(begun.elapsed().as_nanos() as u64, Relaxed);
                     (from, part)
                 })
                 .collect();
+            ledger::streams(drawing.into_inner() as f64 / all.into_inner().max(1) as f64);
             for (from, part) in tiles {
                 let rows = part.len() / t.max(1);
                 for (i, row) in part.chunks(rows.max(1)).enumerate() {
