@@ -17,10 +17,15 @@ const STRIP: usize = 48;
 const DEPTH: usize = 512;
 /// `x w^T`, `[rows of x, rows of w]`.
 pub(super) fn matmul_transposed(x: ArrayView2<'_, f32>, w: ArrayView2<'_, f32>) -> Array2<f32> {
+    with(Kernel::of(Isa::current()), x, w)
+}
+
+fn with(kernel: Option<Kernel>, x: ArrayView2<'_, f32>, w: ArrayView2<'_, f32>) -> Array2<f32> {
     let (tokens, n) = x.dim();
     let mut y = Array2::zeros((tokens, w.nrows()));
-    let kernel = Kernel::of(Isa::current());
-    let (Some(kernel), Some(rows), true) = (kernel, x.as_slice(), n > 0 && w.is_standard_layout()) else {
+    let (Some(kernel), Some(rows), true) =
+        (kernel, x.as_slice(), !x.is_empty() && w.is_standard_layout() && !w.is_empty())
+    else {
         strips(&w, y.view_mut(), |w, mut y| y.assign(&product(x, w)));
         return y;
     };
@@ -248,3 +253,29 @@ kernel!(
     _mm256_fmadd_ps,
     _mm256_storeu_ps
 );
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Small integers, so that every order of the sums gives the same.
+    fn integers(rows: usize, columns: usize, step: usize) -> Array2<f32> {
+        Array2::from_shape_fn((rows, columns), |(i, j)| ((i * step + 3 * j) % 7) as f32 - 3.0)
+    }
+
+    #[test]
+    fn every_kernel_and_every_remainder() {
+        for isa in Isa::available() {
+            for tokens in [0, 1, 2, 4, 5, 8, 9, 17, 33, 65, 130] {
+                for (outputs, n) in [(1, 5), (3, 16), (6, 33), (7, 513), (50, 1030), (0, 4), (2, 0), (301, 1024)] {
+                    let (x, w) = (integers(tokens, n, 5), integers(outputs, n, 2));
+                    let got = with(Kernel::of(isa), x.view(), w.view());
+                    assert_eq!(got, x.dot(&w.t()), "{isa:?}: {tokens} by {outputs} x {n}");
+                }
+            }
+        }
+        // Rows that do not lie together.
+        let (x, w) = (integers(9, 40, 5), integers(40, 30, 2));
+        assert_eq!(matmul_transposed(x.view(), w.t()), x.dot(&w));
+    }
+}
