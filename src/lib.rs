@@ -33,6 +33,7 @@
 //! share           what a party holds of a secret; local operations
 //! prf             streams shared by pairs of parties, taken once by address
 //! net             channels: tagged messages on two lanes; memory, TLS; meter, simulated network
+//! ledger          where a party's time and bytes go, by kind of operation
 //! session         one party's view: role, links, streams, passes, jobs
 //! protocol        one file per operation, each with its cost and privacy argument
 //! approx          tables for functions, with their errors
@@ -73,6 +74,7 @@ pub mod bench;
 pub mod deploy;
 pub mod error;
 pub mod generate;
+pub mod ledger;
 pub mod model;
 pub mod net;
 pub mod party;

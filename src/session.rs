@@ -17,6 +17,7 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use crate::error::{Error, PeerFault, Result};
+use crate::ledger::{self, Doing, Kind};
 use crate::net::meter::Meter;
 use crate::net::{Lane, Links, blame};
 use crate::party::Role;
@@ -237,8 +238,14 @@ impl Session {
         self.work.as_ref()
     }
 
+    /// What follows is for the operation at `scope`. Sending, receiving and drawing say so by themselves.
+    pub(crate) fn enter(&self, scope: &Scope) {
+        ledger::enter(Kind::of(scope.path()));
+    }
+
     /// Adds what this party would compute in its walk, if this session counts; says whether it does.
     pub(crate) fn count(&self, scope: &Scope, counts: Counts) -> bool {
+        self.enter(scope);
         let lane = if self.is_owner() { Lane::Online } else { Lane::Ahead };
         self.work.as_ref().is_some_and(|w| {
             w.add(self.role, lane, scope, counts);
@@ -279,6 +286,8 @@ impl Session {
     /// Starts a batch of passes with consecutive numbers from `first`, of `tokens[i]` positions each. The Owner's
     /// batches have exactly one pass.
     pub fn begin(&mut self, first: u64, tokens: &[usize]) {
+        let lane = if self.is_owner() { Lane::Online } else { Lane::Ahead };
+        ledger::start(self.meter.ledger(), lane, Kind::Rest);
         let mut start = 0;
         self.passes = tokens
             .iter()
@@ -292,6 +301,7 @@ impl Session {
 
     /// Ends the batch: its addresses can never be taken again.
     pub fn end_batch(&mut self) {
+        ledger::stop();
         if self.role != Role::Owner {
             for pass in &self.passes {
                 self.jobs.complete(pass.number);
@@ -357,7 +367,8 @@ impl Session {
         let mut out = Vec::with_capacity(words);
         for i in 0..self.passes.len() {
             let (number, n) = (self.passes[i].number, rows.range(&self.passes[i].tokens).len());
-            self.stream(pair, scope, number, label)?.words_into(n * each, k, &mut out);
+            let mut stream = self.stream(pair, scope, number, label)?;
+            ledger::during(Doing::Streams, || stream.words_into(n * each, k, &mut out));
         }
         Ok(out)
     }
@@ -381,7 +392,8 @@ impl Session {
         let mut out = Vec::with_capacity(bytes);
         for i in 0..self.passes.len() {
             let (number, n) = (self.passes[i].number, rows.range(&self.passes[i].tokens).len());
-            out.extend_from_slice(&self.stream(pair, scope, number, label)?.bytes(n * each));
+            let mut stream = self.stream(pair, scope, number, label)?;
+            ledger::during(Doing::Streams, || out.extend_from_slice(&stream.bytes(n * each)));
         }
         Ok(out)
     }
@@ -424,6 +436,7 @@ impl Session {
     /// # Errors
     /// [`Error::Peer`].
     pub fn send_online(&self, to: Role, scope: &Scope, label: &'static str, payload: Vec<u8>) -> Result<()> {
+        self.enter(scope);
         self.links.send(to, Lane::Online, &scope.address(self.the_pass()?, label), payload)
     }
 
@@ -455,9 +468,16 @@ impl Session {
         let pass = self.passes[index].number;
         // Of several passes walked together, the first cannot be answered before the walk has come to its end.
         if self.passes.len() == 1 && !self.far_ahead {
-            self.jobs.wait_room(pass, JOBS_AHEAD_LAYERS * JOBS_PER_LAYER);
+            ledger::during(Doing::Wait, || self.jobs.wait_room(pass, JOBS_AHEAD_LAYERS * JOBS_PER_LAYER));
         }
-        self.jobs.push(pass, job);
+        let (ledger, kind) = (Arc::clone(self.meter.ledger()), ledger::current());
+        let accounted = move |links: &Links| {
+            ledger::start(&ledger, Lane::Online, kind);
+            let out = job(links);
+            ledger::stop();
+            out
+        };
+        self.jobs.push(pass, Box::new(accounted));
     }
 
     /// An operation states what it costs; summed up for comparison with the meter.

@@ -5,7 +5,7 @@ use serde_json::Value;
 use trefoil::bench::{Harness, Part, Preset, count};
 use trefoil::world::Setup;
 
-const FIELDS: [&str; 16] = [
+const FIELDS: [&str; 18] = [
     "preset",
     "test",
     "context",
@@ -22,6 +22,8 @@ const FIELDS: [&str; 16] = [
     "predicted_peak_memory_bytes",
     "threads",
     "isa",
+    "by_operation",
+    "ready_by_operation",
 ];
 
 fn bench(args: &str) -> std::process::Output {
@@ -58,14 +60,93 @@ fn rows_say_what_the_walk_counts() {
         for party in ["owner", "client", "helper"] {
             assert!(row["predicted_peak_memory_bytes"][party].as_u64().unwrap() > 1 << 20, "{party}");
         }
+        operations_add_up(row);
     }
+}
+
+/// Bytes of all operations are those of the row, none without a name; the Owner's clock is the ready token's.
+fn operations_add_up(row: &Value) {
+    let parties = row["by_operation"].as_object().unwrap();
+    assert_eq!(parties.keys().collect::<Vec<_>>(), ["client", "helper", "owner"]);
+    for bytes in ["online_bytes", "ahead_bytes"] {
+        let all = parties.values().flat_map(|p| p.as_object().unwrap().values());
+        let sum: u64 = all.map(|o| o[bytes].as_u64().unwrap()).sum();
+        let whole = row[format!("{bytes}_per_token")].as_u64().unwrap();
+        // Each is rounded.
+        assert!(sum.abs_diff(whole) < 36, "{bytes}: {sum} of {whole}");
+        for party in parties.values() {
+            assert_eq!(party["rest"][bytes].as_u64().unwrap_or(0), 0, "an operation without a name: {party}");
+        }
+    }
+    let linear = |party: &str| &row["by_operation"][party]["linear"];
+    for (party, time) in [("owner", "compute_ms"), ("client", "ahead_compute_ms"), ("client", "ahead_streams_ms")] {
+        assert!(linear(party)[time].as_f64().unwrap() > 0.0, "{party}: {time}");
+    }
+    let steps = row["ready_by_operation"].as_object().unwrap().values();
+    let sum: f64 = steps.flat_map(|s| ["compute_ms", "wait_ms", "network_ms"].map(|t| s[t].as_f64().unwrap())).sum();
+    let whole = row["ms_per_token_ready"].as_f64().unwrap();
+    assert!((0.5..1.01).contains(&(sum / whole)), "{sum} of {whole} ms");
+}
+
+/// Every tag is closed, and the texts in between.
+fn texts(svg: &str) -> Vec<String> {
+    let (mut open, mut texts) = (Vec::new(), Vec::new());
+    for part in svg.split('<').skip(1) {
+        let (tag, text) = part.split_once('>').unwrap();
+        match (tag.strip_prefix('/'), tag.ends_with('/')) {
+            (Some(name), _) => assert_eq!(open.pop(), Some(name)),
+            (None, true) => {}
+            (None, false) => open.push(tag.split(' ').next().unwrap()),
+        }
+        texts.extend(Some(text.trim().to_string()).filter(|t| !t.is_empty()));
+    }
+    assert!(open.is_empty(), "{open:?}");
+    texts
+}
+
+#[test]
+fn plots_have_their_series() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = bench(&format!(
+        "--preset h768 --test pp4,tg2 --context 8,0,8 --json --plot {}",
+        dir.path().join("new/plots").display()
+    ));
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let rows: Vec<Value> = serde_json::from_slice(&out.stdout).unwrap();
+    let tests: Vec<_> = rows.iter().map(|r| (r["test"].as_str().unwrap(), r["context"].as_u64().unwrap())).collect();
+    assert_eq!(tests, [("pp4", 0), ("tg2", 0), ("tg2", 8)]);
+    let read = |name: &str| texts(&std::fs::read_to_string(dir.path().join("new/plots").join(name)).unwrap());
+    let context = read("context.svg");
+    for text in
+        ["decode, tg2", "prefill", "sustained", "run-ahead ready", "float model", "cached positions", "ms per token"]
+    {
+        assert!(context.iter().any(|t| t == text), "{text} in {context:?}");
+    }
+    let cost = read("cost.svg");
+    for text in [
+        "linear",
+        "norm",
+        "softmax exponential",
+        "mlp function",
+        "Owner",
+        "PRF streams of all",
+        "wait for a peer",
+        "network",
+        "online",
+        "run-ahead",
+    ] {
+        assert!(cost.iter().any(|t| t == text), "{text} in {cost:?}");
+    }
+    assert_eq!(std::fs::read_dir(dir.path().join("new/plots")).unwrap().count(), 2);
 }
 
 #[test]
 fn a_table_for_people() {
     let out = bench("--preset h768 --test tg2 --net 1,1");
     let stdout = String::from_utf8_lossy(&out.stdout);
-    for part in ["| h768 | tg2 | 0 | 1 ms round trip, 1 Gbit/s | 1 |", "GFLOP/s", "fewer than 64 tokens"] {
+    for part in
+        ["| h768 | tg2 | 0 | 1 ms round trip, 1 Gbit/s | 1 |", "GFLOP/s", "fewer than 64 tokens", "| mlp function |"]
+    {
         assert!(stdout.contains(part), "{part} in {stdout}");
     }
 }
@@ -83,6 +164,10 @@ fn refusals() {
         ("--preset llama-2-7b --private-layers 33", "give 1 to 32"),
         ("--preset tinyllama-1.1b --context 2000 --test tg64", "2064 positions"),
         ("--preset h768 --net slow", "--net slow"),
+        ("--preset h768 --context 1,,2", "numbers of cached positions"),
+        ("--preset h768 --context -1", "--context"),
+        ("--preset h768 --context=0,many", "--context \"0,many\""),
+        ("--preset h768 --plot Cargo.toml/plots", "--plot Cargo.toml/plots"),
     ] {
         let out = bench(args);
         let stderr = String::from_utf8_lossy(&out.stderr);

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::generate::{MAX_BATCH, next_batch};
+use crate::ledger::{self, Spent};
 use crate::model::prepare::Prepared;
 use crate::model::secure::{ClientPorts, KvCache, PassOptions, SecureModel};
 use crate::model::{ModelConfig, Weights, calibrate};
@@ -74,6 +75,8 @@ pub struct Measured {
     pub wall: Duration,
     /// Traffic by link: `[from][to]`.
     pub sent: [[LinkTotals; 3]; 3],
+    /// Time and bytes by kind of operation, by party; with [`Pace::Ready`] those since the start of the clock.
+    pub spent: [Spent; 3],
     /// Online messages in sequence in a pass; of [`Part::Layers`] those of the layers alone.
     pub depth: u32,
     /// What the Owner's walk declared, per pass; of [`Part::Layers`] without the input.
@@ -216,7 +219,8 @@ impl Run<'_> {
         let outputs = Outputs { flags: opened, _tokens: tokens };
         let source = embedding::source(source);
         let ports = ClientPorts { source, token, flags, logits: None, names: Mutex::default() };
-        let (gate, clock) = (Gate::default(), Mutex::new(Instant::now()));
+        let (gate, clock) = (Gate::default(), Mutex::new((Instant::now(), [Spent::default(); 3])));
+        let spent = || Role::ALL.map(|role| self.world.meter(role).ledger().spent());
         let (all, generation) = (
             |_, _| passes.len(),
             |role: Role, before| match self.pace {
@@ -233,7 +237,8 @@ impl Run<'_> {
             let _walked = (ready && role != Role::Owner).then(|| gate.walker());
             if ready && role == Role::Owner && gate.wait() {
                 std::thread::sleep(self.transfer());
-                *locked(&clock) = Instant::now();
+                ledger::forget();
+                *locked(&clock) = (Instant::now(), spent());
             }
             if ready {
                 s.run_far_ahead();
@@ -241,7 +246,10 @@ impl Run<'_> {
             let mut cache = locked(&caches[role.index()]);
             self.pass(models[role.index()], s, &mut cache, &ports)
         })?;
-        let wall = locked(&clock).elapsed();
+        let (begun, before) = *locked(&clock);
+        let wall = begun.elapsed();
+        let mut spent = spent();
+        spent.iter_mut().zip(&before).for_each(|(all, before)| *all = all.since(before));
         check_flags(&ports, &outputs)?;
         let sent = Role::ALL
             .map(|from| Role::ALL.map(|to| if from == to { LinkTotals::default() } else { self.world.sent(from, to) }));
@@ -249,7 +257,7 @@ impl Run<'_> {
             Part::Layers => out.owner.last().map_or(0, |(_, depth)| *depth),
             Part::Whole | Part::Verified => self.world.meter(Role::Client).depth() / passes.len().max(1) as u32,
         };
-        Ok(Measured { wall, sent, depth, declared: out.owner.into_iter().map(|(cost, _)| cost).collect() })
+        Ok(Measured { wall, sent, spent, depth, declared: out.owner.into_iter().map(|(cost, _)| cost).collect() })
     }
 
     /// One batch at one party: what it declared, and messages in sequence.

@@ -3,14 +3,22 @@
 //! [`Harness`] runs passes and says what they took; it is what `trefoil bench`, `benches/` and the tests of cost share. Weights
 //! are random and keys fixed: nothing in here is secret. What the figures mean is in `docs/performance.md`.
 
+mod breakdown;
 mod harness;
+mod measure;
+mod options;
 mod peak;
 mod plaintext;
+mod plot;
 mod presets;
 mod report;
 
+pub use breakdown::{ByOperation, Operation, Step, Steps};
 pub use harness::{Harness, Measured, Pace, Part, count, random_weights};
+pub use measure::{peak_memory, run, stopwatch};
+pub use options::{Options, Test, contexts};
 pub use peak::Peak;
 pub use plaintext::Plaintext;
+pub use plot::Plots;
 pub use presets::{PRESETS, Preset};
-pub use report::{Options, Report, Row, Test, peak_memory, run, stopwatch};
+pub use report::{Report, Row};

@@ -1,6 +1,8 @@
 //! `trefoil bench`: what a shape takes, measured.
 
-use trefoil::bench::{Options, Preset, Test, run as measure, stopwatch};
+use std::path::PathBuf;
+
+use trefoil::bench::{Options, Plots, Preset, Test, contexts, run as measure, stopwatch};
 use trefoil::error::{Error, Result};
 use trefoil::model::preparation::parse_private_layers;
 
@@ -13,9 +15,9 @@ pub struct Args {
     /// ppN: prefill of N tokens; tgN: N tokens decoded, from cold. A list.
     #[arg(long, default_value = "pp128,tg64", value_name = "LIST")]
     test: String,
-    /// Cached positions before the decode tokens.
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    context: usize,
+    /// Cached positions before the decode tokens. A list: every decode test is run at each.
+    #[arg(long, default_value = "0", value_name = "LIST")]
+    context: String,
     /// Private layers that are run; times of all are extrapolated, and labelled so. Default: all.
     #[arg(long, value_name = "N")]
     layers: Option<usize>,
@@ -25,6 +27,9 @@ pub struct Args {
     /// Network: none, lan (0.1 ms, 16 Gbit/s), wan (20 ms, 0.4 Gbit/s), or RTT_MS,GBPS. Round-trip figures.
     #[arg(long, default_value = "none")]
     net: String,
+    /// Write context.svg (time against context) and cost.svg (time and bytes by operation) into this directory.
+    #[arg(long, value_name = "DIR")]
+    plot: Option<PathBuf>,
     /// Print a JSON array of rows instead of a Markdown table.
     #[arg(long)]
     json: bool,
@@ -39,12 +44,17 @@ pub fn run(a: &Args) -> Result<()> {
     let options = Options {
         preset,
         tests: Test::list(&a.test)?,
-        context: a.context,
+        contexts: contexts(&a.context)?,
         layers: a.layers,
         private_layers: parse_private_layers(Some(&a.private_layers), &preset.config(preset.layers(), 1))?,
         net: a.net.parse()?,
     };
-    let report = measure(&options, &stopwatch())?;
+    let plots = a.plot.as_deref().map(Plots::into_dir).transpose()?;
+    let progress = stopwatch();
+    let report = measure(&options, &progress)?;
+    for path in plots.map(|p| p.write(&report)).transpose()?.unwrap_or_default() {
+        progress(&format!("written: {}", path.display()));
+    }
     if a.json {
         let json =
             serde_json::to_string_pretty(&report.rows).map_err(|e| Error::Internal(format!("writing JSON: {e}")))?;

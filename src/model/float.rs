@@ -7,6 +7,7 @@ use ndarray::{Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut1,
 use rayon::prelude::*;
 
 use super::config::{Activation, ModelConfig, RopeScaling};
+use super::matmul::{self, matmul_transposed};
 use super::observe::{Norm, Observer};
 use super::weights::{LayerWeights, Linear, Weights};
 
@@ -193,7 +194,7 @@ pub fn logits(weights: &Weights, h: &Array2<f32>) -> Array2<f32> {
 pub fn logits_observed(weights: &Weights, h: &Array2<f32>, observer: &mut dyn Observer) -> Array2<f32> {
     observer.norm_input(weights.config.num_layers, Norm::Final, h.view());
     let x = rms_norm(h, weights.norm.view(), weights.config.rms_norm_eps);
-    let logits = matmul_transposed(&x, weights.head_matrix());
+    let logits = matmul_transposed(x.view(), weights.head_matrix());
     observer.logits(logits.view());
     logits
 }
@@ -269,51 +270,57 @@ fn self_attention(
     let mut row_min = Array2::zeros((config.num_heads, tokens));
     let (keys, values) = (cache.keys(), cache.values());
     let scale = 1.0 / (config.head_dim as f32).sqrt();
-    for head in 0..config.num_heads {
+    let attend = |head: usize| {
         let group = head / (config.num_heads / config.num_kv_heads);
-        let mut scores = q.slice(s![.., head, ..]).dot(&keys.slice(s![.., group, ..]).t()) * scale;
+        let mut scores = matmul::product(q.slice(s![.., head, ..]), keys.slice(s![.., group, ..])) * scale;
+        let mut extremes = Vec::with_capacity(tokens);
         for (token, mut row) in scores.outer_iter_mut().enumerate() {
             let (mut seen, mut unseen) = row.view_mut().split_at(Axis(0), start + token + 1);
             unseen.fill(0.0);
             let (max, min) = seen.fold((f32::NEG_INFINITY, f32::INFINITY), |(max, min), &s| (max.max(s), min.min(s)));
-            row_max[[head, token]] = max;
-            row_min[[head, token]] = min;
+            extremes.push((max, min));
             seen.mapv_inplace(|s| (s - max).exp());
             let sum: f64 = seen.iter().map(|&e| f64::from(e)).sum();
             seen *= (1.0 / sum) as f32;
         }
+        (weighted_sum(scores.view(), values.slice(s![.., group, ..])), extremes)
+    };
+    let work = tokens * keys.len();
+    let heads: Vec<_> = if work < matmul::LARGE {
+        (0..config.num_heads).map(attend).collect()
+    } else {
+        (0..config.num_heads).into_par_iter().map(attend).collect()
+    };
+    for (head, (of_head, extremes)) in heads.into_iter().enumerate() {
         let columns = head * config.head_dim..(head + 1) * config.head_dim;
-        context.slice_mut(s![.., columns]).assign(&scores.dot(&values.slice(s![.., group, ..])));
+        context.slice_mut(s![.., columns]).assign(&of_head);
+        for (token, (max, min)) in extremes.into_iter().enumerate() {
+            row_max[[head, token]] = max;
+            row_min[[head, token]] = min;
+        }
     }
     observer.attention(index, q.view(), k.view(), v.view(), row_max.view(), row_min.view());
     observer.context(index, context.view());
     linear(&w.o, &context)
 }
 
+/// `weights values`; of one row without the copies that a product of matrices would make.
+fn weighted_sum(weights: ArrayView2<'_, f32>, values: ArrayView2<'_, f32>) -> Array2<f32> {
+    if weights.nrows() > 1 {
+        return weights.dot(&values);
+    }
+    let mut sum = Array2::zeros((weights.nrows(), values.ncols()));
+    for mut sum in sum.rows_mut() {
+        weights.iter().zip(values.rows()).for_each(|(&w, v)| sum.scaled_add(w, &v));
+    }
+    sum
+}
+
 fn linear(layer: &Linear, x: &Array2<f32>) -> Array2<f32> {
-    let mut y = matmul_transposed(x, layer.w.view());
+    let mut y = matmul_transposed(x.view(), layer.w.view());
     if let Some(bias) = &layer.bias {
         y += bias;
     }
-    y
-}
-
-/// Elements of a matrix from which on it is worth waking other threads.
-const LARGE: usize = 1 << 18;
-
-/// `x w^T`, the outputs shared among the threads of the pool: each output is summed as by one thread. One row goes as matrix
-/// times vector, which reads the weights once, in order, without packing them.
-fn matmul_transposed(x: &Array2<f32>, w: ArrayView2<'_, f32>) -> Array2<f32> {
-    let product = |w: ArrayView2<'_, f32>| {
-        if x.nrows() == 1 { w.dot(&x.row(0)).insert_axis(Axis(0)) } else { x.dot(&w.t()) }
-    };
-    if w.len() < LARGE {
-        return product(w);
-    }
-    let chunk = w.nrows().div_ceil(rayon::current_num_threads()).max(1);
-    let mut y = Array2::zeros((x.nrows(), w.nrows()));
-    let parts = y.axis_chunks_iter_mut(Axis(1), chunk).into_par_iter();
-    parts.zip(w.axis_chunks_iter(Axis(0), chunk)).for_each(|(mut y, w)| y.assign(&product(w)));
     y
 }
 

@@ -8,6 +8,7 @@ pub mod config;
 mod config_json;
 mod files;
 pub mod float;
+mod matmul;
 mod mmap;
 mod observe;
 pub mod preparation;

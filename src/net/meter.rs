@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use super::{Abort, Channel, FRAME_HEADER, Frame, Lane};
 use crate::error::PeerFault;
+use crate::ledger::{self, Doing, Ledger};
 use crate::party::Role;
 
 /// What one directed link carried.
@@ -51,6 +52,7 @@ pub struct Meter {
     sent: [Counter; 3],
     clock: AtomicU32,
     waited_ns: [AtomicU64; 3],
+    ledger: Arc<Ledger>,
 }
 
 impl Meter {
@@ -70,6 +72,12 @@ impl Meter {
     #[must_use]
     pub fn depth(&self) -> u32 {
         self.clock.load(Relaxed)
+    }
+
+    /// The same by kind of operation, with times.
+    #[must_use]
+    pub fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
     }
 
     /// Time spent waiting for `peer`.
@@ -104,12 +112,17 @@ impl<C: Channel> Channel for Metered<C> {
         let i = usize::from(lane == Lane::Ahead);
         c.bytes[i].fetch_add(bytes, Relaxed);
         c.messages[i].fetch_add(1, Relaxed);
-        self.inner.send(lane, frame)
+        ledger::sent(lane, bytes);
+        match lane {
+            Lane::Online => self.inner.send(lane, frame),
+            // It may have to wait for room.
+            Lane::Ahead => ledger::during(Doing::Wait, || self.inner.send(lane, frame)),
+        }
     }
 
     fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Frame, PeerFault> {
         let start = Instant::now();
-        let frame = self.inner.recv(lane, tag, len, timeout);
+        let frame = ledger::during(Doing::Wait, || self.inner.recv(lane, tag, len, timeout));
         self.meter.waited_ns[self.peer.index()].fetch_add(start.elapsed().as_nanos() as u64, Relaxed);
         let frame = frame?;
         if lane == Lane::Online {

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::{Abort, Channel, FRAME_HEADER, Frame, Lane};
 use crate::error::{Error, PeerFault};
+use crate::ledger::{self, Doing};
 
 /// Round-trip time and bandwidth of every link.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -132,7 +133,7 @@ impl<C: Channel> Channel for Shaped<C> {
         if let Some(at) = frame.not_before {
             let wait = at.saturating_duration_since(Instant::now());
             if !wait.is_zero() {
-                std::thread::sleep(wait);
+                ledger::during(Doing::Network, || std::thread::sleep(wait));
             }
         }
         Ok(frame)

@@ -17,6 +17,9 @@
 
 mod matrix;
 
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Instant;
+
 use rayon::prelude::*;
 
 pub use matrix::OwnerMatrix;
@@ -25,6 +28,7 @@ pub(crate) use matrix::Plain;
 
 use super::Pending;
 use crate::error::{Error, Result};
+use crate::ledger;
 use crate::net::Lane;
 use crate::party::Role;
 use crate::plan::cost::Cost;
@@ -55,6 +59,7 @@ const TILE_WORDS_LONG: usize = 1 << 16;
 const LONG: usize = 64;
 
 fn start<'a>(s: &mut Session, scope: &Scope, x: &Masked, w: &'a OwnerMatrix) -> Result<Pending<'a, Masked>> {
+    s.enter(scope);
     let tokens = x.rows().tokens();
     if (0..tokens).any(|t| !x.rows().row(t).len().is_multiple_of(w.inputs)) {
         return Err(Error::Shape { op: "owner linear", lhs: x.facts(), rhs: format!("{w:?}") });
@@ -118,17 +123,24 @@ pub(crate) fn local_masks(k: u32, r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
     let words = if t > LONG { TILE_WORDS_LONG } else { TILE_WORDS };
     let tile = words.div_ceil(n).next_multiple_of(4).min(m);
     let x = gemm::Rows::new(k, r, n);
+    let (drawing, all) = (AtomicU64::new(0), AtomicU64::new(0));
     let tiles: Vec<(usize, Vec<u64>)> = (0..m.div_ceil(tile))
         .into_par_iter()
         .map_init(Vec::new, |b: &mut Vec<u64>, i| {
             let (from, rows) = (i * tile, tile.min(m - i * tile));
+            let begun = Instant::now();
             b.resize(rows * n, 0);
             w.mask_words(from * n, b);
+            drawing.fetch_add(begun.elapsed().as_nanos() as u64, Relaxed);
             let mut part = vec![0u64; t * rows];
             x.times(b, rows, &mut part);
+            all.fetch_add(begun.elapsed().as_nanos() as u64, Relaxed);
             (from, part)
         })
         .collect();
+    if matches!(w.part, Part::Client { .. }) {
+        ledger::streams(drawing.into_inner() as f64 / all.into_inner().max(1) as f64);
+    }
     for (from, part) in tiles {
         let rows = part.len() / t.max(1);
         for (i, row) in part.chunks(rows.max(1)).enumerate() {

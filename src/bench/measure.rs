@@ -1,0 +1,279 @@
+//! A benchmark from options to rows.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use super::breakdown::Times;
+use super::{Harness, Measured, Options, Pace, Part, Peak, Plaintext, Report, Row, Test, count, random_weights};
+use crate::deploy::doctor::machine;
+use crate::error::{Error, Result};
+use crate::generate::MAX_BATCH;
+use crate::model::ModelConfig;
+use crate::party::Role;
+use crate::plan::{Plan, memory};
+use crate::predict::{PROCESS, RUN_AHEAD};
+use crate::ring::Isa;
+use crate::world::Setup;
+
+struct Bench<'a> {
+    options: &'a Options,
+    /// Private layers that are run, and that there are.
+    layers: (usize, usize),
+    part: Part,
+    harness: Harness,
+    /// All private layers, planned like those that are run.
+    whole: (ModelConfig, Plan),
+}
+
+/// Measures; `progress` is told what is going on.
+///
+/// # Errors
+/// [`Error::Config`] for options that do not go together or more memory than there is.
+pub fn run(options: &Options, progress: &dyn Fn(&str)) -> Result<Report> {
+    let preset = options.preset;
+    let total = options.private_layers.unwrap_or(preset.layers());
+    let measured = options.layers.unwrap_or(total);
+    check_layers(options, total, measured)?;
+    let cases = options.cases();
+    let positions = cases.iter().map(|&(test, context)| context + test.tokens()).max().unwrap_or(0);
+    if positions > preset.positions() {
+        let most = preset.positions();
+        return Err(Error::Config(format!("the tests take {positions} positions, but {} has {most}", preset.name)));
+    }
+    let config = preset.config(measured, positions);
+    let private_embedding = preset.is_model() && options.private_layers.is_none();
+    enough_memory("weights and their shares", weight_bytes(&config, private_embedding))?;
+    progress(&format!("{}: random weights of {measured} layers ({})", preset.name, preset.source));
+    let weights = random_weights(config)?;
+    progress("machine's peak and float model");
+    let peak = Peak::measure();
+    let plaintext: Vec<Plaintext> =
+        cases.iter().map(|&(test, context)| Plaintext::measure(&weights, test, context)).collect();
+    progress("calibration, fixed point, shares of the weights");
+    let timeout = Duration::from_secs(3600);
+    let setup = Setup { profile: options.net, ahead_capacity: RUN_AHEAD as usize, timeout, ..Setup::default() };
+    let harness = Harness::prepare(&weights, private_embedding, setup)?;
+    drop(weights);
+    let whole = all_layers(&harness, preset.config(total, positions));
+    let part = if preset.is_model() { Part::Whole } else { Part::Layers };
+    let bench = Bench { options, layers: (measured, total), part, harness, whole };
+    let row = |(&(test, context), float): (&(Test, usize), &Plaintext)| {
+        progress(&format!("{test} at context {context}"));
+        Case { bench: &bench, test, context }.row(float)
+    };
+    let rows = cases.iter().zip(&plaintext).map(row).collect::<Result<_>>()?;
+    Ok(Report { rows, plaintext, peak })
+}
+
+fn check_layers(options: &Options, total: usize, measured: usize) -> Result<()> {
+    let preset = options.preset;
+    let wrong = |option: &str, n: usize, most: usize, what: &str| {
+        Err(Error::Config(format!("{option} {n}: give 1 to {most}, the {what} of {}", preset.name)))
+    };
+    if total == 0 || total > preset.layers() {
+        return wrong("--private-layers", total, preset.layers(), "layers");
+    }
+    if measured == 0 || measured > total {
+        return wrong("--layers", measured, total, "private layers");
+    }
+    Ok(())
+}
+
+/// f32 weights, the Owner's integers and the Helper's words, with the matrices that are converted at a time.
+fn weight_bytes(c: &ModelConfig, private_embedding: bool) -> u64 {
+    let table = (c.vocab_size * c.hidden_size) as u64;
+    let shared = c.parameter_count() - if c.tie_word_embeddings { 0 } else { table };
+    let largest = table.max((2 * c.intermediate_size * c.hidden_size) as u64);
+    4 * c.parameter_count() + 10 * shared + if private_embedding { 16 * table } else { 0 } + 12 * largest
+}
+
+fn enough_memory(what: &str, bytes: u64) -> Result<()> {
+    match machine::available() {
+        Some(free) if bytes > free => Err(Error::Config(format!(
+            "{what} take about {}, but {} are free: measure fewer layers (--layers) or shorter tests",
+            machine::gb(bytes),
+            machine::gb(free)
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn all_layers(harness: &Harness, config: ModelConfig) -> (ModelConfig, Plan) {
+    let mut plan = harness.plan().clone();
+    plan.layers = plan.layers.iter().cycle().take(config.num_layers).cloned().collect();
+    (config, plan)
+}
+
+/// The kernel's high-water mark of this process; 0 where it does not tell.
+#[must_use]
+pub fn peak_memory() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap_or_default();
+    line.trim().trim_end_matches("kB").trim().parse::<u64>().unwrap_or(0) * 1024
+}
+
+/// Forgets the high-water mark of what was before, where the kernel lets us; else the mark includes the preparation.
+fn forget_peak() {
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+}
+
+/// Traffic of some passes.
+struct Traffic {
+    counted: Vec<Measured>,
+    passes: usize,
+    /// What Owner, Client and Helper send the Owner ahead in a pass, by [`Role::index`].
+    to_owner: [f64; 3],
+}
+
+impl Traffic {
+    /// Per pass.
+    fn mean(&self, f: &dyn Fn(&Measured) -> u64) -> f64 {
+        self.counted.iter().map(f).sum::<u64>() as f64 / self.passes as f64
+    }
+
+    /// In sequence.
+    fn messages(&self) -> u32 {
+        self.counted.last().map_or(0, |m| m.depth)
+    }
+}
+
+/// A test at a context.
+struct Case<'a> {
+    bench: &'a Bench<'a>,
+    test: Test,
+    /// Cached positions before the first token.
+    context: usize,
+}
+
+/// What a token took.
+struct Taken {
+    ms: f64,
+    times: Times,
+}
+
+impl Case<'_> {
+    fn row(&self, float: &Plaintext) -> Result<Row> {
+        let (measured, total) = self.bench.layers;
+        let options = self.bench.options;
+        let preset = options.preset;
+        let (passes, tokens) = self.test.passes();
+        let traffic = self.traffic()?;
+        self.session_memory(&traffic)?;
+        forget_peak();
+        // Batches as a generation with all private layers would have them.
+        let pace = Pace::Generation(traffic.to_owner.map(batch_room));
+        let sustained = self.measure(pace, passes)?;
+        let room = traffic.to_owner.map(|each| batch_room(each).min(MAX_BATCH));
+        let ready = passes.min(*room.iter().min().unwrap_or(&1));
+        let ready = self.measure(Pace::Ready, ready)?;
+        // The Client computes the public layers in the clear.
+        let public = (preset.layers() - total) as f64 * float.layer_s * 1e3;
+        let head = if preset.is_model() { float.head_s } else { 0.0 };
+        let per_token = |bytes: f64| (bytes / tokens as f64).round() as u64;
+        Ok(Row {
+            preset: preset.name.into(),
+            test: self.test.to_string(),
+            context: self.context,
+            net: options.net.to_string(),
+            layers_measured: measured,
+            layers_total: total,
+            ms_per_token: sustained.ms + public,
+            ms_per_token_ready: ready.ms + public,
+            float_ms_per_token: 1e3 * (preset.layers() as f64 * float.layer_s + head),
+            online_bytes_per_token: per_token(traffic.mean(&Measured::online_bytes)),
+            ahead_bytes_per_token: per_token(traffic.mean(&Measured::ahead_bytes)),
+            messages_per_token: f64::from(traffic.messages()) / tokens as f64,
+            peak_memory_bytes: peak_memory(),
+            predicted_peak_memory_bytes: self.predicted_memory(),
+            by_operation: sustained.times.by_operation(&|role, kind, lane| {
+                let sent = |m: &Measured| m.spent[role.index()].sent(kind, lane);
+                per_token(traffic.mean(&sent))
+            }),
+            ready_by_operation: ready.times.steps(),
+            threads: rayon::current_num_threads(),
+            isa: Isa::current().name(),
+        })
+    }
+
+    /// Per token, for all private layers.
+    fn measure(&self, pace: Pace, passes: usize) -> Result<Taken> {
+        let (measured, total) = self.bench.layers;
+        let (_, tokens) = self.test.passes();
+        let take = |part| -> Result<Taken> {
+            let m = self.bench.harness.measure(part, pace, self.context, &vec![tokens; passes])?;
+            let all = passes * tokens;
+            Ok(Taken { ms: m.wall.as_secs_f64() * 1e3 / all as f64, times: Times::of(&m.spent, all) })
+        };
+        let whole = take(self.bench.part)?;
+        if measured == total {
+            return Ok(whole);
+        }
+        let (more, layers) = ((total - measured) as f64 / measured as f64, take(Part::Layers)?);
+        Ok(Taken { ms: whole.ms + more * layers.ms, times: whole.times.add(more, &layers.times) })
+    }
+
+    /// Counted for all private layers. It grows evenly from eight passes to the next eight, so that the mean of a long
+    /// test is that of its ends.
+    fn traffic(&self) -> Result<Traffic> {
+        let (passes, tokens) = self.test.passes();
+        let (context, (config, plan)) = (self.context, &self.bench.whole);
+        let ends = if passes > 16 { vec![(context, 8), (context + passes - 8, 8)] } else { vec![(context, passes)] };
+        let counted = ends
+            .iter()
+            .map(|&(at, n)| count(config, plan, self.bench.part, at, &vec![tokens; n]))
+            .collect::<Result<Vec<Measured>>>()?;
+        let mut traffic = Traffic { counted, passes: ends.iter().map(|(_, n)| n).sum(), to_owner: [0.0; 3] };
+        let to_owner = |role: Role| traffic.mean(&|m| m.sent[role.index()][Role::Owner.index()].ahead_bytes);
+        traffic.to_owner = Role::ALL.map(to_owner);
+        Ok(traffic)
+    }
+
+    fn session_memory(&self, traffic: &Traffic) -> Result<()> {
+        let (prompt, decode) = self.request();
+        let (measured, total) = self.bench.layers;
+        let (harness, preset) = (&self.bench.harness, self.bench.options.preset);
+        let (config, plan) = (preset.config(measured, self.bench.whole.0.max_positions), harness.plan());
+        let of = |role| memory::session_bytes(role, &config, plan, prompt, decode, RUN_AHEAD).total();
+        // All of it is there before the clock of `ready` starts.
+        let walked = traffic.mean(&Measured::ahead_bytes) as u64 * measured as u64 / total as u64
+            * self.test.passes().0.min(MAX_BATCH) as u64;
+        enough_memory(
+            &format!("{}: caches, vectors and run-ahead", self.test),
+            Role::ALL.map(of).iter().sum::<u64>() + walked,
+        )
+    }
+
+    /// The request whose memory is that of the test: its last position is the same.
+    fn request(&self) -> (usize, usize) {
+        match self.test {
+            Test::Prefill(n) => (n, 0),
+            Test::Decode(n) => (1, (self.context + n).saturating_sub(1)),
+        }
+    }
+
+    fn predicted_memory(&self) -> BTreeMap<String, u64> {
+        let (prompt, decode) = self.request();
+        let (private, mut plan) = (&self.bench.whole.0, self.bench.whole.1.clone());
+        // The Client has the public layers too.
+        let preset = self.bench.options.preset;
+        let config = preset.config(preset.layers(), private.max_positions);
+        plan.first_private = config.num_layers - private.num_layers;
+        let of = |role: Role| {
+            let model = memory::model_bytes(role, &config, &plan);
+            let session = memory::session_bytes(role, &config, &plan, prompt, decode, RUN_AHEAD);
+            (role.to_string(), model.weights + model.tables + session.total() + PROCESS)
+        };
+        Role::ALL.map(of).into()
+    }
+}
+
+/// Passes of `each` bytes that a batch may have: half of the Owner's buffer.
+fn batch_room(each: f64) -> usize {
+    ((RUN_AHEAD / 2) as f64 / each.max(1.0)).max(1.0) as usize
+}
+
+/// Prints what is being prepared and since when.
+pub fn stopwatch() -> impl Fn(&str) {
+    let begun = Instant::now();
+    move |what: &str| eprintln!("[{:6.1} s] {what}", begun.elapsed().as_secs_f64())
+}
