@@ -3,6 +3,10 @@
 
 use std::arch::x86_64::*;
 
+/// Bytes that are asked for before they are needed: matrices come from memory, and a page at a time is what the processor
+/// foresees by itself.
+const AHEAD: usize = 4096;
+
 /// The first `n` of up to 64 lanes.
 fn lanes(n: usize) -> u64 {
     if n >= 64 { u64::MAX } else { (1 << n) - 1 }
@@ -35,20 +39,32 @@ pub unsafe fn unpack(bytes: &[u8], k: u32, out: &mut [u64]) {
         ]
     };
     let mask = _mm512_set1_epi64(super::mask(k) as i64);
-    let mut bytes = bytes;
-    for out in out.chunks_mut(8) {
-        let (group, rest) = bytes.split_at(size.min(bytes.len()));
-        // SAFETY: only lanes within `group` are read.
-        let v = unsafe { _mm512_maskz_loadu_epi8(lanes(group.len()), group.as_ptr().cast()) };
-        // Lanes wrap around where a word ends with the group; they are shifted out then, or masked off.
-        let v = _mm512_or_si512(
-            _mm512_srlv_epi64(_mm512_permutexvar_epi16(low, v), down),
-            _mm512_sllv_epi64(_mm512_permutexvar_epi16(high, v), up),
-        );
-        // SAFETY: only lanes within `out` are written.
+    // Lanes wrap around where a word ends with the group; they are shifted out then, or masked off.
+    let words = |v: __m512i| {
+        let (first, behind) = (_mm512_permutexvar_epi16(low, v), _mm512_permutexvar_epi16(high, v));
+        // Either of the two, and the mask.
+        _mm512_ternarylogic_epi64::<0xe0>(mask, _mm512_srlv_epi64(first, down), _mm512_sllv_epi64(behind, up))
+    };
+    // Groups with a whole register of bytes from their beginning on: nothing to be masked.
+    let whole = match bytes.len().checked_sub(64) {
+        Some(last) => (out.len() / 8).min(last / size + 1),
+        None => 0,
+    };
+    for g in 0..whole {
+        // SAFETY: `g <= (bytes.len() - 64) / size` and `8 (g + 1) <= out.len()`. A prefetch may have any address.
         unsafe {
-            let some = lanes(out.len()) as __mmask8;
-            _mm512_mask_storeu_epi64(out.as_mut_ptr().cast(), some, _mm512_and_si512(v, mask));
+            _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(g * size + AHEAD).cast());
+            let v = _mm512_loadu_si512(bytes.as_ptr().add(g * size).cast());
+            _mm512_storeu_si512(out.as_mut_ptr().add(8 * g).cast(), words(v));
+        }
+    }
+    let mut bytes = &bytes[whole * size..];
+    for out in out[8 * whole..].chunks_mut(8) {
+        let (group, rest) = bytes.split_at(size.min(bytes.len()));
+        // SAFETY: only lanes within `group` are read, and only those within `out` written.
+        unsafe {
+            let v = _mm512_maskz_loadu_epi8(lanes(group.len()), group.as_ptr().cast());
+            _mm512_mask_storeu_epi64(out.as_mut_ptr().cast(), lanes(out.len()) as __mmask8, words(v));
         }
         bytes = rest;
     }
