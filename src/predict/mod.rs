@@ -5,6 +5,7 @@
 //! ([`crate::plan::memory`]). See `docs/cost.md`.
 
 mod rates;
+mod rehearsal;
 mod source;
 mod time;
 pub mod walk;
@@ -14,6 +15,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 pub use rates::Rates;
+pub use rehearsal::{Fit, Overheads};
 pub use source::Source;
 pub use time::{Phase, Seconds};
 

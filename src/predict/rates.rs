@@ -1,19 +1,17 @@
 //! Rates of this machine's kernels, measured in about a second: the real kernels on sizes as in a layer.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ndarray::Array2;
 use serde::Serialize;
 
+use super::rehearsal::{Overheads, rehearse};
 use crate::error::Result;
-use crate::net::memory;
-use crate::net::{Channel, Frame, Lane};
 use crate::plan::FW;
 use crate::plan::work::Counts;
 use crate::prf::{Address, Pair, PairKey, Prf};
 use crate::protocol::linear::{OwnerMatrix, local_masks};
-use crate::ring::{Isa, Packed, fold, gemm, pack};
+use crate::ring::{Isa, Packed, fold, gemm};
 
 /// What a second of one core does. Kernels run on the whole pool where they are large; these are figures of the pool
 /// divided by its threads.
@@ -37,12 +35,10 @@ pub struct Rates {
     pub row_macs: f64,
     /// Table words read by lookups.
     pub fold_words: f64,
-    /// Words masked, packed and unpacked.
-    pub words: f64,
     /// Multiply-adds of f32 weights in plaintext, one row at a time.
     pub float_macs: f64,
-    /// Seconds that a message takes between two threads of a process.
-    pub message_s: f64,
+    /// What small models took beyond that.
+    pub overheads: Overheads,
 }
 
 /// Of every kernel.
@@ -82,12 +78,14 @@ impl Rates {
         // A part of a matrix that stays in the cache, as it is used.
         let part = &wide[..m / 8 * n];
         let ring_macs = per(rate(all / 8.0, || gemm::Rows::new(44, &x, n).times(part, m / 8, &mut y[..t * m / 8])));
-        // One head's scores and context over 512 positions of a cache of 16 heads.
-        let (visible, dim, width) = (512, 64, 1024);
-        let row_macs = rate(2.0 * (visible * dim) as f64, || {
-            let cache = &wide[..visible * width];
-            gemm::strided(Isa::current(), &x[..dim], cache, width, (1, visible, dim), &mut y[..visible]);
-            gemm::weighted(Isa::current(), &x[..visible], cache, width, (1, dim, visible), &mut y[..dim]);
+        // Scores and context of one head after the other, over all positions of a cache that no cache of the processor holds.
+        let (visible, dim, width) = (m, 64, n);
+        let row_macs = rate(2.0 * (visible * width) as f64, || {
+            for head in 0..width / dim {
+                let cache = &wide[head * dim..];
+                gemm::strided(Isa::current(), &x[..dim], cache, width, (1, visible, dim), &mut y[..visible]);
+                gemm::weighted(Isa::current(), &x[..visible], cache, width, (1, dim, visible), &mut y[..dim]);
+            }
         });
         let (rows, elements) = (512usize, 256usize);
         let offsets = vec![7u32; elements];
@@ -107,14 +105,7 @@ impl Rates {
             words.clear();
             stream.words_into(1 << 15, 64, &mut words);
         });
-        // As in a product: two operands combined and reduced, packed, unpacked and combined again.
-        let words = rate(f64::from(1 << 14), || {
-            let both: Vec<u64> = wide[..1 << 14].iter().zip(&x).map(|(a, b)| a.wrapping_sub(*b) & 0xfff_ffff).collect();
-            let got = pack::unpack(&pack::pack(&both, 28), both.len(), 28).unwrap_or_default();
-            words.clear();
-            words.extend(got.iter().zip(&both).map(|(a, b)| a.wrapping_add(*b)));
-        });
-        Ok(Rates {
+        let mut rates = Rates {
             isa: Isa::current().name(),
             threads,
             prf_bytes,
@@ -124,47 +115,21 @@ impl Rates {
             ring_bytes,
             row_macs,
             fold_words,
-            words,
             float_macs,
-            message_s: message()?,
-        })
+            overheads: Overheads::default(),
+        };
+        rates.overheads = rehearse(&rates)?;
+        Ok(rates)
     }
 
-    /// Seconds of one core for `c`.
+    /// Seconds of one core for the kernels of `c`.
     #[must_use]
-    pub fn seconds(&self, c: &Counts) -> f64 {
+    pub fn kernel_seconds(&self, c: &Counts) -> f64 {
         let per = |n: u64, rate: f64| n as f64 / rate;
         per(c.prf_bytes, self.prf_bytes)
             + per(c.weight_macs, self.weight_macs).max(per(c.weight_bytes, self.weight_bytes))
             + per(c.ring_macs, self.ring_macs).max(per(c.ring_bytes, self.ring_bytes))
             + per(c.row_macs, self.row_macs)
             + per(c.fold_words, self.fold_words)
-            + per(c.words, self.words)
     }
-}
-
-/// Ping and pong between two threads: seconds per message.
-fn message() -> Result<f64> {
-    let (a, b) = memory::link(1 << 20);
-    let timeout = Duration::from_secs(5);
-    let internal = |e| crate::Error::Internal(format!("a channel of the measurement: {e}"));
-    let frame = |tag| Frame { tag, depth: 0, not_before: None, payload: vec![0; 64] };
-    let (a, b) = (Arc::new(a), Arc::new(b));
-    let rounds = 1000u64;
-    let start = Instant::now();
-    std::thread::scope(|s| {
-        s.spawn(|| {
-            for i in 0..rounds {
-                if b.recv(Lane::Online, i, 64, timeout).is_err() || b.send(Lane::Online, frame(i)).is_err() {
-                    return;
-                }
-            }
-        });
-        for i in 0..rounds {
-            a.send(Lane::Online, frame(i)).map_err(internal)?;
-            a.recv(Lane::Online, i, 64, timeout).map_err(internal)?;
-        }
-        Ok(())
-    })?;
-    Ok(start.elapsed().as_secs_f64() / (2 * rounds) as f64)
 }

@@ -8,6 +8,7 @@
 use serde::Serialize;
 
 use super::rates::Rates;
+use super::rehearsal::Terms;
 use super::source::Source;
 use super::walk::Stretch;
 use crate::net::Lane;
@@ -47,9 +48,6 @@ pub struct Phase {
     pub one_process_ms: f64,
 }
 
-/// Multiply-adds of a pass and layer from which kernels use the whole pool.
-const WIDE: u64 = 1 << 20;
-
 fn bits_s(bytes: u64, net: Profile) -> f64 {
     8.0 * bytes as f64 / net.bits_per_second
 }
@@ -61,28 +59,13 @@ pub(super) fn phase(stretch: &Stretch, s: &Source, net: Profile, rates: &Rates) 
         return Phase { parts_ms, ready_ms: 0.0, sustained_ms: 0.0, one_process_ms: 0.0 };
     }
     let passes = stretch.passes as f64;
-    let threads = rates.threads as f64;
-    // Vectors and streams are one core's work; large kernels are the whole pool's.
-    let split = |c: &Counts| {
-        let kernels = Counts { prf_bytes: 0, words: 0, row_macs: 0, ..*c };
-        let layers = s.plan.layers.len().max(1) as u64 * stretch.passes as u64;
-        let wide = (c.weight_macs + c.ring_macs + 16 * c.fold_words) / layers > WIDE;
-        let (all, kernels) = (rates.seconds(c) / passes, rates.seconds(&kernels) / passes);
-        (all, all - kernels + if wide { kernels / threads } else { kernels })
+    let (ready, one_process) = (&rates.overheads.ready, &rates.overheads.one_process);
+    let parts = Part::ALL.map(|part| ready.seconds(&online(stretch, part, rates)));
+    let ahead = |role: Role| {
+        let parts = stretch.work[role.index()][Lane::Ahead as usize].iter();
+        // On all cores of its own machine.
+        one_process.seconds(&parts.fold([0.0; 3], |sum, c| plus(sum, work(c, passes, rates))))
     };
-    let online = |part: Part| -> (f64, f64) {
-        let owner = stretch.work[Role::Owner.index()][0][part as usize];
-        // An answer masks, packs and unpacks as many words as its question.
-        let mut helper = stretch.work[Role::Helper.index()][0][part as usize];
-        helper.words += owner.words;
-        let (a, b) = (split(&owner), split(&helper));
-        (a.0 + b.0, a.1 + b.1)
-    };
-    let ahead = |role: Role| -> (f64, f64) {
-        let parts = stretch.work[role.index()][Lane::Ahead as usize].iter().map(&split);
-        parts.fold((0.0, 0.0), |a, p| (a.0 + p.0, a.1 + p.1))
-    };
-    let parts = Part::ALL.map(online);
     let sent = |from: Role, to: Role| stretch.links[from.index()][to.index()];
     let wire: f64 = [
         (Role::Client, Role::Owner),
@@ -94,26 +77,27 @@ pub(super) fn phase(stretch: &Stretch, s: &Source, net: Profile, rates: &Rates) 
     .map(|&(a, b)| bits_s(sent(a, b).online_bytes, net) / passes)
     .sum();
     let depth = f64::from(stretch.depth) / passes;
-    let network = depth * (net.rtt.as_secs_f64() / 2.0 + rates.message_s) + wire;
+    let network = depth * (net.rtt.as_secs_f64() / 2.0 + ready.message_s) + wire;
     let (client, helper) = (ahead(Role::Client), ahead(Role::Helper));
     let public = public_layers(stretch, s, rates) / passes;
     let seconds = Seconds {
         public_layers: public,
-        norm: parts[0].1,
-        attention: parts[1].1,
-        mlp: parts[2].1,
-        head: parts[3].1,
+        norm: parts[0],
+        attention: parts[1],
+        mlp: parts[2],
+        head: parts[3],
         network,
-        run_ahead: client.1.max(helper.1),
+        run_ahead: client.max(helper),
     };
-    let compute = parts.iter().map(|p| p.1).sum::<f64>();
+    let compute = parts.iter().sum::<f64>();
     let ready = public + compute + network;
     let links = Role::ALL.iter().flat_map(|&a| Role::ALL.map(|b| sent(a, b)));
     let busiest = links.map(|l| bits_s(l.online_bytes + l.ahead_bytes, net) / passes).fold(0.0, f64::max);
-    let helper_online: f64 = stretch.work[Role::Helper.index()][0].iter().map(|c| split(c).1).sum();
-    let sustained = ready.max(client.1).max(helper.1 + helper_online).max(busiest);
-    let cores = public + parts.iter().map(|p| p.0).sum::<f64>() + client.0 + helper.0;
-    let one_process = ready.max(busiest).max(cores / threads + depth * rates.message_s);
+    let helper_online = &stretch.work[Role::Helper.index()][Lane::Online as usize];
+    let helper_online = helper_online.iter().fold([0.0; 3], |sum, c| plus(sum, work(c, passes, rates)));
+    let sustained = ready.max(client).max(helper + one_process.seconds(&helper_online)).max(busiest);
+    let cores = public + one_process.seconds(&terms(stretch, rates).all);
+    let one_process = ready.max(busiest).max(cores);
     let ms = |s: f64| s * 1e3;
     let parts_ms = Seconds {
         public_layers: ms(seconds.public_layers),
@@ -125,6 +109,42 @@ pub(super) fn phase(stretch: &Stretch, s: &Source, net: Profile, rates: &Rates) 
         run_ahead: ms(seconds.run_ahead),
     };
     Phase { parts_ms, ready_ms: ms(ready), sustained_ms: ms(sustained), one_process_ms: ms(one_process) }
+}
+
+/// What a pass's times are fitted to.
+pub(super) struct PassTerms {
+    /// Online work of Owner and Helper.
+    pub online: Terms,
+    /// All work.
+    pub all: Terms,
+}
+
+fn plus(a: Terms, b: Terms) -> Terms {
+    std::array::from_fn(|i| a[i] + b[i])
+}
+
+fn work(c: &Counts, passes: f64, rates: &Rates) -> Terms {
+    [rates.kernel_seconds(c) / passes, c.words as f64 / passes, 0.0]
+}
+
+/// Online work of Owner and Helper in a part of a pass.
+fn online(stretch: &Stretch, part: Part, rates: &Rates) -> Terms {
+    let of = |role: Role| &stretch.work[role.index()][Lane::Online as usize][part as usize];
+    let mut helper = *of(Role::Helper);
+    // An answer masks, packs and unpacks as many words as its question.
+    helper.words += of(Role::Owner).words;
+    let passes = stretch.passes as f64;
+    plus(work(of(Role::Owner), passes, rates), work(&helper, passes, rates))
+}
+
+/// The terms of a pass of `stretch`.
+pub(super) fn terms(stretch: &Stretch, rates: &Rates) -> PassTerms {
+    let passes = stretch.passes.max(1) as f64;
+    let depth = [0.0, 0.0, f64::from(stretch.depth) / passes];
+    let online = Part::ALL.iter().fold(depth, |sum, &part| plus(sum, online(stretch, part, rates)));
+    let ahead = stretch.work.iter().flat_map(|lanes| &lanes[Lane::Ahead as usize]);
+    let all = ahead.fold(online, |sum, c| plus(sum, work(c, passes, rates)));
+    PassTerms { online, all }
 }
 
 /// The Client's plaintext layers.
