@@ -141,7 +141,7 @@ fn lines(area: &Area<'_>, title: &str, x: &str, points: &[(f64, &Row)]) -> Drawn
         .x_desc(x)
         .y_desc("ms per token")
         .max_light_lines(0)
-        .x_label_formatter(&|x| format!("{x:.0}"))
+        .x_label_formatter(&|x| if right < 10.0 { format!("{x:.1}") } else { format!("{x:.0}") })
         .draw()?;
     for ((name, of), colour) in TIMES.iter().zip(COLOURS) {
         let line = || points.iter().map(|(x, row)| (*x, of(row)));
@@ -230,8 +230,8 @@ fn sent(row: &Row) -> Bars {
 /// Bars from the left, the first at the top, the sum of their parts beside each.
 fn bars(area: &Area<'_>, title: &str, unit: &str, parts: &[&str], bars: &Bars) -> Drawn {
     let sum = |bar: &[f64]| bar.iter().sum::<f64>();
-    // Half as much again for the legend.
-    let right = bars.iter().map(|(_, bar)| sum(bar)).fold(1e-9, f64::max) * 1.5;
+    // With room for the legend.
+    let right = bars.iter().map(|(_, bar)| sum(bar)).fold(1e-9, f64::max) * 1.7;
     let n = bars.len().max(1) as f64;
     // From the top, as in a pass. Names are drawn as text: plotters' axis of names may search for its labels for ever.
     let y = |i: usize| n - i as f64;
