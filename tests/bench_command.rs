@@ -165,7 +165,7 @@ fn refusals() {
         ("--preset tinyllama-1.1b --context 2000 --test tg64", "2064 positions"),
         ("--preset h768 --net slow", "--net slow"),
         ("--preset h768 --context 1,,2", "numbers of cached positions"),
-        ("--preset h768 --context -1", "--context"),
+        ("--preset h768 --context=-1", "--context \"-1\""),
         ("--preset h768 --context=0,many", "--context \"0,many\""),
         ("--preset h768 --plot Cargo.toml/plots", "--plot Cargo.toml/plots"),
     ] {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use plotters::coord::Shift;
 use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use super::{Operation, Report, Row, Step};
 use crate::error::{Error, Result};
@@ -140,7 +141,7 @@ fn lines(area: &Area<'_>, title: &str, x: &str, points: &[(f64, &Row)]) -> Drawn
         .x_desc(x)
         .y_desc("ms per token")
         .max_light_lines(0)
-        .x_label_formatter(&|x| format!("{x:.0}"))
+        .x_label_formatter(&|x| if right < 10.0 { format!("{x:.1}") } else { format!("{x:.0}") })
         .draw()?;
     for ((name, of), colour) in TIMES.iter().zip(COLOURS) {
         let line = || points.iter().map(|(x, row)| (*x, of(row)));
@@ -229,34 +230,22 @@ fn sent(row: &Row) -> Bars {
 /// Bars from the left, the first at the top, the sum of their parts beside each.
 fn bars(area: &Area<'_>, title: &str, unit: &str, parts: &[&str], bars: &Bars) -> Drawn {
     let sum = |bar: &[f64]| bar.iter().sum::<f64>();
-    // Half as much again for the legend.
-    let right = bars.iter().map(|(_, bar)| sum(bar)).fold(1e-9, f64::max) * 1.5;
-    let n = bars.len().max(1);
-    let name = |at: &SegmentValue<usize>| match at {
-        SegmentValue::CenterOf(i) => {
-            n.checked_sub(i + 1).and_then(|i| bars.get(i)).map_or("", |bar| bar.0).replace('_', " ")
-        }
-        _ => String::new(),
-    };
+    // With room for the legend.
+    let right = bars.iter().map(|(_, bar)| sum(bar)).fold(1e-9, f64::max) * 1.7;
+    let n = bars.len().max(1) as f64;
+    // From the top, as in a pass. Names are drawn as text: plotters' axis of names may search for its labels for ever.
+    let y = |i: usize| n - i as f64;
     let mut chart = ChartBuilder::on(area)
         .caption(title, (FONT, 16))
         .margin(12)
         .x_label_area_size(36)
         .y_label_area_size(140)
-        .build_cartesian_2d(0.0..right, (0..n - 1).into_segmented())?;
-    chart
-        .configure_mesh()
-        .disable_y_mesh()
-        .max_light_lines(0)
-        .x_desc(unit)
-        .y_labels(n)
-        .y_label_formatter(&name)
-        .draw()?;
+        .build_cartesian_2d(0.0..right, 0.0..n)?;
+    chart.configure_mesh().disable_y_mesh().max_light_lines(0).x_desc(unit).y_labels(0).draw()?;
     for (j, (part, colour)) in parts.iter().zip(COLOURS).enumerate() {
         let bar = |(i, (_, bar)): (usize, &(&str, Vec<f64>))| {
-            let (from, y) = (sum(&bar[..j]), n - 1 - i);
-            let corners = [(from, SegmentValue::Exact(y)), (from + bar[j], SegmentValue::Exact(y + 1))];
-            let mut bar = Rectangle::new(corners, colour.filled());
+            let from = sum(&bar[..j]);
+            let mut bar = Rectangle::new([(from, y(i)), (from + bar[j], y(i + 1))], colour.filled());
             bar.set_margin(3, 3, 0, 0);
             bar
         };
@@ -265,11 +254,16 @@ fn bars(area: &Area<'_>, title: &str, unit: &str, parts: &[&str], bars: &Bars) -
             .label(*part)
             .legend(move |(x, y)| Rectangle::new([(x, y - 4), (x + 12, y + 4)], colour.filled()));
     }
-    let total = |(i, (_, bar)): (usize, &(&str, Vec<f64>))| {
-        let at = (sum(bar), SegmentValue::CenterOf(n - 1 - i));
-        EmptyElement::at(at) + Text::new(short(sum(bar)), (4, -6), (FONT, 12))
+    let names = TextStyle::from((FONT, 12)).pos(Pos::new(HPos::Right, VPos::Center));
+    let texts = |(i, (name, bar)): (usize, &(&str, Vec<f64>))| {
+        let (name, middle) = (name.replace('_', " "), y(i) - 0.5);
+        let name = EmptyElement::at((0.0, middle)) + Text::new(name, (-8, 0), names.clone());
+        let total = EmptyElement::at((sum(bar), middle)) + Text::new(short(sum(bar)), (4, -6), (FONT, 12));
+        (name, total)
     };
-    chart.draw_series(bars.iter().enumerate().map(total))?;
+    let (names, totals): (Vec<_>, Vec<_>) = bars.iter().enumerate().map(texts).unzip();
+    chart.draw_series(names)?;
+    chart.draw_series(totals)?;
     let mut labels = chart.configure_series_labels();
     labels.position(SeriesLabelPosition::LowerRight).background_style(WHITE.mix(0.8)).border_style(BLACK).draw()
 }
