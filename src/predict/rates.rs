@@ -31,8 +31,10 @@ pub struct Rates {
     pub ring_macs: f64,
     /// Bytes of packed ring matrices, one row at a time.
     pub ring_bytes: f64,
-    /// Multiply-adds with short cached rows.
+    /// Multiply-adds with short cached rows that were just read.
     pub row_macs: f64,
+    /// The same of rows that come from memory.
+    pub cold_row_macs: f64,
     /// Table words read by lookups.
     pub fold_words: f64,
     /// Multiply-adds of f32 weights in plaintext, one row at a time.
@@ -42,7 +44,7 @@ pub struct Rates {
 }
 
 /// Of every kernel.
-const EACH: Duration = Duration::from_millis(70);
+const EACH: Duration = Duration::from_millis(120);
 
 /// Repeats `f` for the time of one kernel; units per second at best of the runs.
 fn rate(units: f64, mut f: impl FnMut()) -> f64 {
@@ -77,16 +79,21 @@ impl Rates {
             per(rate(packed.bytes() as f64, || y[..m].copy_from_slice(&local_masks(44, &x[..n], &packed))));
         // A part of a matrix that stays in the cache, as it is used.
         let part = &wide[..m / 8 * n];
-        let ring_macs = per(rate(all / 8.0, || gemm::Rows::new(44, &x, n).times(part, m / 8, &mut y[..t * m / 8])));
-        // Scores and context of one head after the other, over all positions of a cache that no cache of the processor holds.
-        let (visible, dim, width) = (m, 64, n);
-        let row_macs = rate(2.0 * (visible * width) as f64, || {
-            for head in 0..width / dim {
-                let cache = &wide[head * dim..];
-                gemm::strided(Isa::current(), &x[..dim], cache, width, (1, visible, dim), &mut y[..visible]);
-                gemm::weighted(Isa::current(), &x[..visible], cache, width, (1, dim, visible), &mut y[..dim]);
-            }
-        });
+        let digits = gemm::Rows::new(44, &x, n);
+        let ring_macs = per(rate(all / 8.0, || digits.times(part, m / 8, &mut y[..t * m / 8])));
+        // Scores and context over cached positions of heads of 64: one head's again and again, as the tokens of a prompt read it,
+        // and one head after the other of a cache that fits no cache of the processor, as single tokens do.
+        let (dim, width) = (64, n);
+        let mut row_rate = |visible: usize, heads: usize| {
+            rate(2.0 * (visible * dim * heads) as f64, || {
+                for head in 0..heads {
+                    let cache = &wide[head * dim..visible * width];
+                    gemm::strided(Isa::current(), &x[..dim], cache, width, (1, visible, dim), &mut y[..visible]);
+                    gemm::weighted(Isa::current(), &x[..visible], cache, width, (1, dim, visible), &mut y[..dim]);
+                }
+            })
+        };
+        let (row_macs, cold_row_macs) = (row_rate(256, 1), row_rate(m, width / dim));
         let (rows, elements) = (512usize, 256usize);
         let offsets = vec![7u32; elements];
         let queries = vec![0x5au8; elements * rows / 8];
@@ -114,6 +121,7 @@ impl Rates {
             ring_macs,
             ring_bytes,
             row_macs,
+            cold_row_macs,
             fold_words,
             float_macs,
             overheads: Overheads::default(),
@@ -122,14 +130,14 @@ impl Rates {
         Ok(rates)
     }
 
-    /// Seconds of one core for the kernels of `c`.
+    /// Seconds of one core for the kernels of `c`; `single` tokens read the cache from memory.
     #[must_use]
-    pub fn kernel_seconds(&self, c: &Counts) -> f64 {
+    pub fn kernel_seconds(&self, c: &Counts, single: bool) -> f64 {
         let per = |n: u64, rate: f64| n as f64 / rate;
         per(c.prf_bytes, self.prf_bytes)
             + per(c.weight_macs, self.weight_macs).max(per(c.weight_bytes, self.weight_bytes))
             + per(c.ring_macs, self.ring_macs).max(per(c.ring_bytes, self.ring_bytes))
-            + per(c.row_macs, self.row_macs)
+            + per(c.row_macs, if single { self.cold_row_macs } else { self.row_macs })
             + per(c.fold_words, self.fold_words)
     }
 }

@@ -1,8 +1,8 @@
 //! What kernels' rates do not say: how long it takes to handle words one by one, and to take turns.
 //!
-//! Small models are run, all three parties in this process, and three coefficients fitted to their times by least squares:
-//! for the kernels' computed time, for words, for messages in sequence. Models of other shapes are predicted from these, see
-//! `docs/cost.md`.
+//! Small models are run, all three parties in this process, and two coefficients fitted to what their times exceed the
+//! kernels' by, by least squares: for words, and for messages in sequence. Models of other shapes are predicted from these,
+//! see `docs/cost.md`.
 
 use std::time::Duration;
 
@@ -17,18 +17,12 @@ use crate::generate::MAX_BATCH;
 use crate::model::{Activation, Arch, ModelConfig, Rope, RopeScaling};
 use crate::world::Setup;
 
-/// Number of [`Terms`].
-const TERMS: usize = 3;
+/// What a pass's time is a sum of: seconds of kernels at their rates; words handled one by one; messages in sequence.
+pub type Terms = [f64; 3];
 
-/// What a pass's time is a sum of: seconds of kernels at their rates, on one core; words handled one by one; messages in
-/// sequence.
-pub type Terms = [f64; TERMS];
-
-/// Seconds for each of the [`Terms`].
+/// Seconds for what the kernels' rates do not say.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Fit {
-    /// Per second of kernels: below 1 where several cores share them.
-    pub kernels: f64,
     /// Per word.
     pub word_s: f64,
     /// Per message in sequence: two threads take turns.
@@ -39,56 +33,25 @@ impl Fit {
     /// Seconds.
     #[must_use]
     pub fn seconds(&self, t: &Terms) -> f64 {
-        self.kernels * t[0] + self.word_s * t[1] + self.message_s * t[2]
+        t[0] + self.word_s * t[1] + self.message_s * t[2]
     }
 
     /// The coefficients, none negative, whose relative errors have the least sum of squares.
     fn of(samples: &[(Terms, f64)]) -> Fit {
-        // In units in which the coefficients are of a size.
-        let scale: Terms = std::array::from_fn(|i| samples.iter().map(|(t, _)| t[i]).fold(1e-12, f64::max));
-        let rows: Vec<Terms> =
-            samples.iter().map(|(t, s)| std::array::from_fn(|i| t[i] / scale[i] / s.max(1e-9))).collect();
-        // Of the few subsets of terms, the best whose solution has no negative coefficient.
-        let mut best = (f64::INFINITY, [0.0; TERMS]);
-        for subset in 1u32..1 << TERMS {
-            let active: Vec<usize> = (0..TERMS).filter(|i| subset >> i & 1 == 1).collect();
-            let Some(x) = solve(&rows, &active) else { continue };
-            if x.iter().any(|v| *v < 0.0) {
-                continue;
-            }
-            let error = rows.iter().map(|r| (r.iter().zip(&x).map(|(r, x)| r * x).sum::<f64>() - 1.0).powi(2)).sum();
-            if error < best.0 {
-                best = (error, x);
-            }
+        // (words, messages, what they have to explain), each in units of the whole time.
+        let rows: Vec<[f64; 3]> = samples.iter().map(|(t, s)| [t[1] / s, t[2] / s, 1.0 - t[0] / s]).collect();
+        let sum = |i: usize, j: usize| rows.iter().map(|r| r[i] * r[j]).sum::<f64>();
+        let (ww, wm, mm, wt, mt) = (sum(0, 0), sum(0, 1), sum(1, 1), sum(0, 2), sum(1, 2));
+        let alone = |xx: f64, xt: f64| if xx > 0.0 { (xt / xx).max(0.0) } else { 0.0 };
+        let both = ww * mm - wm * wm;
+        let (word_s, message_s) = ((wt * mm - mt * wm) / both, (mt * ww - wt * wm) / both);
+        // Where one comes out negative (or both say the same), the better of the two by itself.
+        if word_s >= 0.0 && message_s >= 0.0 {
+            return Fit { word_s, message_s };
         }
-        let x: Terms = std::array::from_fn(|i| best.1[i] / scale[i]);
-        Fit { kernels: x[0], word_s: x[1], message_s: x[2] }
+        let (word_s, message_s) = (alone(ww, wt), alone(mm, mt));
+        if word_s * wt >= message_s * mt { Fit { word_s, message_s: 0.0 } } else { Fit { word_s: 0.0, message_s } }
     }
-}
-
-/// The least squares solution of `rows x = 1` in the columns `active`, zero elsewhere; `None` if they depend on each other.
-fn solve(rows: &[Terms], active: &[usize]) -> Option<Terms> {
-    let n = active.len();
-    let sum = |f: &dyn Fn(&Terms) -> f64| rows.iter().map(f).sum::<f64>();
-    let mut a: Vec<Vec<f64>> = active
-        .iter()
-        .map(|&i| active.iter().map(|&j| sum(&|r| r[i] * r[j])).chain([sum(&|r| r[i])]).collect())
-        .collect();
-    for i in 0..n {
-        let pivot = (i..n).max_by(|&p, &q| a[p][i].abs().total_cmp(&a[q][i].abs()))?;
-        a.swap(i, pivot);
-        if a[i][i].abs() < 1e-12 {
-            return None;
-        }
-        for j in (0..n).filter(|&j| j != i).collect::<Vec<_>>() {
-            let factor = a[j][i] / a[i][i];
-            let row = a[i].clone();
-            a[j].iter_mut().zip(&row).for_each(|(v, p)| *v -= factor * p);
-        }
-    }
-    let mut x = [0.0; TERMS];
-    active.iter().enumerate().for_each(|(i, &column)| x[column] = a[i][n] / a[i][i]);
-    Some(x)
 }
 
 /// Times of a party's own machine with the run-ahead work already done, and of all three in one process from cold.
@@ -155,7 +118,7 @@ pub(super) fn rehearse(rates: &Rates) -> Result<Overheads> {
                 1 => walk(&config, harness.plan(), context, passes)?.decode,
                 _ => walk(&config, harness.plan(), tokens, 0)?.prefill,
             };
-            let t = terms(&stretch, rates);
+            let t = terms(&stretch, layers, rates);
             ready.push((t.online, fastest(Pace::Ready)?));
             all.push((t.all, fastest(Pace::Generation([MAX_BATCH; 3]))?));
         }
@@ -169,15 +132,14 @@ mod tests {
 
     #[test]
     fn a_fit_finds_what_made_the_times() {
-        let terms: [Terms; 5] =
-            [[1e-3, 1e5, 80.0], [5e-3, 9e5, 80.0], [2e-1, 1e7, 80.0], [1e-3, 4e5, 200.0], [3e-2, 1e5, 10.0]];
-        let truth = Fit { kernels: 0.6, word_s: 5e-9, message_s: 4e-5 };
+        let terms: [Terms; 4] = [[1e-3, 1e5, 80.0], [5e-3, 9e5, 80.0], [2e-1, 1e7, 80.0], [1e-3, 4e5, 200.0]];
+        let truth = Fit { word_s: 5e-9, message_s: 4e-5 };
         let fit = Fit::of(&terms.map(|t| (t, truth.seconds(&t))));
-        for (got, want) in [(fit.kernels, 0.6), (fit.word_s, 5e-9), (fit.message_s, 4e-5)] {
-            assert!((got / want - 1.0).abs() < 1e-6, "{fit:?}");
-        }
+        assert!((fit.word_s / 5e-9 - 1.0).abs() < 1e-6 && (fit.message_s / 4e-5 - 1.0).abs() < 1e-6, "{fit:?}");
         // What would come out negative is left out.
-        let fit = Fit::of(&terms.map(|t| (t, 1e-3 * t[0] + 1e-6 * t[2])));
-        assert!(fit.kernels >= 0.0 && fit.word_s >= 0.0 && fit.message_s >= 0.0, "{fit:?}");
+        let fit = Fit::of(&terms.map(|t| (t, t[0] - 1e-10 * t[1] + 1e-4 * t[2])));
+        assert!(fit.word_s == 0.0 && fit.message_s > 0.0, "{fit:?}");
+        let fit = Fit::of(&terms.map(|t| (t, 0.5 * t[0])));
+        assert_eq!((fit.word_s, fit.message_s), (0.0, 0.0));
     }
 }

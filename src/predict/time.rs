@@ -60,11 +60,13 @@ pub(super) fn phase(stretch: &Stretch, s: &Source, net: Profile, rates: &Rates) 
     }
     let passes = stretch.passes as f64;
     let (ready, one_process) = (&rates.overheads.ready, &rates.overheads.one_process);
-    let parts = Part::ALL.map(|part| ready.seconds(&online(stretch, part, rates)));
-    let ahead = |role: Role| {
-        let parts = stretch.work[role.index()][Lane::Ahead as usize].iter();
-        // On all cores of its own machine.
-        one_process.seconds(&parts.fold([0.0; 3], |sum, c| plus(sum, work(c, passes, rates))))
+    let layers = s.plan.layers.len();
+    let parts = Part::ALL.map(|part| ready.seconds(&online(stretch, part, layers, rates)[1]));
+    // On all cores of a machine of its own.
+    let alone = |role: Role, lane: Lane| {
+        let parts = stretch.work[role.index()][lane as usize].iter();
+        let [kernels, words, _] = parts.map(|c| work(c, stretch, layers, rates)[0]).fold([0.0; 3], plus);
+        one_process.seconds(&[kernels / rates.threads as f64, words, 0.0])
     };
     let sent = |from: Role, to: Role| stretch.links[from.index()][to.index()];
     let wire: f64 = [
@@ -78,7 +80,7 @@ pub(super) fn phase(stretch: &Stretch, s: &Source, net: Profile, rates: &Rates) 
     .sum();
     let depth = f64::from(stretch.depth) / passes;
     let network = depth * (net.rtt.as_secs_f64() / 2.0 + ready.message_s) + wire;
-    let (client, helper) = (ahead(Role::Client), ahead(Role::Helper));
+    let (client, helper) = (alone(Role::Client, Lane::Ahead), alone(Role::Helper, Lane::Ahead));
     let public = public_layers(stretch, s, rates) / passes;
     let seconds = Seconds {
         public_layers: public,
@@ -93,10 +95,9 @@ pub(super) fn phase(stretch: &Stretch, s: &Source, net: Profile, rates: &Rates) 
     let ready = public + compute + network;
     let links = Role::ALL.iter().flat_map(|&a| Role::ALL.map(|b| sent(a, b)));
     let busiest = links.map(|l| bits_s(l.online_bytes + l.ahead_bytes, net) / passes).fold(0.0, f64::max);
-    let helper_online = &stretch.work[Role::Helper.index()][Lane::Online as usize];
-    let helper_online = helper_online.iter().fold([0.0; 3], |sum, c| plus(sum, work(c, passes, rates)));
-    let sustained = ready.max(client).max(helper + one_process.seconds(&helper_online)).max(busiest);
-    let cores = public + one_process.seconds(&terms(stretch, rates).all);
+    let helper_all = helper + alone(Role::Helper, Lane::Online);
+    let sustained = ready.max(client).max(helper_all).max(busiest);
+    let cores = public + one_process.seconds(&terms(stretch, layers, rates).all);
     let one_process = ready.max(busiest).max(cores);
     let ms = |s: f64| s * 1e3;
     let parts_ms = Seconds {
@@ -123,28 +124,39 @@ fn plus(a: Terms, b: Terms) -> Terms {
     std::array::from_fn(|i| a[i] + b[i])
 }
 
-fn work(c: &Counts, passes: f64, rates: &Rates) -> Terms {
-    [rates.kernel_seconds(c) / passes, c.words as f64 / passes, 0.0]
+/// Multiply-adds of a pass and layer from which kernels use the whole pool.
+const WIDE: u64 = 1 << 20;
+
+/// Of a pass of `stretch`, which took `c` in all: seconds of cores, and of the clock.
+fn work(c: &Counts, stretch: &Stretch, layers: usize, rates: &Rates) -> [Terms; 2] {
+    let passes = stretch.passes.max(1) as f64;
+    let kernels = rates.kernel_seconds(c, stretch.tokens == stretch.passes) / passes;
+    let macs = (c.weight_macs + c.ring_macs + 16 * c.fold_words) / (layers.max(1) * stretch.passes.max(1)) as u64;
+    let threads = if macs > WIDE { rates.threads as f64 } else { 1.0 };
+    [kernels, kernels / threads].map(|kernels| [kernels, c.words as f64 / passes, 0.0])
 }
 
 /// Online work of Owner and Helper in a part of a pass.
-fn online(stretch: &Stretch, part: Part, rates: &Rates) -> Terms {
+fn online(stretch: &Stretch, part: Part, layers: usize, rates: &Rates) -> [Terms; 2] {
     let of = |role: Role| &stretch.work[role.index()][Lane::Online as usize][part as usize];
     let mut helper = *of(Role::Helper);
     // An answer masks, packs and unpacks as many words as its question.
     helper.words += of(Role::Owner).words;
-    let passes = stretch.passes as f64;
-    plus(work(of(Role::Owner), passes, rates), work(&helper, passes, rates))
+    let (owner, helper) = (work(of(Role::Owner), stretch, layers, rates), work(&helper, stretch, layers, rates));
+    [0, 1].map(|i| plus(owner[i], helper[i]))
 }
 
-/// The terms of a pass of `stretch`.
-pub(super) fn terms(stretch: &Stretch, rates: &Rates) -> PassTerms {
-    let passes = stretch.passes.max(1) as f64;
-    let depth = [0.0, 0.0, f64::from(stretch.depth) / passes];
-    let online = Part::ALL.iter().fold(depth, |sum, &part| plus(sum, online(stretch, part, rates)));
+/// The terms of a pass of `stretch` through `layers` private layers.
+pub(super) fn terms(stretch: &Stretch, layers: usize, rates: &Rates) -> PassTerms {
+    let depth = [0.0, 0.0, f64::from(stretch.depth) / stretch.passes.max(1) as f64];
+    let parts = Part::ALL.map(|part| online(stretch, part, layers, rates));
     let ahead = stretch.work.iter().flat_map(|lanes| &lanes[Lane::Ahead as usize]);
-    let all = ahead.fold(online, |sum, c| plus(sum, work(c, passes, rates)));
-    PassTerms { online, all }
+    let cores = parts.iter().map(|p| p[0]).chain(ahead.map(|c| work(c, stretch, layers, rates)[0]));
+    let [kernels, words, depth_all] = cores.fold(depth, plus);
+    PassTerms {
+        online: parts.iter().map(|p| p[1]).fold(depth, plus),
+        all: [kernels / rates.threads as f64, words, depth_all],
+    }
 }
 
 /// The Client's plaintext layers.
