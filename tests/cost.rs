@@ -155,3 +155,9 @@ fn the_counted_cost_is_the_metered_one() {
         assert_eq!(metered.depth, counted.depth, "{part:?}");
     }
 }
+
+/// Choosing a token of 32,000: a lift and five levels.
+#[test]
+fn argmax_of_32000() {
+    assert!(trefoil::protocol::argmax::cost(32_000, 23, 8).depth <= 48);
+}

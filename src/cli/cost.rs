@@ -126,6 +126,10 @@ fn text(p: &Prediction) -> String {
     out += &line("one machine each, run-ahead already there (ready)", &|p| p.ready_ms);
     out += &line("one machine each, run-ahead counted (sustained)", &|p| p.sustained_ms);
     out += &line("one process on these cores, run-ahead counted", &|p| p.one_process_ms);
+    out += "\nthe plan chose\n";
+    for c in &p.choices {
+        out += &format!("  {:<22}{}\n  {:<22}({})\n", c.function, c.chosen, "", c.why);
+    }
     out += &format!(
         "\npeak memory, MB, a process each (estimate)\n{:<8}{:>10}{:>10}{:>10}{:>11}{:>10}{:>10}{:>10}\n",
         "", "weights", "tables", "cache", "run-ahead", "batch", "process", "peak"

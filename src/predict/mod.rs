@@ -4,6 +4,7 @@
 //! ([`mod@walk`]). Times are the counted work at this machine's measured rates ([`Rates`]); memory is computed from the plan
 //! ([`crate::plan::memory`]). See `docs/cost.md`.
 
+mod choices;
 mod rates;
 mod rehearsal;
 mod source;
@@ -14,6 +15,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+pub use choices::Choice;
 pub use rates::Rates;
 pub use rehearsal::{Fit, Overheads};
 pub use source::Source;
@@ -83,6 +85,8 @@ pub struct Prediction {
     pub prefill: Phase,
     /// Time of a decode pass in the mean.
     pub decode: Phase,
+    /// What the plan chose, and why.
+    pub choices: Vec<Choice>,
     /// Measured rates of this machine behind the times.
     pub rates: Rates,
     /// Peak memory by party.
@@ -134,6 +138,7 @@ pub fn predict(s: &Source, prefill: usize, new_tokens: usize, net: Profile, rate
         request_links: named(&walked.total(), 1),
         prefill: first,
         decode: later,
+        choices: choices::choices(s, net),
         rates,
         memory: Role::ALL.map(|r| (r.to_string(), party_memory(r, s, &walked, prefill, passes))).into(),
     })

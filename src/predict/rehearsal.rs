@@ -87,11 +87,10 @@ fn config(hidden: usize, layers: usize) -> ModelConfig {
     }
 }
 
-/// Hidden size, layers, tokens of a pass, cached positions, passes.
-const PIECES: [(usize, usize, &[(usize, usize, usize)]); 2] = [
-    (64, 2, &[(16, 0, 1), (64, 0, 1), (1, 32, 16), (1, 400, 16)]),
-    (256, 1, &[(16, 0, 1), (64, 0, 1), (1, 32, 16), (1, 400, 16)]),
-];
+/// Hidden sizes and layers.
+const MODELS: [(usize, usize); 2] = [(64, 2), (256, 1)];
+/// Tokens of a pass, cached positions, passes.
+const PIECES: [(usize, usize, usize); 4] = [(16, 0, 1), (64, 0, 1), (1, 32, 16), (1, 400, 16)];
 /// Times that each piece is run; the fastest counts, as for the kernels.
 const REPEAT: usize = 3;
 
@@ -101,11 +100,11 @@ const REPEAT: usize = 3;
 /// [`crate::Error::Internal`] if one of them fails.
 pub(super) fn rehearse(rates: &Rates) -> Result<Overheads> {
     let (mut ready, mut all) = (Vec::new(), Vec::new());
-    for (hidden, layers, pieces) in PIECES {
+    for (hidden, layers) in MODELS {
         let config = config(hidden, layers);
         let setup = Setup { timeout: Duration::from_secs(60), ..Setup::default() };
         let harness = Harness::prepare(&random_weights(config.clone())?, false, setup)?;
-        for &(tokens, context, passes) in pieces {
+        for (tokens, context, passes) in PIECES {
             let fastest = |pace| -> Result<f64> {
                 let mut best = f64::INFINITY;
                 for _ in 0..REPEAT {

@@ -1,14 +1,14 @@
 //! Ring words times ring words modulo `2^k`, `k <= 50`, in double precision: both are cut into two signed digits of about
 //! `k/2` bits, and three fused multiply-adds give the product: `x0 w0 + 2^l (x0 w1 + x1 w0)`, what is left out being a multiple
-//! of `2^k`. All sums are integers of at most 2^53, so that nothing is ever rounded. `vpmullq` takes three instructions on
-//! one port for what is here three on two, and an addition less.
+//! of `2^k`. All sums are integers of at most 2^53, so that nothing is ever rounded. `vpmullq` takes as many steps
+//! of the processor and an addition more; the blocks here are cut so that they stay in its caches, which counts for long prompts.
 
 use std::arch::x86_64::*;
 
 /// The widest ring.
 pub const WIDEST: u32 = 50;
 /// Rows of `x` from which cutting `w` pays.
-pub const FEWEST: usize = 12;
+pub const FEWEST: usize = 32;
 /// Lanes of a register.
 const LANES: usize = 8;
 
@@ -147,7 +147,7 @@ fn block<const T: usize, const M: usize>(
     rows: &mut [&mut [u64]],
     j: usize,
 ) -> usize {
-    assert!(x.len() >= T * each && w.len() >= M * each && each % 2 == 0);
+    assert!(x.len() >= T * each && w.len() >= M * each && each.is_multiple_of(2));
     let mut products = [[_mm512_setzero_pd(); M]; T];
     let mut mixed = [[_mm512_setzero_pd(); M]; T];
     let mut i = 0;

@@ -1,5 +1,5 @@
-//! Weights of 16 bits (or 8, widened when they are loaded) times ring words by `vpmaddwd`: the words are cut into digits once, each digit's plane meets the weights as
-//! 16-bit integers, and the sums are put together at the end. Per 32 multiply-adds one instruction and one addition a plane,
+//! Weights of 16 bits (or 8, widened when they are loaded) times ring words by `vpmaddwd`: the words are cut into digits once,
+//! each digit's plane meets the weights as 16-bit integers, and the sums are put together at the end. Per 32 multiply-adds one instruction and one addition a plane,
 //! where `vpmullq` takes four of each and its three parts.
 //!
 //! The top two digits have 16 bits: what their 32-bit sums lose by wrapping lies at 2^k or above. The digits below have 8 bits,
@@ -48,18 +48,23 @@ pub fn planes(k: u32) -> usize {
     }
 }
 
+/// A register in memory: one that straddles two cache lines is loaded at half the speed.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Register([i16; LANES]);
+
 /// Rows of words, cut: `LANES` columns of each plane in turn, zeros behind the last column.
 pub struct Digits {
     planes: usize,
     n: usize,
-    words: Vec<[i16; LANES]>,
+    words: Vec<Register>,
 }
 
 impl Digits {
     /// Of rows of `n` words, for products modulo `2^k`.
     pub fn cut(x: &[u64], n: usize, k: u32) -> Digits {
         let planes = planes(k);
-        let mut words = vec![[0; LANES]; x.len() / n * n.div_ceil(LANES) * planes];
+        let mut words = vec![Register([0; LANES]); x.len() / n * n.div_ceil(LANES) * planes];
         let groups = x.chunks_exact(n).flat_map(|row| row.chunks(LANES));
         for (group, out) in groups.zip(words.chunks_exact_mut(planes)) {
             let mut v = [0; LANES];
@@ -67,7 +72,7 @@ impl Digits {
             let (last, small) = (planes - 2, 8 * (planes as u32 - 2));
             for (p, out) in out.iter_mut().enumerate() {
                 let bits = if p < last { 8 } else { 16 };
-                for (v, out) in v.iter_mut().zip(out) {
+                for (v, out) in v.iter_mut().zip(&mut out.0) {
                     let digit = (*v << (64 - bits)) as i64 >> (64 - bits);
                     *v = v.wrapping_sub(digit as u64) >> bits;
                     *out = digit as i16;
@@ -79,7 +84,7 @@ impl Digits {
     }
 
     /// Row `s`.
-    fn row(&self, s: usize) -> &[[i16; LANES]] {
+    fn row(&self, s: usize) -> &[Register] {
         let len = self.n.div_ceil(LANES) * self.planes;
         &self.words[s * len..][..len]
     }
@@ -119,7 +124,7 @@ impl Digits {
 
 /// One row of digits by `M` rows of weights.
 #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
-fn block<const P: usize, const M: usize, W: Load>(x: &[[i16; LANES]], w: &[W], n: usize, out: &mut [u64]) {
+fn block<const P: usize, const M: usize, W: Load>(x: &[Register], w: &[W], n: usize, out: &mut [u64]) {
     assert!(x.len() == n.div_ceil(LANES) * P && w.len() == M * n && out.len() == M);
     let mut from = 0;
     while from < n {

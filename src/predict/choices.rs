@@ -1,0 +1,112 @@
+//! What a plan chose, and why: what `trefoil cost` prints beside the figures.
+
+use serde::Serialize;
+
+use super::Source;
+use crate::net::shape::Profile;
+use crate::plan::cost::Cost;
+use crate::plan::{F, LayerPlan, NormPlan};
+use crate::protocol::argmax;
+
+/// A choice of the plan.
+#[derive(Clone, Debug, Serialize)]
+pub struct Choice {
+    /// The function.
+    pub function: &'static str,
+    /// What was chosen.
+    pub chosen: String,
+    /// Why, next to what else there is.
+    pub why: String,
+}
+
+/// Radices that the tournament can have.
+const RADICES: [usize; 3] = [2, 4, 8];
+
+/// Seconds on the network alone.
+fn seconds(c: &Cost, net: Profile) -> f64 {
+    f64::from(c.depth) * net.rtt.as_secs_f64() / 2.0
+        + 8.0 * (c.online_bytes() + c.ahead_bytes()) as f64 / net.bits_per_second
+}
+
+/// `3 to 7`, or `3`.
+fn span(v: impl Iterator<Item = u32> + Clone) -> String {
+    let (low, high) = (v.clone().min().unwrap_or(0), v.max().unwrap_or(0));
+    if low == high { low.to_string() } else { format!("{low} to {high}") }
+}
+
+fn norms(layers: &[LayerPlan], head: &NormPlan) -> Choice {
+    let all = || layers.iter().flat_map(|l| [&l.input_norm, &l.post_norm]).chain([head]);
+    let two = all().filter(|n| n.windows == 2).count();
+    Choice {
+        function: "norm: 1 / rms",
+        chosen: format!("{} norms with one window of 2^{} rows, {two} with two", all().count() - two, span(all().map(|n| n.window))),
+        why: "one window takes 6 messages, two take 8 and a table of the square root of its size: two where the calibrated sums of squares spread over more than 2^9".into(),
+    }
+}
+
+fn softmax(layers: &[LayerPlan]) -> [Choice; 3] {
+    let plans = || layers.iter().map(|l| &l.attention);
+    let lifted = plans().filter(|a| a.qk_norm.is_none()).count();
+    [
+        Choice {
+            function: "softmax: reference",
+            chosen: format!(
+                "thermometer of {} thresholds, 2^{} apart",
+                span(plans().map(|a| a.steps as u32)),
+                span(plans().map(|a| a.step_bits - F))
+            ),
+            why: "4 messages whatever the number of positions; a tournament takes 8 per level".into(),
+        },
+        Choice {
+            function: "softmax: exponential",
+            chosen: format!(
+                "table of 2^{} rows and factors of the Owner, ring of {} bits",
+                span(plans().map(|a| a.score_k - a.exp_lo_bits)),
+                span(plans().map(|a| a.score_k))
+            ),
+            why: "2 messages; rows one wide, since the factors carry what lies between them: more rows would only add bytes".into(),
+        },
+        Choice {
+            function: "queries and keys",
+            chosen: format!("lifted to the scores' ring in {lifted} layers, beside the values"),
+            why: "the rotated values keep 64 bits less the norm's gain and the fractions; where that is the scores' ring, no lift".into(),
+        },
+    ]
+}
+
+fn activation(layers: &[LayerPlan]) -> Choice {
+    let plans = || layers.iter().map(|l| &l.mlp);
+    Choice {
+        function: "MLP: activation",
+        chosen: format!(
+            "lines on 2^{} rows, with the lift of up beside them",
+            span(plans().map(|m| m.gate_k - m.gate_lo_bits))
+        ),
+        why: "4 messages with the product; rows an eighth wide, since a line's error grows with the square of the row"
+            .into(),
+    }
+}
+
+fn tournament(s: &Source, net: Profile) -> Choice {
+    let (n, k, radix) = (s.config.vocab_size, s.plan.head.logit_k, s.plan.head.radix);
+    let one = |r: usize| {
+        let c = argmax::cost(n, k, r);
+        let mb = (c.online_bytes() + c.ahead_bytes()) as f64 / 1e6;
+        let time = if net.is_none() { String::new() } else { format!(", {:.2} ms of network", 1e3 * seconds(&c, net)) };
+        format!("radix {r}: {} messages, {mb:.2} MB{time}", c.depth)
+    };
+    let others: Vec<String> = RADICES.into_iter().filter(|r| *r != radix).map(one).collect();
+    Choice { function: "argmax", chosen: one(radix), why: format!("of {n} candidates; {}", others.join("; ")) }
+}
+
+/// The choices of a plan, the tournament's beside its alternatives on `net`.
+pub(super) fn choices(s: &Source, net: Profile) -> Vec<Choice> {
+    let layers = &s.plan.layers;
+    let mut out = vec![norms(layers, &s.plan.head.norm)];
+    if !layers.is_empty() {
+        out.extend(softmax(layers));
+        out.push(activation(layers));
+    }
+    out.push(tournament(s, net));
+    out
+}
