@@ -4,8 +4,10 @@
 
 use aes::cipher::{KeyIvInit, StreamCipher};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use ndarray::Array2;
 use std::hint::black_box;
 use std::time::Duration;
+use trefoil::model::matmul_transposed;
 use trefoil::ring::{Isa, fold, gemm, mask, pack};
 
 fn words(n: usize) -> Vec<u64> {
@@ -36,6 +38,30 @@ fn gemms(c: &mut Criterion) {
         }
         group.finish();
     }
+}
+
+/// One row by a matrix larger than the caches, as in decode: bytes per second beside a plain read of as many, and
+/// multiply-adds of 8-bit weights beside f32's.
+fn gemv(c: &mut Criterion) {
+    let (m, n, k) = (8192, 4096, 44);
+    let x = words(n);
+    let w16: Vec<i16> = words(m * n).iter().map(|&v| (v >> 40) as i16).collect();
+    let w8: Vec<i8> = w16.iter().map(|&v| v as i8).collect();
+    let mut out = vec![0; m];
+    let mut group = c.benchmark_group(format!("gemv/{m}x{n}"));
+    let of = |bytes: usize| Throughput::ElementsAndBytes { elements: (m * n) as u64, bytes: (bytes * m * n) as u64 };
+    group.throughput(of(2));
+    let plain: Vec<u64> = words(m * n / 4);
+    group.bench_function("plain_read_of_i16", |b| {
+        b.iter(|| black_box(&plain).iter().fold(0, |a, &v| a ^ v));
+    });
+    group.bench_function("i16", |b| b.iter(|| gemm::weights_i16(k, black_box(&x), &w16, 1, m, n, &mut out)));
+    group.throughput(of(1));
+    group.bench_function("i8", |b| b.iter(|| gemm::weights_i8(k, black_box(&x), &w8, 1, m, n, &mut out)));
+    group.throughput(of(4));
+    let (f, row) = (Array2::<f32>::ones((m, n)), Array2::<f32>::ones((1, n)));
+    group.bench_function("f32", |b| b.iter(|| matmul_transposed(black_box(row.view()), f.view())));
+    group.finish();
 }
 
 fn folds(c: &mut Criterion) {
@@ -94,6 +120,6 @@ criterion_group! {
         .sample_size(10)
         .warm_up_time(Duration::from_millis(100))
         .measurement_time(Duration::from_millis(300));
-    targets = gemms, folds, packing, keystream
+    targets = gemms, gemv, folds, packing, keystream
 }
 criterion_main!(kernels);

@@ -23,6 +23,8 @@ struct Bench<'a> {
     harness: Harness,
     /// All private layers, planned like those that are run.
     whole: (ModelConfig, Plan),
+    /// Bytes of each peer's run-ahead that the Owner holds.
+    run_ahead: u64,
 }
 
 /// Measures; `progress` is told what is going on.
@@ -42,7 +44,9 @@ pub fn run(options: &Options, progress: &dyn Fn(&str)) -> Result<Report> {
     }
     let config = preset.config(measured, positions);
     let private_embedding = preset.is_model() && options.private_layers.is_none();
-    enough_memory("weights and their shares", weight_bytes(&config, private_embedding))?;
+    let needed = weight_bytes(&config, private_embedding);
+    enough_memory("weights and their shares", needed)?;
+    let run_ahead = run_ahead_room(machine::available().map(|free| free.saturating_sub(needed)));
     progress(&format!("{}: random weights of {measured} layers ({})", preset.name, preset.source));
     let weights = random_weights(config)?;
     progress("machine's peak and float model");
@@ -51,12 +55,12 @@ pub fn run(options: &Options, progress: &dyn Fn(&str)) -> Result<Report> {
         cases.iter().map(|&(test, context)| Plaintext::measure(&weights, test, context)).collect();
     progress("calibration, fixed point, shares of the weights");
     let timeout = Duration::from_secs(3600);
-    let setup = Setup { profile: options.net, ahead_capacity: RUN_AHEAD as usize, timeout, ..Setup::default() };
+    let setup = Setup { profile: options.net, ahead_capacity: run_ahead as usize, timeout, ..Setup::default() };
     let harness = Harness::prepare(&weights, private_embedding, setup)?;
     drop(weights);
     let whole = all_layers(&harness, preset.config(total, positions));
     let part = if preset.is_model() { Part::Whole } else { Part::Layers };
-    let bench = Bench { options, layers: (measured, total), part, harness, whole };
+    let bench = Bench { options, layers: (measured, total), part, harness, whole, run_ahead };
     let row = |(&(test, context), float): (&(Test, usize), &Plaintext)| {
         progress(&format!("{test} at context {context}"));
         Case { bench: &bench, test, context }.row(float)
@@ -161,10 +165,12 @@ impl Case<'_> {
         self.session_memory(&traffic)?;
         forget_peak();
         // Batches as a generation with all private layers would have them.
-        let pace = Pace::Generation(traffic.to_owner.map(batch_room));
+        // Passes that half of the Owner's buffer holds.
+        let half = (self.bench.run_ahead / 2) as f64;
+        let room = traffic.to_owner.map(|each| (half / each.max(1.0)).max(1.0) as usize);
+        let pace = Pace::Generation(room);
         let sustained = self.measure(pace, passes)?;
-        let room = traffic.to_owner.map(|each| batch_room(each).min(MAX_BATCH));
-        let ready = passes.min(*room.iter().min().unwrap_or(&1));
+        let ready = passes.min(room.into_iter().fold(MAX_BATCH, usize::min));
         let ready = self.measure(Pace::Ready, ready)?;
         // The Client computes the public layers in the clear.
         let public = (preset.layers() - total) as f64 * float.layer_s * 1e3;
@@ -185,6 +191,7 @@ impl Case<'_> {
             messages_per_token: f64::from(traffic.messages()) / tokens as f64,
             peak_memory_bytes: peak_memory(),
             predicted_peak_memory_bytes: self.predicted_memory(),
+            run_ahead_buffer_bytes: self.bench.run_ahead,
             by_operation: sustained.times.by_operation(&|role, kind, lane| {
                 let sent = |m: &Measured| m.spent[role.index()].sent(kind, lane);
                 per_token(traffic.mean(&sent))
@@ -233,7 +240,7 @@ impl Case<'_> {
         let (measured, total) = self.bench.layers;
         let (harness, preset) = (&self.bench.harness, self.bench.options.preset);
         let (config, plan) = (preset.config(measured, self.bench.whole.0.max_positions), harness.plan());
-        let of = |role| memory::session_bytes(role, &config, plan, prompt, decode, RUN_AHEAD).total();
+        let of = |role| memory::session_bytes(role, &config, plan, prompt, decode, self.bench.run_ahead).total();
         // All of it is there before the clock of `ready` starts.
         let walked = traffic.mean(&Measured::ahead_bytes) as u64 * measured as u64 / total as u64
             * self.test.passes().0.min(MAX_BATCH) as u64;
@@ -260,16 +267,17 @@ impl Case<'_> {
         plan.first_private = config.num_layers - private.num_layers;
         let of = |role: Role| {
             let model = memory::model_bytes(role, &config, &plan);
-            let session = memory::session_bytes(role, &config, &plan, prompt, decode, RUN_AHEAD);
+            let session = memory::session_bytes(role, &config, &plan, prompt, decode, self.bench.run_ahead);
             (role.to_string(), model.weights + model.tables + session.total() + PROCESS)
         };
         Role::ALL.map(of).into()
     }
 }
 
-/// Passes of `each` bytes that a batch may have: half of the Owner's buffer.
-fn batch_room(each: f64) -> usize {
-    ((RUN_AHEAD / 2) as f64 / each.max(1.0)).max(1.0) as usize
+/// The buffer for each peer's run-ahead: an eighth of the memory that is left, so that large models have batches worth their
+/// while; at least the default, at most four times as much.
+fn run_ahead_room(left: Option<u64>) -> u64 {
+    left.map_or(RUN_AHEAD, |left| (left / 8).clamp(RUN_AHEAD, 4 * RUN_AHEAD))
 }
 
 /// Prints what is being prepared and since when.

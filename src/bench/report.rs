@@ -41,6 +41,8 @@ pub struct Row {
     pub peak_memory_bytes: u64,
     /// Of each party in a process of its own, all private layers.
     pub predicted_peak_memory_bytes: BTreeMap<String, u64>,
+    /// What the Owner holds of each peer's run-ahead at most; batches take half of it.
+    pub run_ahead_buffer_bytes: u64,
     /// Of all three parties together.
     pub threads: usize,
     /// The instruction set of the kernels.

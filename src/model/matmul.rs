@@ -15,8 +15,14 @@ pub(super) const LARGE: usize = 1 << 18;
 const STRIP: usize = 48;
 /// Columns that are multiplied at a time, so that they stay in the caches.
 const DEPTH: usize = 512;
-/// `x w^T`, `[rows of x, rows of w]`.
-pub(super) fn matmul_transposed(x: ArrayView2<'_, f32>, w: ArrayView2<'_, f32>) -> Array2<f32> {
+
+/// `x w^T`, `[rows of x, rows of w]`: what the float twin multiplies with, on the pool's threads.
+///
+/// # Panics
+/// If the rows of `x` and `w` have different lengths.
+#[must_use]
+pub fn matmul_transposed(x: ArrayView2<'_, f32>, w: ArrayView2<'_, f32>) -> Array2<f32> {
+    assert_eq!(x.ncols(), w.ncols(), "rows of one length");
     with(Kernel::of(Isa::current()), x, w)
 }
 

@@ -24,6 +24,7 @@ pub mod weights;
 pub use checkpoint::Checkpoint;
 pub use config::{Activation, Arch, ModelConfig, Rope, RopeScaling};
 pub use float::FloatCache;
+pub use matmul::matmul_transposed;
 pub use observe::{Norm, Observer};
 pub use text::{TextCodec, TextStream};
 pub use weights::{LayerWeights, Linear, Weights};
