@@ -6,6 +6,7 @@ use std::sync::mpsc::channel;
 use trefoil::generate::split_layers;
 use trefoil::model::calibrate::{bounds, inputs, ranges};
 use trefoil::model::prepare::Prepared;
+use trefoil::model::sections::{Section, sections};
 use trefoil::model::secure::{ClientPorts, PassOptions, SecureModel, logit_format};
 use trefoil::model::{Activation, Arch, ModelConfig, Rope, RopeScaling, Weights};
 use trefoil::party::Role;
@@ -145,15 +146,17 @@ fn states(plan: &Plan) -> Vec<u64> {
 /// The Helper's part of a preparation, by the seed that it lacks.
 fn preparation_shows_nothing(what: &str, weights: &Weights, plan: &Plan) {
     let (mut tally, mut draw) = (Tally::default(), Draw::new(50));
+    let sections = sections(&weights.config, plan).unwrap();
     for _ in 0..RUNS {
         let seed = draw.seed();
         let words = helper_words(&Prepared::owner(weights, plan, &seed).unwrap(), &seed);
-        let message = |(i, words): (usize, &Vec<u64>)| Message {
+        // Packed to the bits of each matrix's ring, as they are sent.
+        let message = |(i, (words, section)): (usize, (&Vec<u64>, &Section))| Message {
             step: Address { pass: i as u64, layer: Address::NO_LAYER, path: "prepare".into(), label: "prepare.words" },
-            bytes: pack::pack(words, 64),
-            k: Some(64),
+            bytes: pack::pack(words, section.bits()),
+            k: Some(section.bits()),
         };
-        tally.add(&words.iter().enumerate().map(message).collect::<Vec<_>>());
+        tally.add(&words.iter().zip(&sections).enumerate().map(message).collect::<Vec<_>>());
     }
     tally.assert_uniform(&format!("{what}, helper, preparation"));
 }
