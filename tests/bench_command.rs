@@ -163,6 +163,7 @@ fn refusals() {
         ("--preset llama-2-7b --private-layers 4 --layers 5", "--layers 5: give 1 to 4"),
         ("--preset llama-2-7b --private-layers 33", "give 1 to 32"),
         ("--preset tinyllama-1.1b --context 2000 --test tg64", "2064 positions"),
+        ("--preset h768 --context 18446744073709551615 --test tg1", "positions"),
         ("--preset h768 --net slow", "--net slow"),
         ("--preset h768 --context 1,,2", "numbers of cached positions"),
         ("--preset h768 --context=-1", "--context \"-1\""),

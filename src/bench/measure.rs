@@ -37,7 +37,7 @@ pub fn run(options: &Options, progress: &dyn Fn(&str)) -> Result<Report> {
     let measured = options.layers.unwrap_or(total);
     check_layers(options, total, measured)?;
     let cases = options.cases();
-    let positions = cases.iter().map(|&(test, context)| context + test.tokens()).max().unwrap_or(0);
+    let positions = cases.iter().map(|&(test, context)| context.saturating_add(test.tokens())).max().unwrap_or(0);
     if positions > preset.positions() {
         let most = preset.positions();
         return Err(Error::Config(format!("the tests take {positions} positions, but {} has {most}", preset.name)));

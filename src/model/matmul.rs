@@ -106,7 +106,7 @@ impl Kernel {
     fn of(isa: Isa) -> Option<Kernel> {
         #[cfg(target_arch = "x86_64")]
         match isa {
-            Isa::Avx512 if isa.supported() => return Some(avx512::KERNEL),
+            Isa::Avx512 | Isa::Ifma if isa.supported() => return Some(avx512::KERNEL),
             Isa::Avx2 if isa.supported() && is_x86_feature_detected!("fma") => return Some(avx2::KERNEL),
             _ => {}
         }
@@ -272,6 +272,8 @@ mod tests {
     #[test]
     fn every_kernel_and_every_remainder() {
         for isa in Isa::available() {
+            // The baseline has kernels wherever we have: it is what we are measured against.
+            assert!(isa < Isa::Avx512 || Kernel::of(isa).is_some());
             for tokens in [0, 1, 2, 4, 5, 8, 9, 17, 33, 65, 130] {
                 for (outputs, n) in [(1, 5), (3, 16), (6, 33), (7, 513), (50, 1030), (0, 4), (2, 0), (301, 1024)] {
                     let (x, w) = (integers(tokens, n, 5), integers(outputs, n, 2));

@@ -3,9 +3,10 @@
 use serde::Serialize;
 
 use super::Source;
+use crate::model::secure::{F_QK, product_ring};
 use crate::net::shape::Profile;
 use crate::plan::cost::Cost;
-use crate::plan::{F, LayerPlan, NormPlan};
+use crate::plan::{F, F_ROPE, FW, LayerPlan, NormPlan};
 use crate::protocol::argmax;
 
 /// A choice of the plan.
@@ -35,18 +36,31 @@ fn span(v: impl Iterator<Item = u32> + Clone) -> String {
 }
 
 fn norms(layers: &[LayerPlan], head: &NormPlan) -> Choice {
-    let all = || layers.iter().flat_map(|l| [&l.input_norm, &l.post_norm]).chain([head]);
+    let all = || {
+        let of =
+            |l: &'_ LayerPlan| [Some(l.input_norm.clone()), l.attention.qk_norm.clone(), Some(l.post_norm.clone())];
+        layers.iter().flat_map(of).flatten().chain([head.clone()])
+    };
     let two = all().filter(|n| n.windows == 2).count();
+    let windows = span(all().map(|n| n.window).collect::<Vec<_>>().into_iter());
     Choice {
         function: "norm: 1 / rms",
-        chosen: format!("{} norms with one window of 2^{} rows, {two} with two", all().count() - two, span(all().map(|n| n.window))),
-        why: "one window takes 6 messages, two take 8 and a table of the square root of its size: two where the calibrated sums of squares spread over more than 2^9".into(),
+        chosen: format!("{} norms with one window, {two} with two, of 2^{windows} rows", all().count() - two),
+        why: "one window takes 6 messages, two take 8 and tables of the square root of its size: two where one would need more than 2^14 rows for the sums of squares that were seen, with a margin of 8 at both ends".into(),
     }
+}
+
+/// Whether the rotated queries and keys are in a narrower ring than the scores' product.
+fn lifts_queries(l: &LayerPlan) -> bool {
+    let gain = l.attention.qk_norm.as_ref().map_or(l.input_norm.f_gain, |n| n.f_gain);
+    // The weights' (or the gain's) fraction, the rotation's, and what is dropped to come to the scores' fraction.
+    let left = 64 - gain - (F + FW + F_ROPE - F_QK);
+    left < product_ring(&l.attention)
 }
 
 fn softmax(layers: &[LayerPlan]) -> [Choice; 3] {
     let plans = || layers.iter().map(|l| &l.attention);
-    let lifted = plans().filter(|a| a.qk_norm.is_none()).count();
+    let lifted = layers.iter().filter(|l| lifts_queries(l)).count();
     [
         Choice {
             function: "softmax: reference",
@@ -64,7 +78,10 @@ fn softmax(layers: &[LayerPlan]) -> [Choice; 3] {
                 span(plans().map(|a| a.score_k - a.exp_lo_bits)),
                 span(plans().map(|a| a.score_k))
             ),
-            why: "2 messages; rows one wide, since the factors carry what lies between them: more rows would only add bytes".into(),
+            why: format!(
+                "2 messages; rows 2^{} wide, since the factors carry what lies between them: more rows would only add bytes",
+                span(plans().map(|a| a.exp_lo_bits - F))
+            ),
         },
         Choice {
             function: "queries and keys",

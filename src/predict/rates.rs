@@ -1,4 +1,4 @@
-//! Rates of this machine's kernels, measured in about a second: the real kernels on sizes as in a layer.
+//! Rates of this machine's kernels, measured in some seconds, small models included: the real kernels on sizes as in a layer.
 
 use std::time::{Duration, Instant};
 
@@ -7,6 +7,8 @@ use serde::Serialize;
 
 use super::rehearsal::{Overheads, rehearse};
 use crate::error::Result;
+use crate::generate::MAX_BATCH;
+use crate::model::matmul_transposed;
 use crate::plan::FW;
 use crate::plan::work::Counts;
 use crate::prf::{Address, Pair, PairKey, Prf};
@@ -37,7 +39,7 @@ pub struct Rates {
     pub cold_row_macs: f64,
     /// Table words read by lookups.
     pub fold_words: f64,
-    /// Multiply-adds of f32 weights in plaintext, one row at a time.
+    /// Multiply-adds of f32 weights in plaintext, one row at a time; of all threads together.
     pub float_macs: f64,
     /// What small models took beyond that.
     pub overheads: Overheads,
@@ -79,8 +81,10 @@ impl Rates {
             per(rate(packed.bytes() as f64, || y[..m].copy_from_slice(&local_masks(44, &x[..n], &packed))));
         // A part of a matrix that stays in the cache, as it is used.
         let part = &wide[..m / 8 * n];
-        let digits = gemm::Rows::new(44, &x, n);
-        let ring_macs = per(rate(all / 8.0, || digits.times(part, m / 8, &mut y[..t * m / 8])));
+        // Of as many rows as a batch of decode tokens has.
+        let (batch, part_macs) = (MAX_BATCH, (MAX_BATCH * m / 8 * n) as f64);
+        let digits = gemm::Rows::new(44, &x[..batch * n], n);
+        let ring_macs = per(rate(part_macs, || digits.times(part, m / 8, &mut y[..batch * m / 8])));
         // Scores and context over cached positions of heads of 64: one head's again and again, as the tokens of a prompt read it,
         // and one head after the other of a cache that fits no cache of the processor, as single tokens do.
         let (dim, width) = (64, n);
@@ -103,7 +107,7 @@ impl Rates {
         }));
         let (floats, row) = (Array2::<f32>::ones((m, n)), Array2::<f32>::ones((1, n)));
         let mut product = Array2::<f32>::zeros((1, m));
-        let float_macs = rate(one, || product.assign(&row.dot(&floats.t())));
+        let float_macs = rate(one, || product.assign(&matmul_transposed(row.view(), floats.view())));
         let mut prf = Prf::new([(Pair::OwnerClient, PairKey::fresh()?)]);
         let address = Address { pass: 0, layer: 0, path: "rate".into(), label: "rate" };
         let mut stream = prf.take(Pair::OwnerClient, &address)?;

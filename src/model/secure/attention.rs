@@ -26,10 +26,10 @@ use crate::session::{Scope, Session};
 use crate::share::{Masked, Rows};
 
 /// Fraction bits of queries and keys in the scores' product.
-pub(in crate::model) const F_QK: u32 = 10;
+pub(crate) const F_QK: u32 = 10;
 
 /// Ring of the scores' product: `2 F_QK` fraction bits, truncated to `F`.
-pub(super) fn product_ring(p: &AttentionPlan) -> u32 {
+pub(crate) fn product_ring(p: &AttentionPlan) -> u32 {
     p.score_proven + 2 * F_QK - F
 }
 

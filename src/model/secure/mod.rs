@@ -23,7 +23,7 @@ use crate::protocol::{embedding, input};
 use crate::session::{Scope, Session};
 use crate::share::{Masked, Rows};
 use attention::AttentionTables;
-pub(super) use attention::F_QK;
+pub(crate) use attention::{F_QK, product_ring};
 use mlp::MlpTables;
 use norm::Norm;
 

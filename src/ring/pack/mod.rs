@@ -45,7 +45,7 @@ pub fn pack_into(values: &[u64], k: u32, out: &mut Vec<u8>) {
 pub fn pack_on(isa: Isa, values: &[u64], k: u32, out: &mut [u8]) {
     assert_eq!(out.len(), packed_len(values.len(), k), "as many bytes as the elements take");
     #[cfg(target_arch = "x86_64")]
-    if isa.or_portable() == Isa::Avx512 && (32..64).contains(&k) {
+    if isa.or_portable() >= Isa::Avx512 && (32..64).contains(&k) {
         // SAFETY: `or_portable` has checked that the processor has the instructions.
         return unsafe { avx512::pack(values, k, out) };
     }
@@ -112,7 +112,7 @@ pub fn unpack_from(bytes: &[u8], from: usize, k: u32, out: &mut [u64]) {
 pub fn unpack_on(isa: Isa, bytes: &[u8], k: u32, out: &mut [u64]) {
     assert_eq!(bytes.len(), packed_len(out.len(), k), "as many bytes as the elements take");
     #[cfg(target_arch = "x86_64")]
-    if isa.or_portable() == Isa::Avx512 && (1..64).contains(&k) {
+    if isa.or_portable() >= Isa::Avx512 && (1..64).contains(&k) {
         // SAFETY: `or_portable` has checked that the processor has the instructions.
         return unsafe { avx512::unpack(bytes, k, out) };
     }
