@@ -20,6 +20,7 @@ const FIELDS: [&str; 18] = [
     "messages_per_token",
     "peak_memory_bytes",
     "predicted_peak_memory_bytes",
+    "run_ahead_buffer_bytes",
     "threads",
     "isa",
     "by_operation",
