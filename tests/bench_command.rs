@@ -5,7 +5,7 @@ use serde_json::Value;
 use trefoil::bench::{Harness, Part, Preset, count};
 use trefoil::world::Setup;
 
-const FIELDS: [&str; 18] = [
+const FIELDS: [&str; 19] = [
     "preset",
     "test",
     "context",
