@@ -12,7 +12,7 @@
 //! seed would show the Helper `W' - W`. Source: mask-ahead linear layers as in DELPHI (2020) and ASTRA (2019), with the
 //! weight matrix shared between the two mask holders. Exact (no error) in the ring.
 //!
-//! A matrix that all three know ([`OwnerMatrix::public`]) is a public linear map: each side multiplies what it holds, and
+//! A matrix that all three know ([`OwnerMatrix::into_public`]) is a public linear map: each side multiplies what it holds, and
 //! nothing is sent.
 
 mod matrix;
