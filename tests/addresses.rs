@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 use std::thread;
 
 use trefoil::generate::{Draft, Local, LocalOptions, Stop};
-use trefoil::model::{Activation, Arch, ModelConfig, Rope, RopeScaling, Weights};
+use trefoil::model::{Arch, ModelConfig, Weights};
 use trefoil::party::Role;
 use trefoil::prf::{Address, AddressLog, Pair, Taken};
 use trefoil::world::Keys;
@@ -17,24 +17,10 @@ use trefoil::world::Keys;
 fn config() -> ModelConfig {
     ModelConfig {
         arch: Arch::Qwen3,
-        hidden_size: 16,
-        intermediate_size: 24,
-        num_layers: 2,
-        num_heads: 2,
         num_kv_heads: 1,
-        head_dim: 8,
-        vocab_size: 32,
-        max_positions: 32,
-        rms_norm_eps: 1e-5,
-        rope: Rope { theta: 1e4, scaling: RopeScaling::None },
-        tie_word_embeddings: false,
         qkv_bias: true,
-        o_bias: false,
-        mlp_bias: false,
         qk_norm: true,
-        activation: Activation::Silu,
-        bos_id: None,
-        eos_ids: vec![],
+        ..ModelConfig::llama(16, 24, 2, 2, 32, 32)
     }
 }
 

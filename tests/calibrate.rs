@@ -5,7 +5,7 @@ use std::process::Output;
 
 use assert_cmd::Command;
 use serde_json::Value;
-use trefoil::model::{Activation, Arch, ModelConfig, Rope, RopeScaling};
+use trefoil::model::ModelConfig;
 use trefoil::plan::{Bounds, LayerBounds, LayerRanges, Ranges, plan, propose};
 
 fn quill() -> PathBuf {
@@ -129,27 +129,7 @@ fn all_that_does_not_fit_is_named() {
 
 #[test]
 fn a_plan_and_a_proposal_are_the_same() {
-    let c = ModelConfig {
-        arch: Arch::Llama,
-        hidden_size: 64,
-        intermediate_size: 128,
-        num_layers: 3,
-        num_heads: 4,
-        num_kv_heads: 4,
-        head_dim: 16,
-        vocab_size: 100,
-        max_positions: 64,
-        rms_norm_eps: 1e-5,
-        rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
-        tie_word_embeddings: true,
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
-        qk_norm: false,
-        activation: Activation::Silu,
-        bos_id: None,
-        eos_ids: Vec::new(),
-    };
+    let c = ModelConfig { tie_word_embeddings: true, ..ModelConfig::llama(64, 128, 3, 4, 100, 64) };
     let bound = LayerBounds {
         qk: 30.0,
         qk_raw: 30.0,

@@ -10,7 +10,7 @@ use serde_json::Value;
 use trefoil::Role;
 use trefoil::generate::{Local, LocalOptions, control_cost};
 use trefoil::model::preparation::{Loaded, Options};
-use trefoil::model::{Activation, Arch, ModelConfig, Rope, RopeScaling, Weights};
+use trefoil::model::{Arch, ModelConfig, Weights};
 use trefoil::net::Lane;
 use trefoil::net::meter::LinkTotals;
 use trefoil::predict::Source;
@@ -54,25 +54,9 @@ fn exact(weights: &Weights, text: Option<Vec<u32>>, private: Option<usize>, prom
 
 fn shape(hidden: usize, heads: usize, kv_heads: usize, intermediate: usize, layers: usize) -> ModelConfig {
     ModelConfig {
-        arch: Arch::Llama,
-        hidden_size: hidden,
-        intermediate_size: intermediate,
-        num_layers: layers,
-        num_heads: heads,
         num_kv_heads: kv_heads,
-        head_dim: hidden / heads,
-        vocab_size: 301,
-        max_positions: 256,
-        rms_norm_eps: 1e-5,
-        rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
-        tie_word_embeddings: false,
         qkv_bias: true,
-        o_bias: false,
-        mlp_bias: false,
-        qk_norm: false,
-        activation: Activation::Silu,
-        bos_id: None,
-        eos_ids: Vec::new(),
+        ..ModelConfig::llama(hidden, intermediate, layers, heads, 301, 256)
     }
 }
 

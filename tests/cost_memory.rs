@@ -16,7 +16,7 @@ use trefoil::generate::{Grant, MAX_BATCH, helper, next_batch, owner};
 use trefoil::model::preparation::{Loaded, Options};
 use trefoil::model::prepare::{Prepared, PreparedLayer};
 use trefoil::model::secure::{ClientPorts, PassOptions, SecureModel};
-use trefoil::model::{Activation, Arch, ModelConfig, Rope, RopeScaling, Weights};
+use trefoil::model::{ModelConfig, Weights};
 use trefoil::net::meter::Meter;
 use trefoil::net::{Abort, Channel, Frame, Lane, Links};
 use trefoil::plan::memory::{model_bytes, session_bytes};
@@ -38,25 +38,9 @@ const THREADS: u64 = 2 << 20;
 fn config(s: &[usize; 9]) -> ModelConfig {
     let [hidden_size, num_heads, num_kv_heads, intermediate_size, num_layers, vocab_size, _, prompt, new] = *s;
     ModelConfig {
-        arch: Arch::Llama,
-        hidden_size,
-        intermediate_size,
-        num_layers,
-        num_heads,
         num_kv_heads,
-        head_dim: hidden_size / num_heads,
-        vocab_size,
-        max_positions: prompt + new,
-        rms_norm_eps: 1e-5,
-        rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
         tie_word_embeddings: true,
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
-        qk_norm: false,
-        activation: Activation::Silu,
-        bos_id: None,
-        eos_ids: Vec::new(),
+        ..ModelConfig::llama(hidden_size, intermediate_size, num_layers, num_heads, vocab_size, prompt + new)
     }
 }
 

@@ -1,30 +1,10 @@
 //! At the edges of what is promised: the largest vocabularies, the smallest buffers.
 
 use trefoil::generate::{Local, LocalOptions, check};
-use trefoil::model::{Activation, Arch, ModelConfig, Rope, RopeScaling, Weights};
+use trefoil::model::{ModelConfig, Weights};
 
 fn config(vocab_size: usize) -> ModelConfig {
-    ModelConfig {
-        arch: Arch::Llama,
-        hidden_size: 32,
-        intermediate_size: 64,
-        num_layers: 1,
-        num_heads: 2,
-        num_kv_heads: 1,
-        head_dim: 16,
-        vocab_size,
-        max_positions: 32,
-        rms_norm_eps: 1e-5,
-        rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
-        tie_word_embeddings: true,
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
-        qk_norm: false,
-        activation: Activation::Silu,
-        bos_id: None,
-        eos_ids: Vec::new(),
-    }
+    ModelConfig { num_kv_heads: 1, tie_word_embeddings: true, ..ModelConfig::llama(32, 64, 1, 2, vocab_size, 32) }
 }
 
 fn generate(weights: Weights, options: LocalOptions, prompt: &[u32], tokens: usize) {

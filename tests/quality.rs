@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use models::{codec, fixture, greedy, is_right, largest_difference, load, once, options, quill};
 use trefoil::generate::{Check, Local, Stop, check};
-use trefoil::model::{Activation, Arch, ModelConfig, Rope, RopeScaling, Weights};
+use trefoil::model::{ModelConfig, Weights};
 
 /// Prose, verse, dialogue, numbers, code, characters that the bundled model has hardly seen, and next to nothing.
 const PROMPTS: [&str; 16] = [
@@ -124,27 +124,7 @@ fn config(
     head_dim: usize,
     vocab_size: usize,
 ) -> ModelConfig {
-    ModelConfig {
-        arch: Arch::Llama,
-        hidden_size,
-        intermediate_size: 40,
-        num_layers: 2,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        vocab_size,
-        max_positions: 32,
-        rms_norm_eps: 1e-5,
-        rope: Rope { theta: 1e4, scaling: RopeScaling::None },
-        tie_word_embeddings: false,
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
-        qk_norm: false,
-        activation: Activation::Silu,
-        bos_id: None,
-        eos_ids: vec![],
-    }
+    ModelConfig { num_kv_heads, head_dim, ..ModelConfig::llama(hidden_size, 40, 2, num_heads, vocab_size, 32) }
 }
 
 /// Random weights, scaled up to what trained ones are like: at standard deviation 0.02 a layer this small does nothing.

@@ -1,7 +1,7 @@
 //! Shapes to be measured, with where they are published.
 
 use crate::error::{Error, Result};
-use crate::model::{Activation, Arch, ModelConfig, Rope, RopeScaling};
+use crate::model::{ModelConfig, Rope, RopeScaling};
 
 /// A published shape.
 #[derive(Clone, Copy, Debug)]
@@ -125,26 +125,19 @@ impl Preset {
     #[must_use]
     pub fn config(&self, layers: usize, positions: usize) -> ModelConfig {
         ModelConfig {
-            arch: Arch::Llama,
-            hidden_size: self.hidden,
-            intermediate_size: self.intermediate,
-            num_layers: layers,
-            num_heads: self.heads,
-            num_kv_heads: self.kv_heads,
-            head_dim: self.hidden / self.heads,
             // A block's is not measured; calibration draws its inputs from one.
-            vocab_size: self.vocabulary.unwrap_or(256),
-            max_positions: positions,
+            num_kv_heads: self.kv_heads,
             rms_norm_eps: self.eps,
             rope: self.rope,
             tie_word_embeddings: !self.is_model(),
-            qkv_bias: false,
-            o_bias: false,
-            mlp_bias: false,
-            qk_norm: false,
-            activation: Activation::Silu,
-            bos_id: None,
-            eos_ids: Vec::new(),
+            ..ModelConfig::llama(
+                self.hidden,
+                self.intermediate,
+                layers,
+                self.heads,
+                self.vocabulary.unwrap_or(256),
+                positions,
+            )
         }
     }
 }

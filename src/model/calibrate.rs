@@ -318,32 +318,12 @@ pub fn stress(c: &ModelConfig, length: usize) -> Vec<u32> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Activation, Arch, Rope, RopeScaling};
+
     use super::*;
 
     fn wide(ulps: f32) -> Weights {
         let n = 8700;
-        let c = ModelConfig {
-            arch: Arch::Llama,
-            hidden_size: n,
-            intermediate_size: 8,
-            num_layers: 1,
-            num_heads: 1,
-            num_kv_heads: 1,
-            head_dim: 8,
-            vocab_size: 16,
-            max_positions: 16,
-            rms_norm_eps: 1e-5,
-            rope: Rope { theta: 1e4, scaling: RopeScaling::None },
-            tie_word_embeddings: true,
-            qkv_bias: false,
-            o_bias: false,
-            mlp_bias: false,
-            qk_norm: false,
-            activation: Activation::Silu,
-            bos_id: None,
-            eos_ids: vec![],
-        };
+        let c = ModelConfig { head_dim: 8, tie_word_embeddings: true, ..ModelConfig::llama(n, 8, 1, 1, 16, 16) };
         let mut w = Weights::random(c, 1).unwrap();
         let l = &mut w.layers[0];
         l.input_norm.fill(1.0);

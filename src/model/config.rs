@@ -6,6 +6,8 @@ use std::path::Path;
 
 use super::config_json::Json;
 use super::files;
+use super::variant::Record;
+pub use super::variant::{Activation, LayerShape, Softmax, Variant};
 use crate::error::{Error, Result};
 
 /// The largest `config.json` or `generation_config.json` that is read, in bytes.
@@ -43,13 +45,6 @@ impl Arch {
             Arch::Qwen3 => "Qwen3ForCausalLM",
         }
     }
-}
-
-/// The activation of the MLP's gate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Activation {
-    /// `x * sigmoid(x)`, also called swish.
-    Silu,
 }
 
 /// Rotary position embedding.
@@ -127,9 +122,45 @@ pub struct ModelConfig {
     pub bos_id: Option<u32>,
     /// The tokens that end an answer; may be empty.
     pub eos_ids: Vec<u32>,
+    /// Where layers are not as all this says: `trefoil.json`.
+    pub variant: Option<Variant>,
 }
 
 impl ModelConfig {
+    /// A plain Llama of this shape: `heads` heads that share the hidden size evenly, untied, without biases or special tokens.
+    #[must_use]
+    pub fn llama(
+        hidden_size: usize,
+        intermediate_size: usize,
+        num_layers: usize,
+        heads: usize,
+        vocab_size: usize,
+        max_positions: usize,
+    ) -> Self {
+        ModelConfig {
+            arch: Arch::Llama,
+            hidden_size,
+            intermediate_size,
+            num_layers,
+            num_heads: heads,
+            num_kv_heads: heads,
+            head_dim: hidden_size / heads.max(1),
+            vocab_size,
+            max_positions,
+            rms_norm_eps: 1e-5,
+            rope: Rope { theta: 1e4, scaling: RopeScaling::None },
+            tie_word_embeddings: false,
+            qkv_bias: false,
+            o_bias: false,
+            mlp_bias: false,
+            qk_norm: false,
+            activation: Activation::Silu,
+            bos_id: None,
+            eos_ids: Vec::new(),
+            variant: None,
+        }
+    }
+
     /// Reads `config.json` in `dir`, and `generation_config.json` where there is one (its begin and end tokens win).
     ///
     /// # Errors
@@ -145,7 +176,10 @@ impl ModelConfig {
         let generation = files::read_optional(&generation_path, CONFIG_LIMIT)?;
         let json = Json::parse(&bytes, path.display().to_string())?;
         let generation = generation.map(|b| Json::parse(&b, generation_path.display().to_string())).transpose()?;
-        Self::from_json(&json, generation.as_ref())
+        let mut config = Self::from_json(&json, generation.as_ref())?;
+        config.variant = Record::open(dir)?.and_then(|r| r.variant);
+        config.check().map_err(|e| Error::Model(format!("{}: {e}", dir.display())))?;
+        Ok(config)
     }
 
     /// Parses the text of a `config.json`, and of a `generation_config.json` if given; `what` names it in errors.
@@ -231,6 +265,7 @@ impl ModelConfig {
             activation,
             bos_id,
             eos_ids,
+            variant: None,
         };
         config.check().map_err(|e| Error::Model(format!("{}: {e}", json.what())))?;
         Ok(config)
@@ -275,6 +310,9 @@ impl ModelConfig {
             return wrong(format!("rope_theta is {}; it must be between 1 and 1e15", self.rope.theta));
         }
         self.check_scaling()?;
+        if let Some(variant) = &self.variant {
+            variant.check(self.num_layers, self.head_dim).map_err(Error::Model)?;
+        }
         for (name, id) in
             self.bos_id.iter().map(|id| ("bos_token_id", id)).chain(self.eos_ids.iter().map(|id| ("eos_token_id", id)))
         {
@@ -342,18 +380,41 @@ impl ModelConfig {
         self.num_kv_heads * self.head_dim
     }
 
+    /// The shape of attention and MLP in layer `index`.
+    #[must_use]
+    pub fn layer(&self, index: usize) -> LayerShape {
+        match &self.variant {
+            Some(variant) if index >= variant.from_layer => variant.shape(),
+            _ => LayerShape {
+                num_heads: self.num_heads,
+                num_kv_heads: self.num_kv_heads,
+                head_dim: self.head_dim,
+                softmax: Softmax::Exact,
+                activation: self.activation,
+            },
+        }
+    }
+
     /// Number of weights, a tied head counted once.
     #[must_use]
     pub fn parameter_count(&self) -> u64 {
-        let [h, f, q, kv, v, d] =
-            [self.hidden_size, self.intermediate_size, self.q_size(), self.kv_size(), self.vocab_size, self.head_dim]
+        let [h, v] = [self.hidden_size, self.vocab_size].map(|n| n as u64);
+        let heads = if self.tie_word_embeddings { 1 } else { 2 };
+        (0..self.num_layers).map(|i| self.layer_parameters(i)).sum::<u64>() + h + heads * v * h
+    }
+
+    /// Number of weights of layer `index`.
+    #[must_use]
+    pub fn layer_parameters(&self, index: usize) -> u64 {
+        let shape = self.layer(index);
+        let [h, f, q, kv, d] =
+            [self.hidden_size, self.intermediate_size, shape.q_size(), shape.kv_size(), self.head_dim]
                 .map(|n| n as u64);
         let bias = |has: bool, n: u64| if has { n } else { 0 };
         let attention =
             2 * h * q + 2 * h * kv + bias(self.qkv_bias, q + 2 * kv) + bias(self.o_bias, h) + bias(self.qk_norm, 2 * d);
         let mlp = 3 * h * f + bias(self.mlp_bias, 2 * f + h);
-        let heads = if self.tie_word_embeddings { 1 } else { 2 };
-        self.num_layers as u64 * (attention + mlp + 2 * h) + h + heads * v * h
+        attention + mlp + 2 * h
     }
 }
 
@@ -469,7 +530,7 @@ mod tests {
             [1024, 3072, 28, 16, 8, 151_936, 40960],
             r#", "head_dim": 128, "tie_word_embeddings": true"#,
         );
-        assert_eq!((qwen3.parameter_count(), qwen3.q_size()), (596_049_920, 2048));
+        assert_eq!((qwen3.parameter_count(), qwen3.layer(0).q_size()), (596_049_920, 2048));
     }
 
     #[test]

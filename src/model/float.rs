@@ -6,9 +6,10 @@
 use ndarray::{Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut1, Axis, Zip, s};
 use rayon::prelude::*;
 
-use super::config::{Activation, ModelConfig, RopeScaling};
+use super::config::{Activation, LayerShape, ModelConfig, RopeScaling, Softmax};
 use super::matmul::{self, matmul_transposed};
 use super::observe::{Norm, Observer};
+use super::variant::TWO_RELU_EPS;
 use super::weights::{LayerWeights, Linear, Weights};
 
 /// Keys (after the rotation) and values of the positions so far, layer by layer.
@@ -36,8 +37,9 @@ impl FloatCache {
     /// An empty cache.
     #[must_use]
     pub fn new(config: &ModelConfig) -> Self {
-        let empty = || Array3::zeros((0, config.num_kv_heads, config.head_dim));
-        let layers = (0..config.num_layers).map(|_| LayerCache { k: empty(), v: empty(), len: 0 }).collect();
+        let empty = |shape: LayerShape| Array3::zeros((0, shape.num_kv_heads, shape.head_dim));
+        let layer = |i| LayerCache { k: empty(config.layer(i)), v: empty(config.layer(i)), len: 0 };
+        let layers = (0..config.num_layers).map(layer).collect();
         FloatCache { layers }
     }
 
@@ -179,7 +181,8 @@ pub fn layer(
     let gate = linear(&w.gate, &x);
     let mut up = linear(&w.up, &x);
     observer.gate(index, gate.view(), up.view());
-    Zip::from(&mut up).and(&gate).for_each(|u, &g| *u *= activate(config.activation, g));
+    let activation = config.layer(index).activation;
+    Zip::from(&mut up).and(&gate).for_each(|u, &g| *u *= activate(activation, g));
     h + linear(&w.down, &up)
 }
 
@@ -249,9 +252,11 @@ fn self_attention(
     observer: &mut dyn Observer,
 ) -> Array2<f32> {
     assert_eq!(cache.len, start, "layer {index}: the cache does not end where the step starts");
+    let shape = config.layer(index);
+    // Norms and rotation know the model's heads, of which a merged one has several.
     let mut q = split_heads(&linear(&w.q, x), config.head_dim);
     let mut k = split_heads(&linear(&w.k, x), config.head_dim);
-    let v = split_heads(&linear(&w.v, x), config.head_dim);
+    let v = split_heads(&linear(&w.v, x), shape.head_dim);
     for (heads, gain) in [(&mut q, &w.q_norm), (&mut k, &w.k_norm)] {
         if let Some(gain) = gain {
             for mut row in heads.rows_mut() {
@@ -262,16 +267,17 @@ fn self_attention(
     let frequencies = rope_frequencies(config);
     rotate(&mut q, start, &frequencies);
     rotate(&mut k, start, &frequencies);
+    let (q, k) = (regroup(q, shape.head_dim), regroup(k, shape.head_dim));
     cache.append(&k, &v);
 
     let tokens = x.nrows();
-    let mut context = Array2::zeros((tokens, config.q_size()));
-    let mut row_max = Array2::zeros((config.num_heads, tokens));
-    let mut row_min = Array2::zeros((config.num_heads, tokens));
+    let mut context = Array2::zeros((tokens, shape.q_size()));
+    let mut row_max = Array2::zeros((shape.num_heads, tokens));
+    let mut row_min = Array2::zeros((shape.num_heads, tokens));
     let (keys, values) = (cache.keys(), cache.values());
-    let scale = 1.0 / (config.head_dim as f32).sqrt();
+    let scale = shape.score_scale();
     let attend = |head: usize| {
-        let group = head / (config.num_heads / config.num_kv_heads);
+        let group = head / (shape.num_heads / shape.num_kv_heads);
         let mut scores = matmul::product(q.slice(s![.., head, ..]), keys.slice(s![.., group, ..])) * scale;
         let mut extremes = Vec::with_capacity(tokens);
         for (token, mut row) in scores.outer_iter_mut().enumerate() {
@@ -279,20 +285,29 @@ fn self_attention(
             unseen.fill(0.0);
             let (max, min) = seen.fold((f32::NEG_INFINITY, f32::INFINITY), |(max, min), &s| (max.max(s), min.min(s)));
             extremes.push((max, min));
-            seen.mapv_inplace(|s| (s - max).exp());
+            let floor = match shape.softmax {
+                Softmax::Exact => {
+                    seen.mapv_inplace(|s| (s - max).exp());
+                    0.0
+                }
+                Softmax::TwoRelu => {
+                    seen.mapv_inplace(|s| s.max(0.0));
+                    TWO_RELU_EPS
+                }
+            };
             let sum: f64 = seen.iter().map(|&e| f64::from(e)).sum();
-            seen *= (1.0 / sum) as f32;
+            seen *= (1.0 / (sum + floor)) as f32;
         }
         (weighted_sum(scores.view(), values.slice(s![.., group, ..])), extremes)
     };
     let work = tokens * keys.len();
     let heads: Vec<_> = if work < matmul::LARGE {
-        (0..config.num_heads).map(attend).collect()
+        (0..shape.num_heads).map(attend).collect()
     } else {
-        (0..config.num_heads).into_par_iter().map(attend).collect()
+        (0..shape.num_heads).into_par_iter().map(attend).collect()
     };
     for (head, (of_head, extremes)) in heads.into_iter().enumerate() {
-        let columns = head * config.head_dim..(head + 1) * config.head_dim;
+        let columns = head * shape.head_dim..(head + 1) * shape.head_dim;
         context.slice_mut(s![.., columns]).assign(&of_head);
         for (token, (max, min)) in extremes.into_iter().enumerate() {
             row_max[[head, token]] = max;
@@ -341,7 +356,19 @@ fn normalise(row: &mut ArrayViewMut1<'_, f32>, gain: ArrayView1<'_, f32>, eps: f
 fn activate(activation: Activation, x: f32) -> f32 {
     match activation {
         Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::Relu => x.max(0.0),
+        Activation::Quad => (0.125 * x + 0.25) * x + 0.5,
     }
+}
+
+/// The same numbers as heads `dim` wide.
+fn regroup(x: Array3<f32>, dim: usize) -> Array3<f32> {
+    let (tokens, heads, width) = x.dim();
+    if width == dim {
+        return x;
+    }
+    Array3::from_shape_vec((tokens, heads * width / dim, dim), x.into_raw_vec_and_offset().0)
+        .expect("merged heads are whole ones")
 }
 
 /// `[tokens, heads * dim]` to `[tokens, heads, dim]`.

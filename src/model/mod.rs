@@ -19,10 +19,11 @@ pub mod sections;
 pub mod secure;
 pub mod store;
 pub mod text;
+pub mod variant;
 pub mod weights;
 
 pub use checkpoint::Checkpoint;
-pub use config::{Activation, Arch, ModelConfig, Rope, RopeScaling};
+pub use config::{Activation, Arch, LayerShape, ModelConfig, Rope, RopeScaling, Softmax, Variant};
 pub use float::FloatCache;
 pub use matmul::matmul_transposed;
 pub use observe::{Norm, Observer};

@@ -171,7 +171,8 @@ impl LayerWeights {
 
     fn read(source: &mut impl Source, config: &ModelConfig, index: usize) -> Result<Self> {
         let name = |part: &str| format!("model.layers.{index}.{part}");
-        let (hidden, mlp, q, kv) = (config.hidden_size, config.intermediate_size, config.q_size(), config.kv_size());
+        let shape = config.layer(index);
+        let (hidden, mlp, q, kv) = (config.hidden_size, config.intermediate_size, shape.q_size(), shape.kv_size());
         let mut head_norm = |part: &str| -> Result<Option<Array1<f32>>> {
             if config.qk_norm { source.gain(&name(part), config.head_dim).map(Some) } else { Ok(None) }
         };
@@ -264,30 +265,17 @@ impl Weights {
 
 #[cfg(test)]
 mod tests {
-    use super::super::config::{Activation, Arch, Rope, RopeScaling};
+    use super::super::config::Arch;
     use super::*;
 
     fn config() -> ModelConfig {
         ModelConfig {
             arch: Arch::Qwen3,
-            hidden_size: 48,
-            intermediate_size: 80,
-            num_layers: 3,
-            num_heads: 4,
             num_kv_heads: 2,
             head_dim: 16,
-            vocab_size: 500,
-            max_positions: 64,
-            rms_norm_eps: 1e-5,
-            rope: Rope { theta: 1e4, scaling: RopeScaling::None },
-            tie_word_embeddings: false,
             qkv_bias: true,
-            o_bias: false,
-            mlp_bias: false,
             qk_norm: true,
-            activation: Activation::Silu,
-            bos_id: None,
-            eos_ids: vec![],
+            ..ModelConfig::llama(48, 80, 3, 4, 500, 64)
         }
     }
 

@@ -5,29 +5,15 @@ use proptest::strategy::ValueTree;
 use serde_json::Value;
 
 use super::*;
-use crate::model::{Activation, Arch, ModelConfig, Rope, RopeScaling};
+use crate::model::{Arch, ModelConfig};
 
 fn config(hidden_size: usize, qk_norm: bool, max_positions: usize, vocab_size: usize) -> ModelConfig {
     ModelConfig {
         arch: if qk_norm { Arch::Qwen3 } else { Arch::Llama },
-        hidden_size,
-        intermediate_size: 2 * hidden_size,
-        num_layers: 3,
-        num_heads: 4,
         num_kv_heads: 2,
-        head_dim: hidden_size / 4,
-        vocab_size,
-        max_positions,
-        rms_norm_eps: 1e-5,
-        rope: Rope { theta: 1e4, scaling: RopeScaling::None },
         tie_word_embeddings: true,
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
         qk_norm,
-        activation: Activation::Silu,
-        bos_id: None,
-        eos_ids: vec![],
+        ..ModelConfig::llama(hidden_size, 2 * hidden_size, 3, 4, vocab_size, max_positions)
     }
 }
 

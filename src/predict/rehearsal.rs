@@ -14,7 +14,7 @@ use super::walk::walk;
 use crate::bench::{Harness, Pace, Part, random_weights};
 use crate::error::Result;
 use crate::generate::MAX_BATCH;
-use crate::model::{Activation, Arch, ModelConfig, Rope, RopeScaling};
+use crate::model::ModelConfig;
 use crate::world::Setup;
 
 /// What a pass's time is a sum of: seconds of kernels at their rates; words handled one by one; messages in sequence.
@@ -64,27 +64,7 @@ pub struct Overheads {
 }
 
 fn config(hidden: usize, layers: usize) -> ModelConfig {
-    ModelConfig {
-        arch: Arch::Llama,
-        hidden_size: hidden,
-        intermediate_size: hidden * 11 / 4,
-        num_layers: layers,
-        num_heads: hidden / 32,
-        num_kv_heads: hidden / 32,
-        head_dim: 32,
-        vocab_size: 512,
-        max_positions: 512,
-        rms_norm_eps: 1e-5,
-        rope: Rope { theta: 1e4, scaling: RopeScaling::None },
-        tie_word_embeddings: false,
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
-        qk_norm: false,
-        activation: Activation::Silu,
-        bos_id: None,
-        eos_ids: vec![],
-    }
+    ModelConfig { head_dim: 32, ..ModelConfig::llama(hidden, hidden * 11 / 4, layers, hidden / 32, 512, 512) }
 }
 
 /// Hidden sizes and layers.

@@ -6,34 +6,14 @@ use std::path::Path;
 use ndarray::Array2;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
-use trefoil::model::{Activation, Arch, ModelConfig, Rope, RopeScaling, Weights};
+use trefoil::model::{ModelConfig, Weights};
 
 use crate::support::*;
 
 /// A checkpoint of random weights, with the bundled model's tokenizer.
 fn checkpoint(dir: &Path, (hidden, heads, kv, inner, layers): (usize, usize, usize, usize, usize)) {
     std::fs::create_dir_all(dir).unwrap();
-    let config = ModelConfig {
-        arch: Arch::Llama,
-        hidden_size: hidden,
-        intermediate_size: inner,
-        num_layers: layers,
-        num_heads: heads,
-        num_kv_heads: kv,
-        head_dim: hidden / heads,
-        vocab_size: 2048,
-        max_positions: 192,
-        rms_norm_eps: 1e-5,
-        rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
-        tie_word_embeddings: false,
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
-        qk_norm: false,
-        activation: Activation::Silu,
-        eos_ids: vec![],
-        bos_id: None,
-    };
+    let config = ModelConfig { num_kv_heads: kv, ..ModelConfig::llama(hidden, inner, layers, heads, 2048, 192) };
     let mut w = Weights::random(config, 3).unwrap();
     w.embed *= 20.0;
     let text = format!(

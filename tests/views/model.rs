@@ -8,7 +8,7 @@ use trefoil::model::calibrate::{bounds, inputs, ranges};
 use trefoil::model::prepare::Prepared;
 use trefoil::model::sections::{Section, sections};
 use trefoil::model::secure::{ClientPorts, PassOptions, SecureModel, logit_format};
-use trefoil::model::{Activation, Arch, ModelConfig, Rope, RopeScaling, Weights};
+use trefoil::model::{Arch, ModelConfig, Weights};
 use trefoil::party::Role;
 use trefoil::plan::{F, Plan};
 use trefoil::prf::{Address, AddressLog, PreparationSeed};
@@ -27,27 +27,7 @@ pub const OPENED: [&str; 3] = ["head.token", "head.logits", "range.flags.open"];
 
 /// A tiny Llama: grouped queries, or one key head per query head.
 pub fn llama(num_kv_heads: usize, num_layers: usize) -> ModelConfig {
-    ModelConfig {
-        arch: Arch::Llama,
-        hidden_size: 16,
-        intermediate_size: 24,
-        num_layers,
-        num_heads: 2,
-        num_kv_heads,
-        head_dim: 8,
-        vocab_size: 32,
-        max_positions: 16,
-        rms_norm_eps: 1e-5,
-        rope: Rope { theta: 1e4, scaling: RopeScaling::None },
-        tie_word_embeddings: false,
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
-        qk_norm: false,
-        activation: Activation::Silu,
-        bos_id: None,
-        eos_ids: vec![],
-    }
+    ModelConfig { num_kv_heads, ..ModelConfig::llama(16, 24, num_layers, 2, 32, 16) }
 }
 
 /// A tiny Qwen3: grouped queries, norms on queries and keys.

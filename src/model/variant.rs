@@ -1,0 +1,234 @@
+//! What was done to a model's architecture to make it cheap under MPC: from one layer on, merged heads, another softmax,
+//! another activation (MARILL, sections 5.3 and 6). It stands in `trefoil.json` beside `config.json`, and everything that
+//! reads a model obeys it.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::files;
+use crate::error::{Error, Result};
+
+/// The file's name.
+pub const FILE: &str = "trefoil.json";
+
+/// The largest `trefoil.json` that is read, in bytes.
+const LIMIT: u64 = 1 << 20;
+
+/// How attention weighs what it reads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Softmax {
+    /// `exp(x_i) / sum exp(x_j)`.
+    #[default]
+    #[serde(rename = "exact")]
+    Exact,
+    /// `relu(x_i) / (sum relu(x_j) + `[`TWO_RELU_EPS`]`)`: no exponential, no maximum.
+    #[serde(rename = "2relu")]
+    TwoRelu,
+}
+
+/// What a 2ReLU softmax's denominator is at least: a row without a positive score attends to nothing.
+pub const TWO_RELU_EPS: f64 = 1.0 / 64.0;
+
+/// The activation of the MLP's gate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Activation {
+    /// `x * sigmoid(x)`, also called swish.
+    #[default]
+    Silu,
+    /// `max(x, 0)`.
+    Relu,
+    /// `x^2 / 8 + x / 4 + 1 / 2` (MPCFormer, section 3.2).
+    Quad,
+}
+
+/// The shape of attention and MLP in one layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LayerShape {
+    /// Number of query heads, each with a softmax of its own.
+    pub num_heads: usize,
+    /// Number of key/value heads; divides `num_heads`.
+    pub num_kv_heads: usize,
+    /// Width of one head: the model's, or a multiple of it where heads were merged. Positions rotate, and norms of queries and
+    /// keys apply to, blocks of the model's `head_dim`.
+    pub head_dim: usize,
+    /// How attention weighs.
+    pub softmax: Softmax,
+    /// The MLP's activation.
+    pub activation: Activation,
+}
+
+impl LayerShape {
+    /// Width of all query heads together.
+    #[must_use]
+    pub fn q_size(&self) -> usize {
+        self.num_heads * self.head_dim
+    }
+
+    /// Width of all key (or value) heads together.
+    #[must_use]
+    pub fn kv_size(&self) -> usize {
+        self.num_kv_heads * self.head_dim
+    }
+
+    /// What scores are multiplied by: `1 / sqrt(head_dim)`.
+    #[must_use]
+    pub fn score_scale(&self) -> f32 {
+        1.0 / (self.head_dim as f32).sqrt()
+    }
+}
+
+/// The layers from `from_layer` on, where they are not as `config.json` says.
+///
+/// Merged heads lie as one: with `m` heads merged, `q_proj` has `num_attention_heads` heads of `m` blocks of the model's
+/// `head_dim` rows each, and `o_proj` has its columns in the same order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Variant {
+    /// The first layer that is different.
+    pub from_layer: usize,
+    /// Query heads, merged ones counted once.
+    pub num_attention_heads: usize,
+    /// Key/value heads, merged ones counted once.
+    pub num_key_value_heads: usize,
+    /// Width of one of them.
+    pub head_dim: usize,
+    /// How attention weighs.
+    #[serde(default)]
+    pub softmax: Softmax,
+    /// The MLP's activation.
+    #[serde(default)]
+    pub activation: Activation,
+}
+
+impl Variant {
+    /// The shape of its layers.
+    #[must_use]
+    pub fn shape(&self) -> LayerShape {
+        LayerShape {
+            num_heads: self.num_attention_heads,
+            num_kv_heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+            softmax: self.softmax,
+            activation: self.activation,
+        }
+    }
+
+    /// Whether it can be of a model of `layers` layers whose heads are `head_dim` wide.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub(super) fn check(&self, layers: usize, head_dim: usize) -> std::result::Result<(), String> {
+        let (heads, kv, dim) = (self.num_attention_heads, self.num_key_value_heads, self.head_dim);
+        for (name, value) in [("num_attention_heads", heads), ("num_key_value_heads", kv)] {
+            if value == 0 || value > 1 << 10 {
+                return Err(format!("variant.{name} is {value}; it must be between 1 and 1024"));
+            }
+        }
+        if self.from_layer >= layers {
+            return Err(format!("variant.from_layer is {}; the model has {layers} layers", self.from_layer));
+        }
+        if !heads.is_multiple_of(kv) {
+            return Err(format!("variant: {heads} query heads are not a multiple of {kv} key/value heads"));
+        }
+        if dim == 0 || dim > 1 << 14 || !dim.is_multiple_of(head_dim) {
+            return Err(format!(
+                "variant.head_dim is {dim}; merged heads are as wide as several of the model's, which have {head_dim}"
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// `trefoil.json`: what was done to a model, and how to serve it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Record {
+    /// Of the format: 1.
+    pub version: u32,
+    /// How many of the top layers are meant to be private: what `--private-layers` is where it is not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub private_layers: Option<usize>,
+    /// Where layers are not as `config.json` says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub variant: Option<Variant>,
+    /// How it was made, for people.
+    #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
+    pub made: serde_json::Map<String, serde_json::Value>,
+}
+
+impl Record {
+    /// Of the format that this version writes.
+    pub const VERSION: u32 = 1;
+
+    /// That of the model in `dir`, if there is one.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a file that is none, naming what is wrong; [`Error::Io`].
+    pub fn open(dir: &Path) -> Result<Option<Self>> {
+        let path = dir.join(FILE);
+        let Some(bytes) = files::read_optional(&path, LIMIT)? else { return Ok(None) };
+        let wrong =
+            |e: String| Error::Model(format!("{}: {e}; make the model anew with `trefoil finetune`", path.display()));
+        let record: Record = serde_json::from_slice(&bytes).map_err(|e| wrong(e.to_string()))?;
+        if record.version != Self::VERSION {
+            return Err(wrong(format!("version {} is not known (known: {})", record.version, Self::VERSION)));
+        }
+        Ok(Some(record))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_is_read_as_it_was_written_and_a_wrong_one_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Record::open(dir.path()).unwrap(), None);
+        let variant = Variant {
+            from_layer: 4,
+            num_attention_heads: 2,
+            num_key_value_heads: 2,
+            head_dim: 128,
+            softmax: Softmax::TwoRelu,
+            activation: Activation::Relu,
+        };
+        let record = Record { version: 1, private_layers: Some(4), variant: Some(variant), ..Record::default() };
+        let text = serde_json::to_string(&record).unwrap();
+        assert!(text.contains(r#""softmax":"2relu","activation":"relu""#), "{text}");
+        std::fs::write(dir.path().join(FILE), &text).unwrap();
+        assert_eq!(Record::open(dir.path()).unwrap(), Some(record));
+        for (from, to, named) in [
+            ("\"version\":1", "\"version\":7", "version 7"),
+            ("2relu", "softmin", "softmin"),
+            ("from_layer", "from", "from"),
+        ] {
+            std::fs::write(dir.path().join(FILE), text.replace(from, to)).unwrap();
+            let e = Record::open(dir.path()).unwrap_err().to_string();
+            assert!(e.contains(named) && e.contains("trefoil.json"), "{e}");
+        }
+    }
+
+    #[test]
+    fn a_variant_has_to_go_with_its_model() {
+        let good = Variant {
+            from_layer: 1,
+            num_attention_heads: 4,
+            num_key_value_heads: 2,
+            head_dim: 64,
+            softmax: Softmax::Exact,
+            activation: Activation::Silu,
+        };
+        assert_eq!(good.check(2, 32), Ok(()));
+        for (bad, named) in [
+            (Variant { from_layer: 2, ..good }, "from_layer"),
+            (Variant { num_key_value_heads: 3, ..good }, "multiple"),
+            (Variant { num_key_value_heads: 0, ..good }, "num_key_value_heads"),
+            (Variant { head_dim: 48, ..good }, "head_dim"),
+        ] {
+            assert!(bad.check(2, 32).unwrap_err().contains(named));
+        }
+    }
+}
