@@ -264,6 +264,13 @@ fn mac(key: &Aes128, data: &[u8]) -> [u8; 16] {
     state.into()
 }
 
+/// Bytes of a stream that a word of `k` bits takes: the least power of two that holds it, so that short words cost little of
+/// the cipher.
+#[must_use]
+pub fn bytes_per_word(k: u32) -> usize {
+    (k as usize).div_ceil(8).next_power_of_two()
+}
+
 /// A keystream, read front to back.
 pub struct Stream(ctr::Ctr64LE<Aes128>);
 
@@ -278,18 +285,26 @@ impl Stream {
         Stream(ctr::Ctr64LE::<Aes128>::new(&Array::from(*key), &Array::from(*start)))
     }
 
-    /// Appends `n` words of `k` uniform bits (8 bytes of stream each).
+    /// Appends `n` words of `k` uniform bits, [`bytes_per_word`] of the stream each.
     pub fn words_into(&mut self, n: usize, k: u32, out: &mut Vec<u64>) {
         let m = crate::ring::mask(k);
         // Piece by piece, so that each is still in cache when it is reduced and moved to its place.
-        let mut piece = [0; 512];
+        let mut piece = [0u64; 512];
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut piece);
+        let each = bytes_per_word(k);
         let mut left = n;
         out.reserve(n);
         while left > 0 {
-            let piece = &mut piece[..left.min(512)];
-            self.0.write_keystream(bytemuck::cast_slice_mut(piece));
-            out.extend(piece.iter().map(|w| w & m));
-            left -= piece.len();
+            let now = left.min(bytes.len() / each);
+            let bytes = &mut bytes[..now * each];
+            self.0.write_keystream(bytes);
+            match each {
+                1 => out.extend(bytes.iter().map(|w| u64::from(*w) & m)),
+                2 => out.extend(bytes.as_chunks().0.iter().map(|w| u64::from(u16::from_le_bytes(*w)) & m)),
+                4 => out.extend(bytes.as_chunks().0.iter().map(|w| u64::from(u32::from_le_bytes(*w)) & m)),
+                _ => out.extend(bytes.as_chunks().0.iter().map(|w| u64::from_le_bytes(*w) & m)),
+            }
+            left -= now;
         }
         piece.zeroize();
     }
@@ -302,12 +317,17 @@ impl Stream {
         out
     }
 
-    /// `n` uniform bytes.
-    #[must_use]
-    pub fn bytes(&mut self, n: usize) -> Vec<u8> {
-        let mut out = vec![0u8; n];
-        self.0.write_keystream(&mut out);
-        out
+    /// Appends `n` uniform bytes.
+    pub fn bytes_into(&mut self, n: usize, out: &mut Vec<u8>) {
+        let mut piece = [0; 4096];
+        out.reserve(n);
+        let end = out.len() + n;
+        while out.len() < end {
+            let piece = &mut piece[..(end - out.len()).min(4096)];
+            self.0.write_keystream(piece);
+            out.extend_from_slice(piece);
+        }
+        piece.zeroize();
     }
 }
 

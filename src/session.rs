@@ -23,7 +23,7 @@ use crate::net::{Lane, Links, blame};
 use crate::party::Role;
 use crate::plan::cost::Cost;
 use crate::plan::work::{Counts, Work};
-use crate::prf::{Address, Pair, Prf, Stream};
+use crate::prf::{Address, Pair, Prf, Stream, bytes_per_word};
 use crate::ring::pack;
 use crate::share::Rows;
 
@@ -361,7 +361,10 @@ impl Session {
         k: u32,
     ) -> Result<Vec<u64>> {
         let words = rows.len() * each;
-        if self.count(scope, Counts { prf_bytes: 8 * words as u64, words: words as u64, ..Counts::default() }) {
+        if self.count(
+            scope,
+            Counts { prf_bytes: (bytes_per_word(k) * words) as u64, words: words as u64, ..Counts::default() },
+        ) {
             return Ok(vec![0; words]);
         }
         let mut out = Vec::with_capacity(words);
@@ -393,7 +396,7 @@ impl Session {
         for i in 0..self.passes.len() {
             let (number, n) = (self.passes[i].number, rows.range(&self.passes[i].tokens).len());
             let mut stream = self.stream(pair, scope, number, label)?;
-            ledger::during(Doing::Streams, || out.extend_from_slice(&stream.bytes(n * each)));
+            ledger::during(Doing::Streams, || stream.bytes_into(n * each, &mut out));
         }
         Ok(out)
     }

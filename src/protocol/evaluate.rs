@@ -351,7 +351,12 @@ pub fn line(
     let raw = evaluate(s, scope, rows, form, brings)?;
     let (rows, results) = (rows.clone(), form.results());
     Ok(raw.then(move |raw| {
+        if results == 1 {
+            return Ok(vec![Masked::reduced(raw, side, k, f, rows)]);
+        }
         let column = |j: usize| raw.iter().skip(j).step_by(results).copied().collect();
-        Ok((0..results).map(|j| Masked::new(column(j), side, k, if j == 0 { f } else { 0 }, rows.clone())).collect())
+        Ok((0..results)
+            .map(|j| Masked::reduced(column(j), side, k, if j == 0 { f } else { 0 }, rows.clone()))
+            .collect())
     }))
 }

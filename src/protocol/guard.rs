@@ -60,6 +60,7 @@ fn mismatch(
     } else {
         let rout = lookup::out_masks(s, scope, q)?;
         let (sub, m, bytes) = (Arc::clone(&rout), ring::mask(k), n / 8);
+        let ones = vec![1; words];
         let answer = move |e: Range<usize>, query: &[u8]| {
             let mut out = Vec::with_capacity(e.len() * words);
             for (i, q) in e.zip(query.chunks(bytes)) {
@@ -70,12 +71,12 @@ fn mismatch(
                     let hit = q[e / 8] >> (e % 8) & 1 == 1;
                     x |= u64::from(parity ^ hit) << j;
                 }
-                lookup::expand_bits(x, parity, &vec![1; words], &sub[i * words..(i + 1) * words], m, &mut out);
+                lookup::expand_bits(x, parity, &ones, &sub[i * words..(i + 1) * words], m, &mut out);
             }
             out
         };
         lookup::masks(s, scope, q, Arc::new(answer))?;
-        Pending::ready(rout.to_vec())
+        Pending::ready(Arc::unwrap_or_clone(rout))
     };
     Ok(raw.then(move |raw| Ok(Masked::new(raw, side, k, 0, wide))))
 }

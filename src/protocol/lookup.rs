@@ -160,7 +160,7 @@ pub fn words(
     let (side, rows, f) = (digits.side, digits.rows.clone(), f.to_vec());
     Ok(raw.then(move |raw| {
         let column = |j: usize| raw.iter().skip(j).step_by(w).copied().collect();
-        Ok(f.iter().enumerate().map(|(j, &f)| Masked::new(column(j), side, k, f, rows.clone())).collect())
+        Ok(f.iter().enumerate().map(|(j, &f)| Masked::reduced(column(j), side, k, f, rows.clone())).collect())
     }))
 }
 
@@ -199,15 +199,13 @@ impl Indicator {
 
 /// From the XOR of picked bit rows to the XOR of picked value rows, see the head of this file.
 pub(crate) fn expand_bits(x: u64, parity: bool, steps: &[u64], rout: &[u64], m: u64, out: &mut Vec<u64>) {
-    for (j, (&step, &r)) in steps.iter().zip(rout).enumerate() {
-        let zero = 0u64.wrapping_sub(r);
-        let one = step.wrapping_sub(r);
-        let mut v = if parity { zero } else { 0 };
-        if x >> j & 1 == 1 {
-            v ^= zero ^ one;
-        }
-        out.push(v & m);
-    }
+    // Without branches: which rows were picked is random.
+    let all = |bit: u64| 0u64.wrapping_sub(bit);
+    let parity = all(u64::from(parity));
+    out.extend(steps.iter().zip(rout).enumerate().map(|(j, (step, r))| {
+        let (zero, one) = (0u64.wrapping_sub(*r), step.wrapping_sub(*r));
+        ((zero & parity) ^ ((zero ^ one) & all(x >> j & 1))) & m
+    }));
 }
 
 /// All columns of an [`Indicator`] for every element: element-major, `columns` per element, ring `k`.
@@ -242,9 +240,9 @@ pub fn indicator(
             out
         };
         masks(s, scope, &q, Arc::new(answer))?;
-        Pending::ready(rout.to_vec())
+        Pending::ready(Arc::unwrap_or_clone(rout))
     };
     let (side, rows) = (digits.side, &digits.rows);
     let wide = Rows::ragged((0..rows.tokens()).map(|t| rows.row(t).len() * w));
-    Ok(raw.then(move |raw| Ok(Masked::new(raw, side, k, f, wide))))
+    Ok(raw.then(move |raw| Ok(Masked::reduced(raw, side, k, f, wide))))
 }

@@ -32,5 +32,5 @@ pub fn truncate(x: &Masked, t: u32) -> Result<Masked> {
         Side::Mask => 0,
     };
     let v = x.raw().iter().map(|&w| (w.wrapping_add(up) & m) >> t).collect();
-    Ok(Masked::new(v, x.side(), x.k() - t, x.f() - t, x.rows().clone()))
+    Ok(Masked::reduced(v, x.side(), x.k() - t, x.f() - t, x.rows().clone()))
 }

@@ -92,12 +92,19 @@ impl fmt::Debug for Masked {
 
 impl Masked {
     pub(crate) fn new(mut v: Vec<u64>, side: Side, k: u32, f: u32, rows: Rows) -> Self {
-        assert_eq!(v.len(), rows.len(), "a masked value has as many elements as its rows");
         assert!((1..=64).contains(&k), "ring widths are 1 to 64");
         if k < 64 {
             let m = ring::mask(k);
             v.iter_mut().for_each(|w| *w &= m);
         }
+        Masked::reduced(v, side, k, f, rows)
+    }
+
+    /// Of elements that are below `2^k` already.
+    pub(crate) fn reduced(v: Vec<u64>, side: Side, k: u32, f: u32, rows: Rows) -> Self {
+        assert_eq!(v.len(), rows.len(), "a masked value has as many elements as its rows");
+        assert!((1..=64).contains(&k), "ring widths are 1 to 64");
+        debug_assert!(v.iter().all(|w| *w <= ring::mask(k)), "elements of the ring");
         Masked { v, side, k, f, rows }
     }
 
@@ -158,7 +165,9 @@ impl Masked {
         if k > self.k || k == 0 {
             return Err(Error::Shape { op: "narrow", lhs: self.facts(), rhs: format!("Z_2^{k}") });
         }
-        Ok(Masked::new(self.v.clone(), self.side, k, self.f, self.rows.clone()))
+        let m = ring::mask(k);
+        let v = self.v.iter().map(|w| w & m).collect();
+        Ok(Masked::reduced(v, self.side, k, self.f, self.rows.clone()))
     }
 
     /// Sum; the narrower ring wins.
@@ -169,8 +178,9 @@ impl Masked {
         if self.rows != o.rows || self.f != o.f || self.side != o.side {
             return Err(self.mismatch("add", o));
         }
-        let v = self.v.iter().zip(&o.v).map(|(a, b)| a.wrapping_add(*b)).collect();
-        Ok(Masked::new(v, self.side, self.k.min(o.k), self.f, self.rows.clone()))
+        let (k, m) = (self.k.min(o.k), ring::mask(self.k.min(o.k)));
+        let v = self.v.iter().zip(&o.v).map(|(a, b)| a.wrapping_add(*b) & m).collect();
+        Ok(Masked::reduced(v, self.side, k, self.f, self.rows.clone()))
     }
 
     /// Difference; the narrower ring wins.
@@ -181,8 +191,9 @@ impl Masked {
         if self.rows != o.rows || self.f != o.f || self.side != o.side {
             return Err(self.mismatch("sub", o));
         }
-        let v = self.v.iter().zip(&o.v).map(|(a, b)| a.wrapping_sub(*b)).collect();
-        Ok(Masked::new(v, self.side, self.k.min(o.k), self.f, self.rows.clone()))
+        let (k, m) = (self.k.min(o.k), ring::mask(self.k.min(o.k)));
+        let v = self.v.iter().zip(&o.v).map(|(a, b)| a.wrapping_sub(*b) & m).collect();
+        Ok(Masked::reduced(v, self.side, k, self.f, self.rows.clone()))
     }
 
     /// Adds a public ring constant to every element.
@@ -201,6 +212,22 @@ impl Masked {
         Masked::new(map(&self.v), self.side, self.k, f, rows)
     }
 
+    /// Columns `columns` of a value with equally many elements for each token.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for tokens of different widths, or columns that they have not.
+    pub fn columns(&self, columns: Range<usize>) -> Result<Masked> {
+        let tokens = self.rows.tokens();
+        let width = self.v.len() / tokens.max(1);
+        if (0..tokens).any(|t| self.rows.row(t).len() != width) || columns.end > width {
+            let rhs = format!("columns {columns:?}");
+            return Err(Error::Shape { op: "columns", lhs: self.facts(), rhs });
+        }
+        let mut v = Vec::with_capacity(tokens * columns.len());
+        self.v.chunks(width.max(1)).for_each(|row| v.extend_from_slice(&row[columns.clone()]));
+        Ok(Masked::reduced(v, self.side, self.k, self.f, Rows::even(tokens, columns.len())))
+    }
+
     /// Sums groups of `n` neighbours.
     ///
     /// # Errors
@@ -211,9 +238,10 @@ impl Masked {
         if n == 0 || (0..tokens).any(|t| !self.rows.row(t).len().is_multiple_of(n)) {
             return Err(bad());
         }
-        let v = self.v.chunks(n).map(|c| c.iter().fold(0u64, |a, b| a.wrapping_add(*b))).collect();
+        let m = ring::mask(self.k);
+        let v = self.v.chunks(n).map(|c| c.iter().fold(0u64, |a, b| a.wrapping_add(*b)) & m).collect();
         let rows = Rows::ragged((0..tokens).map(|t| self.rows.row(t).len() / n));
-        Ok(Masked::new(v, self.side, self.k, self.f, rows))
+        Ok(Masked::reduced(v, self.side, self.k, self.f, rows))
     }
 
     /// The same elements under another layout of the same tokens.

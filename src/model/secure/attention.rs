@@ -110,12 +110,8 @@ pub(super) fn attention(
     let count_bits = c.flags.count_bits();
 
     let qkv = truncate(&owner_linear(c.s, &scope.at("qkv"), x, &parts.qkv)?, FW)?;
-    let part = |x: &Masked, from: usize, n: usize| {
-        let width = x.rows().row(0).len();
-        x.map(x.f(), Rows::even(tokens, n), |v| v.chunks(width).flat_map(|r| &r[from..from + n]).copied().collect())
-    };
-    let v = to_ring(c.s, &scope.at("lift_v"), &part(&qkv, nq + nk, nk), p.prob_k)?;
-    let qk = part(&qkv, 0, nq + nk);
+    let v = to_ring(c.s, &scope.at("lift_v"), &qkv.columns(nq + nk..nq + 2 * nk)?, p.prob_k)?;
+    let qk = qkv.columns(0..nq + nk)?;
     let qk = match (&t.qk_norm, &p.qk_norm, &parts.qk_gain) {
         (Some(norm), Some(plan), Some(gain)) => {
             let y = norm.apply(c, "qk_norm", "sum of squares of a query or key", &qk, plan)?;
@@ -127,8 +123,8 @@ pub(super) fn attention(
     let rotated = rotate(&qk, first, dim, frequencies);
     let qk = truncate(&rotated, rotated.f() - F_QK)?;
     let ring = product_ring(p);
-    let q = to_ring(c.s, &scope.at("lift_q"), &part(&qk, 0, nq), ring)?;
-    let k = to_ring(c.s, &scope.at("lift_k"), &part(&qk, nq, nk), ring)?;
+    let q = to_ring(c.s, &scope.at("lift_q"), &qk.columns(0..nq)?, ring)?;
+    let k = to_ring(c.s, &scope.at("lift_k"), &qk.columns(nq..nq + nk)?, ring)?;
     let (q, k, v) = (q.finish(c.s)?, k.finish(c.s)?, v.finish(c.s)?);
 
     // scores = q k^T, guarded, then softmax with a reference near each row's maximum

@@ -15,7 +15,7 @@ use crate::protocol::product::{Elementwise, product};
 use crate::protocol::truncate::truncate;
 use crate::protocol::window::Window;
 use crate::ring::fixed;
-use crate::share::{Masked, Rows};
+use crate::share::Masked;
 
 /// The activation's table.
 pub(super) struct MlpTables {
@@ -42,10 +42,7 @@ pub(super) fn mlp(
     let scope = c.scope.at("mlp");
     let m = c.config.intermediate_size;
     let both = truncate(&owner_linear(c.s, &scope.at("gate_up"), x, &parts.gate_up)?, FW)?;
-    let tokens = both.rows().tokens();
-    let half =
-        |j: usize| both.map(F, Rows::even(tokens, m), |v| v.chunks(m).skip(j).step_by(2).flatten().copied().collect());
-    let (gate, up) = (half(0).narrow(p.gate_proven)?, half(1));
+    let (gate, up) = (both.columns(0..m)?.narrow(p.gate_proven)?, both.columns(m..2 * m)?);
     let count_bits = c.flags.count_bits();
     let g = guard(c.s, &scope.at("guard"), &gate, p.gate_k, true, count_bits)?;
     let w = Window::of(&gate.narrow(p.gate_k)?, 0, p.gate_lo_bits, t.hi_bits)?;

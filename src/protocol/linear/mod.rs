@@ -108,15 +108,13 @@ fn counts(role: Role, public: bool, t: u64, w: &OwnerMatrix) -> Counts {
 pub(crate) fn local_masks(k: u32, r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
     let (m, n) = (w.outputs, w.inputs);
     let t = r.len() / n;
-    let mut y = vec![0u64; t * m];
     if !matches!(w.part, Part::Client { .. } | Part::Helper { .. }) {
-        return y;
+        return vec![0; t * m];
     }
     if w.diagonal {
         let mut own = vec![0; n];
         w.mask_words(0, &mut own);
-        y.iter_mut().zip(r).zip(own.iter().cycle()).for_each(|((y, r), w)| *y = r.wrapping_mul(*w));
-        return y;
+        return r.iter().zip(own.iter().cycle()).map(|(r, w)| r.wrapping_mul(*w)).collect();
     }
     // Made tile by tile and never stored: the Client keeps 32 bytes per model, the Helper packed words. Of a few rows at a
     // time that stay in the cache; of more where a long prompt would read its own rows again for each tile.
@@ -124,7 +122,7 @@ pub(crate) fn local_masks(k: u32, r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
     let tile = words.div_ceil(n).next_multiple_of(4).min(m);
     let x = gemm::Rows::new(k, r, n);
     let (drawing, all) = (AtomicU64::new(0), AtomicU64::new(0));
-    let tiles: Vec<(usize, Vec<u64>)> = (0..m.div_ceil(tile))
+    let tiles: Vec<Vec<u64>> = (0..m.div_ceil(tile))
         .into_par_iter()
         .map_init(Vec::new, |b: &mut Vec<u64>, i| {
             let (from, rows) = (i * tile, tile.min(m - i * tile));
@@ -135,16 +133,17 @@ pub(crate) fn local_masks(k: u32, r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
             let mut part = vec![0u64; t * rows];
             x.times(b, rows, &mut part);
             all.fetch_add(begun.elapsed().as_nanos() as u64, Relaxed);
-            (from, part)
+            part
         })
         .collect();
     if matches!(w.part, Part::Client { .. }) {
         ledger::streams(drawing.into_inner() as f64 / all.into_inner().max(1) as f64);
     }
-    for (from, part) in tiles {
-        let rows = part.len() / t.max(1);
-        for (i, row) in part.chunks(rows.max(1)).enumerate() {
-            y[i * m + from..i * m + from + rows].copy_from_slice(row);
+    let mut y = Vec::with_capacity(t * m);
+    for i in 0..t {
+        for part in &tiles {
+            let rows = part.len() / t;
+            y.extend_from_slice(&part[i * rows..(i + 1) * rows]);
         }
     }
     y

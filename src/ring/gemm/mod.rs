@@ -115,7 +115,13 @@ impl<'a> Rows<'a> {
         if let Some(digits) = &self.digits {
             check(self.x, w, n, (t, m, n), c);
             // SAFETY: there are digits only where `or_portable` has checked that the processor has the instructions.
-            tiles(t, m, n, c, |s, j, rows| unsafe { digits.tile(s, &w[j * n..][..rows[0].len() * n], rows) });
+            let run = |s, j, rows: &mut [&mut [u64]]| unsafe { digits.tile(s, &w[j * n..][..rows[0].len() * n], rows) };
+            // On a worker of the pool others have parts of their own: smaller tiles would cut the same weights again and again.
+            if c.is_empty() || rayon::current_thread_index().is_none() {
+                tiles(t, m, n, c, run);
+            } else {
+                run(0, 0, &mut c.chunks_mut(m).collect::<Vec<_>>());
+            }
             return;
         }
         #[cfg(target_arch = "x86_64")]

@@ -33,10 +33,18 @@ pub fn pack(values: &[u64], k: u32) -> Vec<u8> {
 /// # Panics
 /// If `k` is 0 or above 64.
 pub fn pack_into(values: &[u64], k: u32, out: &mut Vec<u8>) {
-    let start = out.len();
-    out.resize(start + packed_len(values.len(), k), 0);
-    pack_on(Isa::current(), values, k, &mut out[start..]);
+    let mut piece = [0; 8 * PIECE];
+    out.reserve(packed_len(values.len(), k));
+    for values in values.chunks(PIECE) {
+        let bytes = &mut piece[..packed_len(values.len(), k)];
+        pack_on(Isa::current(), values, k, bytes);
+        out.extend_from_slice(bytes);
+    }
 }
+
+/// Elements that are packed or unpacked in cache before they are moved to their place: to zero that first would be one more
+/// pass over memory. A multiple of 8, so that each piece begins on a byte.
+const PIECE: usize = 512;
 
 /// [`pack`] on a chosen instruction set (portable where the processor lacks it), to `out`, which it fills.
 ///
@@ -78,8 +86,13 @@ pub fn unpack(bytes: &[u8], n: usize, k: u32) -> Option<Vec<u64>> {
     if bits % 8 != 0 && bytes.last()? >> (bits % 8) != 0 {
         return None;
     }
-    let mut out = vec![0; n];
-    unpack_on(Isa::current(), bytes, k, &mut out);
+    let mut out = Vec::with_capacity(n);
+    let mut piece = [0; PIECE];
+    for bytes in bytes.chunks(packed_len(PIECE, k)) {
+        let values = &mut piece[..PIECE.min(n - out.len())];
+        unpack_on(Isa::current(), bytes, k, values);
+        out.extend_from_slice(values);
+    }
     Some(out)
 }
 
