@@ -6,7 +6,7 @@ use std::process::Output;
 use assert_cmd::Command;
 use serde_json::Value;
 use trefoil::model::{Activation, Arch, ModelConfig, Rope, RopeScaling};
-use trefoil::plan::{Bounds, LayerBounds, LayerRanges, Ranges, plan, propose};
+use trefoil::plan::{Bounds, FW_LEAST, LayerBounds, LayerFractions, LayerRanges, Ranges, plan, propose};
 
 fn quill() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("models/quill-4m")
@@ -151,6 +151,7 @@ fn a_plan_and_a_proposal_are_the_same() {
         eos_ids: Vec::new(),
     };
     let bound = LayerBounds {
+        f: LayerFractions::default(),
         qk: 30.0,
         qk_raw: 30.0,
         v: 9.0,
@@ -169,7 +170,7 @@ fn a_plan_and_a_proposal_are_the_same() {
         gate: 6.0,
         qk_sum: None,
     };
-    let mut bounds = Bounds { layers: vec![bound; 3], logit: 90.0, embedding: 1.0 };
+    let mut bounds = Bounds { layers: vec![bound; 3], f_head: FW_LEAST, logit: 90.0, embedding: 1.0 };
     let ranges = Ranges { layers: vec![range; 3], final_sum: (9.0, 900.0), logit: 20.0 };
     let fine = propose(&c, 0, true, &bounds, &ranges).unwrap();
     assert_eq!(fine, plan(&c, 0, true, &bounds, &ranges).unwrap());

@@ -11,7 +11,7 @@ use super::{Context, Tables};
 use crate::approx::{PositiveTable, exp_tables};
 use crate::error::Result;
 use crate::model::prepare::PreparedLayer;
-use crate::plan::{AttentionPlan, F, F_ROPE, FW};
+use crate::plan::{AttentionPlan, F, F_ROPE};
 use crate::protocol::Pending;
 use crate::protocol::cached::{Cached, Context as PV, Scores, product_cached};
 use crate::protocol::exp::{Exp, exp};
@@ -109,7 +109,7 @@ pub(super) fn attention(
     let tokens = x.rows().tokens();
     let count_bits = c.flags.count_bits();
 
-    let qkv = truncate(&owner_linear(c.s, &scope.at("qkv"), x, &parts.qkv)?, FW)?;
+    let qkv = truncate(&owner_linear(c.s, &scope.at("qkv"), x, &parts.qkv)?, p.f_qkv)?;
     let part = |x: &Masked, from: usize, n: usize| {
         let width = x.rows().row(0).len();
         x.map(x.f(), Rows::even(tokens, n), |v| v.chunks(width).flat_map(|r| &r[from..from + n]).copied().collect())
@@ -161,5 +161,5 @@ pub(super) fn attention(
     let (o, inverse) = (o.finish(c.s)?, inverse.value.finish(c.s)?);
     let o = product(c.s, &scope.at("normalise"), &o, &inverse, Arc::new(Scale { width: dim }))?;
     let o = truncate(&o.finish(c.s)?, p.f_inverse)?;
-    truncate(&owner_linear(c.s, &scope.at("o"), &o, &parts.o)?, FW)
+    truncate(&owner_linear(c.s, &scope.at("o"), &o, &parts.o)?, p.f_o)
 }
