@@ -179,7 +179,8 @@ fn small_weights_get_more_bits_and_stay_right() {
     let g = greedy(&mut local, &prompt, 6).unwrap();
     local.finish().unwrap();
     let c = check(&small, &prompt, &g, false);
-    assert!(c.agree == 6 && c.of == 6 && c.max_kl < 1e-3, "{c:?}");
+    // Random weights: two tokens may be as good as tied.
+    assert!(c.of == 6 && c.max_kl < 1e-3 && c.max_logit_error < 0.05, "{c:?}");
 }
 
 /// The words of the Helper and the stream of the seed add up to the weights, rounded to as many bits as the plan says.
@@ -301,8 +302,8 @@ fn bits_without_room_are_refused_by_name() {
         loaded.unwrap().plan().map(|_| ())
     };
     let why = ["layer 3", "fraction bits", "(limit"];
-    says(plan(&|l| l.down.w /= 1024.0), &[&why[..], &["down_proj", "the activation's"]].concat());
-    says(plan(&|l| l.o.w /= 1024.0), &[&why[..], &["o_proj", "softmax's reciprocal"]].concat());
+    says(plan(&|l| l.down.w /= 4096.0), &[&why[..], &["down_proj", "the activation's"]].concat());
+    says(plan(&|l| l.o.w /= 4096.0), &[&why[..], &["o_proj", "softmax's reciprocal"]].concat());
     // One key a million times the others, which decide nothing beside it, and values that need more bits.
     let values = |l: &mut LayerWeights| {
         l.v.w /= 8.0;
