@@ -6,7 +6,7 @@ use std::process::Output;
 use assert_cmd::Command;
 use serde_json::Value;
 use trefoil::model::ModelConfig;
-use trefoil::plan::{Bounds, LayerBounds, LayerRanges, Ranges, plan, propose};
+use trefoil::plan::{Bounds, FW_LEAST, LayerBounds, LayerFractions, LayerRanges, Ranges, plan, propose};
 
 fn quill() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("models/quill-4m")
@@ -131,6 +131,7 @@ fn all_that_does_not_fit_is_named() {
 fn a_plan_and_a_proposal_are_the_same() {
     let c = ModelConfig { tie_word_embeddings: true, ..ModelConfig::llama(64, 128, 3, 4, 100, 64) };
     let bound = LayerBounds {
+        f: LayerFractions::default(),
         qk: 30.0,
         qk_raw: 30.0,
         v: 9.0,
@@ -149,7 +150,7 @@ fn a_plan_and_a_proposal_are_the_same() {
         gate: 6.0,
         qk_sum: None,
     };
-    let mut bounds = Bounds { layers: vec![bound; 3], logit: 90.0, embedding: 1.0 };
+    let mut bounds = Bounds { layers: vec![bound; 3], f_head: FW_LEAST, logit: 90.0, embedding: 1.0 };
     let ranges = Ranges { layers: vec![range; 3], final_sum: (9.0, 900.0), logit: 20.0 };
     let fine = propose(&c, 0, true, &bounds, &ranges).unwrap();
     assert_eq!(fine, plan(&c, 0, true, &bounds, &ranges).unwrap());

@@ -114,9 +114,10 @@ fn an_extrapolated_answer_is_the_walked_one() {
 /// A plan for a shape, from plausible bounds: there is no checkpoint of this size here.
 #[test]
 fn a_large_model_in_seconds() {
-    use trefoil::plan::{Bounds, LayerBounds, LayerRanges, Ranges};
+    use trefoil::plan::{Bounds, FW_LEAST, LayerBounds, LayerFractions, LayerRanges, Ranges};
     let c = ModelConfig { vocab_size: 32_000, max_positions: 192, qkv_bias: false, ..shape(2048, 32, 4, 5632, 22) };
     let bound = |i: usize| LayerBounds {
+        f: LayerFractions::default(),
         qk: 60.0 + i as f64,
         qk_raw: 60.0 + i as f64,
         v: 20.0,
@@ -135,7 +136,7 @@ fn a_large_model_in_seconds() {
         gate: 12.0,
         qk_sum: None,
     };
-    let bounds = Bounds { layers: (0..22).map(bound).collect(), logit: 300.0, embedding: 1.0 };
+    let bounds = Bounds { layers: (0..22).map(bound).collect(), f_head: FW_LEAST, logit: 300.0, embedding: 1.0 };
     let ranges = Ranges { layers: (0..22).map(range).collect(), final_sum: (100.0, 90_000.0), logit: 40.0 };
     let plan = trefoil::plan::plan(&c, 0, true, &bounds, &ranges).unwrap();
     let start = std::time::Instant::now();

@@ -20,7 +20,7 @@ use trefoil::model::{ModelConfig, Weights};
 use trefoil::net::meter::Meter;
 use trefoil::net::{Abort, Channel, Frame, Lane, Links};
 use trefoil::plan::memory::{model_bytes, session_bytes};
-use trefoil::plan::{FW, Plan};
+use trefoil::plan::{FW_LEAST, Plan};
 use trefoil::predict::Source;
 use trefoil::prf::{Pair, PairKey, PreparationSeed, Prf};
 use trefoil::protocol::embedding;
@@ -91,7 +91,7 @@ fn parts(role: Role, c: &ModelConfig, plan: &Plan) -> Prepared {
         Role::Owner => {
             let m = |m, n| {
                 let w = Array2::from_elem((m, n), 0.5f32);
-                OwnerMatrix::quantise(0, "w", w.view(), None, FW).unwrap()
+                OwnerMatrix::quantise(0, "w", w.view(), None, FW_LEAST).unwrap()
             };
             let (h, i) = (c.hidden_size, c.intermediate_size);
             let layer = |_| PreparedLayer {

@@ -12,7 +12,8 @@ use models::{codec, default_ids, fixture, load, once, options, quill};
 use ndarray::Array1;
 use trefoil::Error;
 use trefoil::generate::{LocalOptions, check};
-use trefoil::model::{LayerWeights, Linear, Weights, rounding};
+use trefoil::model::rounding::{self, Choice};
+use trefoil::model::{LayerWeights, Linear, Weights};
 
 /// A token of the bundled model that no calibration here reads, unless it is told to.
 const RARE: u32 = 2001;
@@ -56,7 +57,8 @@ impl Table {
         let outcome = match once(w, ids, o, prompt, 3) {
             Ok((g, _)) => {
                 let first = private.map_or(0, |n| w.config.num_layers - n);
-                let twin = rounding::as_multiplied(w, first, private.is_none()).unwrap();
+                let f = Choice::new(w, first, private.is_none()).unwrap().fractions;
+                let twin = rounding::as_multiplied(w, first, private.is_none(), &f).unwrap();
                 let c = check(&twin, prompt, &g, false);
                 self.max_kl = self.max_kl.max(c.max_kl);
                 if c.agree == c.of && c.max_kl < KL {

@@ -14,6 +14,7 @@ use trefoil::model::secure::SecureModel;
 use trefoil::model::store::{ClientModel, HelperStore, OwnerPreparation, PublicManifest};
 use trefoil::model::{Checkpoint, Weights};
 use trefoil::party::Role;
+use trefoil::plan::FW_LEAST;
 use trefoil::world::{Keys, Setup, World};
 
 #[allow(clippy::duplicate_mod)]
@@ -107,6 +108,60 @@ fn a_public_head_is_the_clients_own() {
         let o = Options { base: Some(dir.clone()), ..options(private) };
         as_in_one_process(&dir, &o);
     }
+}
+
+/// A copy of a fixture, the tensors whose names end so divided.
+fn smaller(name: &str, by: &[(&str, f32)]) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(fixture(name)).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
+    }
+    let path = dir.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let data = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&bytes[8..data]).unwrap();
+    for (suffix, by) in by {
+        let tensors: Vec<_> = header.iter().filter(|(name, _)| name.ends_with(suffix)).collect();
+        assert!(!tensors.is_empty(), "{suffix}");
+        for (_, t) in tensors {
+            assert_eq!(t["dtype"], "F32");
+            let at = |i: usize| data + t["data_offsets"][i].as_u64().unwrap() as usize;
+            for v in bytes[at(0)..at(1)].as_chunks_mut::<4>().0 {
+                *v = (f32::from_le_bytes(*v) / by).to_le_bytes();
+            }
+        }
+    }
+    std::fs::write(&path, bytes).unwrap();
+    dir
+}
+
+#[test]
+fn more_fraction_bits_are_the_same_everywhere() {
+    let small = [("model.norm.weight", 256.0), ("down_proj.weight", 64.0), ("self_attn.q_proj.weight", 128.0)];
+    // The head private, then public: the Client's own integers, of as many bits as the plan says.
+    for public_head in [false, true] {
+        let dir = smaller("llama-plain", &small);
+        let base = public_head.then(|| dir.path().to_owned());
+        let o = Options { base, ..options(Some(1)) };
+        let prep = tempfile::tempdir().unwrap();
+        let made = prepare(dir.path(), &prep.path().join("prep"), &o);
+        let plan = &made.manifest().plan;
+        assert_eq!(plan.head.public, public_head);
+        let layer = &plan.layers[0];
+        let more = [plan.head.f_weight, layer.mlp.f_down, layer.attention.f_qkv];
+        assert!(more.iter().all(|f| *f > FW_LEAST), "{more:?}");
+        as_in_one_process(dir.path(), &o);
+    }
+}
+
+#[test]
+fn a_preparation_of_an_older_format_is_refused_with_what_to_do() {
+    let text = String::from_utf8(sample().to_vec()).unwrap();
+    let old = text.replacen("\"format\": 2", "\"format\": 1", 1);
+    assert_ne!(text, old);
+    let e = PublicManifest::parse(old.as_bytes(), "manifest.json").unwrap_err().to_string();
+    assert!(e.contains("format 1") && e.contains("prepare anew"), "{e}");
 }
 
 fn mode(path: &Path) -> u32 {

@@ -15,7 +15,7 @@ use crate::net::shape::Profile;
 use crate::party::Role;
 use crate::plan::cost::Cost;
 use crate::plan::work::Work;
-use crate::plan::{F, Plan, plan};
+use crate::plan::{F, Fractions, Plan, plan};
 use crate::prf::PreparationSeed;
 use crate::protocol::gumbel::Gumbel;
 use crate::protocol::{embedding, input};
@@ -106,14 +106,14 @@ impl Harness {
         Harness::prepare(&random_weights(config)?, false, setup)
     }
 
-    /// Calibrates and prepares `weights`, all layers private.
+    /// Calibrates and prepares `weights`, all layers private, all matrices with the fewest fraction bits.
     ///
     /// # Errors
     /// [`Error::Model`] for weights that no plan fits.
     pub fn prepare(weights: &Weights, private_embedding: bool, setup: Setup) -> Result<Harness> {
         let config = &weights.config;
         let ranges = calibrate::ranges(weights, 0, &calibrate::inputs(config, config.max_positions, None));
-        let bounds = calibrate::bounds(weights, 0)?;
+        let bounds = calibrate::bounds(weights, 0, &Fractions::least(config.num_layers))?;
         let plan = plan(config, 0, private_embedding, &bounds, &ranges)?;
         let seed = PreparationSeed::from_bytes([3; 32]);
         let owner = Prepared::owner(weights, &plan, &seed)?;

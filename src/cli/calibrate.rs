@@ -7,6 +7,7 @@ use serde::Serialize;
 use trefoil::error::{Error, Result};
 use trefoil::generate::split_layers;
 use trefoil::model::preparation::parse_private_layers;
+use trefoil::model::rounding::Choice;
 use trefoil::model::{Checkpoint, TextCodec, Weights, calibrate};
 use trefoil::plan::headroom::{Headroom, headroom};
 use trefoil::plan::{Misfit, Plan, propose};
@@ -40,6 +41,8 @@ struct Report {
     private_embedding: bool,
     fits: bool,
     warnings: Vec<String>,
+    /// What too few fraction bits would do to the matrices that get more.
+    small_weights: Vec<String>,
     does_not_fit: Vec<Misfit>,
     #[serde(skip_serializing_if = "Option::is_none")]
     remedy: Option<&'static str>,
@@ -79,6 +82,7 @@ pub fn run(a: &Args) -> Result<()> {
         weights.config.max_positions = weights.config.max_positions.min(n);
     }
     let config = weights.config.clone();
+    let choice = Choice::new(&weights, first, private_embedding)?;
     let context = config.max_positions;
     let mut windows: Vec<Vec<u32>> = ids.chunks(context).map(<[u32]>::to_vec).collect();
     let count = windows.len();
@@ -91,7 +95,7 @@ pub fn run(a: &Args) -> Result<()> {
     }
     let ranges = calibrate::ranges_watched(&weights, first, &windows, &mut |n| bar.inc(n as u64));
     bar.finish_and_clear();
-    let bounds = calibrate::bounds(&weights, first)?;
+    let bounds = calibrate::bounds(&weights, first, &choice.fractions)?;
     let proposed = propose(&config, first, private_embedding, &bounds, &ranges);
     let mut warnings = Vec::new();
     if ids.len() < 2 * context {
@@ -112,6 +116,7 @@ pub fn run(a: &Args) -> Result<()> {
         private_embedding,
         fits: plan.is_some(),
         warnings,
+        small_weights: choice.small.iter().map(ToString::to_string).collect(),
         remedy: plan.is_none().then_some(REMEDY),
         headroom: plan.as_ref().map_or_else(Vec::new, |p| headroom(p, &bounds, &ranges)),
         does_not_fit,
@@ -141,6 +146,9 @@ fn show(r: &Report) -> String {
     for w in &r.warnings {
         out += &format!("warning       {w}\n");
     }
+    for s in &r.small_weights {
+        out += &format!("more bits     {s}\n");
+    }
     for m in &r.does_not_fit {
         out += &format!("does not fit  {m}\n");
     }
@@ -149,8 +157,12 @@ fn show(r: &Report) -> String {
     }
     if let Some(p) = &r.plan {
         out += &format!(
-            "plan          residual stream {} bits, logits {} bits with {} of fraction, tournament of radix {}\n\n",
-            p.residual_k, p.head.logit_k, p.head.f_logit, p.head.radix
+            "plan          residual stream {} bits, weights with up to {} of fraction, logits {} bits with {} of fraction, tournament of radix {}\n\n",
+            p.residual_k,
+            p.weight_fractions().max().unwrap_or(0),
+            p.head.logit_k,
+            p.head.f_logit,
+            p.head.radix
         );
         out += &format!(
             "{:<6}{:<48}{:>24}{:>12}{:>6}{:>24}{:>10}  {}\n",

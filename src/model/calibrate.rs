@@ -9,7 +9,7 @@ use super::observe::{Norm, Observer};
 use super::secure::F_QK;
 use super::{LayerWeights, Linear, ModelConfig, Weights, files, rounding};
 use crate::error::{Error, Result};
-use crate::plan::{Bounds, F, LayerBounds, LayerRanges, Ranges};
+use crate::plan::{Bounds, F, Fractions, LayerBounds, LayerFractions, LayerRanges, Ranges};
 
 /// Text that calibration reads when the provider gives none: prose, dialogue, numbers, code.
 pub const DEFAULT_TEXT: &str = include_str!("calibration.txt");
@@ -88,8 +88,8 @@ fn head_norms(l: &Linear, dim: usize, radius: f64) -> Vec<f64> {
         .collect()
 }
 
-/// `l` as it is multiplied ([`rounding::layer`]): gains folded in, rounded.
-fn layer_bounds(c: &ModelConfig, l: &LayerWeights) -> LayerBounds {
+/// `l` as it is multiplied ([`rounding::layer`]): gains folded in, rounded to `f` fraction bits.
+fn layer_bounds(c: &ModelConfig, l: &LayerWeights, f: LayerFractions) -> LayerBounds {
     let radius = (c.hidden_size as f64).sqrt() * NORM;
     let (dim, scale) = (c.head_dim, (c.head_dim as f64).sqrt());
     let largest_qk = largest(&l.q, radius).max(largest(&l.k, radius));
@@ -131,6 +131,7 @@ fn layer_bounds(c: &ModelConfig, l: &LayerWeights) -> LayerBounds {
         |l: &Linear| l.bias.as_ref().map_or(0.0, |b| b.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs()))));
     let down_sum = sums(&|_| 1.0);
     LayerBounds {
+        f,
         qk,
         qk_raw: largest_qk,
         v: largest(&l.v, radius),
@@ -145,17 +146,23 @@ fn layer_bounds(c: &ModelConfig, l: &LayerWeights) -> LayerBounds {
     }
 }
 
-/// What the weights of the layers from `first` on prove: of the numbers that the engine multiplies by, not of those that
-/// they were rounded from.
+/// What the weights of the layers from `first` on prove, rounded to these fraction bits: of the numbers that the engine multiplies
+/// by, not of those that they were rounded from.
 ///
 /// # Errors
-/// [`crate::Error::Internal`] for weights that do not match their configuration.
-pub fn bounds(w: &Weights, first: usize) -> Result<Bounds> {
+/// [`crate::Error::Internal`] for weights that do not match their configuration, or fractions of other layers.
+pub fn bounds(w: &Weights, first: usize, fractions: &Fractions) -> Result<Bounds> {
     let radius = (w.config.hidden_size as f64).sqrt() * NORM;
-    let head = rounding::head(w);
-    let layers = w.layers[first..].iter().map(|l| Ok(layer_bounds(&w.config, &rounding::layer(&w.config, l)?)));
+    let private = &w.layers[first..];
+    if fractions.layers.len() != private.len() {
+        let (have, of) = (fractions.layers.len(), private.len());
+        return Err(Error::Internal(format!("fractions of {have} layers for {of}")));
+    }
+    let head = rounding::head(w, fractions.head);
+    let one = |(l, f)| Ok(layer_bounds(&w.config, &rounding::layer(&w.config, l, f)?, *f));
     Ok(Bounds {
-        layers: layers.collect::<Result<_>>()?,
+        layers: private.iter().zip(&fractions.layers).map(one).collect::<Result<_>>()?,
+        f_head: fractions.head,
         logit: row_norm(head.view()).iter().fold(0.0f64, |m, n| m.max(*n)) * radius * SLACK + ULP,
         embedding: w.embed.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs()))) + ULP,
     })
@@ -340,7 +347,7 @@ mod tests {
     fn bounds_are_those_of_the_rounded_weights() {
         for (ulps, rounded) in [(3.0, 3.0f64), (3.505, 4.0), (0.501, 1.0)] {
             let w = wide(ulps);
-            let b = &bounds(&w, 0).unwrap().layers[0];
+            let b = &bounds(&w, 0, &Fractions::least(1)).unwrap().layers[0];
             let n = w.config.hidden_size as f64;
             // An input along the rows, as long as the norm's output gets: rounded outward, element by element.
             let largest = rounded / 4096.0 * n * 1.0085;

@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use super::prepare::Prepared;
-use super::{Checkpoint, ModelConfig, TextCodec, Weights, calibrate, rounding};
+use super::rounding::Choice;
+use super::{Checkpoint, ModelConfig, TextCodec, Weights, calibrate};
 use crate::error::{Error, Result};
 use crate::plan::{self, Plan};
 use crate::prf::PreparationSeed;
@@ -117,15 +118,16 @@ impl Loaded {
     /// The plan that weights and calibration give.
     ///
     /// # Errors
-    /// [`Error::Model`] naming the layer and the quantity that does not fit, or the matrix of which rounding leaves too little.
+    /// [`Error::Model`] naming the layer and the quantity that does not fit, or the matrix of which no rounding leaves enough.
     pub fn plan(&self) -> Result<Plan> {
         let (w, first) = (&self.weights, self.split.first_private);
         w.check()?;
-        rounding::check(w, first, self.split.private_embedding)?;
+        let choice = Choice::new(w, first, self.split.private_embedding)?;
         let inputs = calibrate::inputs(&w.config, self.context, self.text.clone());
         let ranges = calibrate::ranges(w, first, &inputs);
-        let bounds = calibrate::bounds(w, first)?;
-        let mut plan = plan::plan(&w.config, first, self.split.private_embedding, &bounds, &ranges)?;
+        let bounds = calibrate::bounds(w, first, &choice.fractions)?;
+        let mut plan = plan::propose(&w.config, first, self.split.private_embedding, &bounds, &ranges)
+            .map_err(|misfits| plan::refused(&misfits, |m| choice.explain(m)))?;
         plan.head.public = self.split.public_head;
         Ok(plan)
     }

@@ -16,7 +16,7 @@ use super::calibrate::folded;
 use super::sections::{Section, Slot};
 use super::{LayerWeights, Linear, ModelConfig, Weights};
 use crate::error::{Error, Result};
-use crate::plan::{F, FW, Plan};
+use crate::plan::{F, Plan};
 use crate::prf::PreparationSeed;
 use crate::protocol::embedding::TableShare;
 use crate::protocol::linear::OwnerMatrix;
@@ -97,7 +97,7 @@ pub(super) fn layer_matrix(c: &ModelConfig, l: &LayerWeights, slot: Slot) -> Res
 /// # Errors
 /// [`Error::Model`] for a weight that cannot be represented.
 pub fn quantised_head(s: &Section, head: &Array2<f32>, norm: &Array1<f32>) -> Result<OwnerMatrix> {
-    OwnerMatrix::quantise(s.id(), &s.name(), folded(head, norm).view(), None, FW)
+    OwnerMatrix::quantise(s.id(), &s.name(), folded(head, norm).view(), None, s.f)
 }
 
 impl Prepared {
@@ -143,7 +143,7 @@ impl Prepared {
             match w.layers.get(s.layer) {
                 Some(l) => {
                     let (w, bias) = layer_matrix(&w.config, l, s.slot)?;
-                    OwnerMatrix::quantise(s.id(), &s.name(), w.view(), bias.as_deref(), FW)
+                    OwnerMatrix::quantise(s.id(), &s.name(), w.view(), bias.as_deref(), s.f)
                 }
                 None => {
                     let head = quantised_head(s, &w.head_matrix().to_owned(), &w.norm)?;
@@ -178,9 +178,9 @@ impl Prepared {
         let mut matrix = |s: &Section| {
             if s.public {
                 let words = Packed::new(&next(s.rows * s.cols)?, s.bits());
-                return OwnerMatrix::public(s.id(), (s.rows, s.cols), FW, &words);
+                return OwnerMatrix::public(s.id(), (s.rows, s.cols), s.f, &words);
             }
-            Ok(OwnerMatrix::client(s.id(), s.rows, s.cols, FW, seed.clone()))
+            Ok(OwnerMatrix::client(s.id(), s.rows, s.cols, s.f, seed.clone()))
         };
         let mut table = |s: &Section| Ok(TableShare::seed((s.rows, s.cols), F, s.id(), seed.clone()));
         Prepared::assemble(c, plan, &mut matrix, &mut table)
@@ -191,7 +191,7 @@ impl Prepared {
     /// # Errors
     /// [`Error::Internal`] for a plan that has not passed [`Plan::check`].
     pub(crate) fn shape(c: &ModelConfig, plan: &Plan) -> Result<Prepared> {
-        let mut matrix = |s: &Section| Ok(OwnerMatrix::shape(s.id(), (s.rows, s.cols), FW, s.public));
+        let mut matrix = |s: &Section| Ok(OwnerMatrix::shape(s.id(), (s.rows, s.cols), s.f, s.public));
         let mut table = |s: &Section| Ok(TableShare::shape((s.rows, s.cols), F));
         Prepared::assemble(c, plan, &mut matrix, &mut table)
     }
@@ -217,9 +217,9 @@ impl Prepared {
         let mut matrix = |s: &Section| {
             let words = next.borrow_mut()(s)?;
             if s.public {
-                return OwnerMatrix::public(s.id(), (s.rows, s.cols), FW, &words);
+                return OwnerMatrix::public(s.id(), (s.rows, s.cols), s.f, &words);
             }
-            OwnerMatrix::helper_packed(s.id(), (s.rows, s.cols), FW, words)
+            OwnerMatrix::helper_packed(s.id(), (s.rows, s.cols), s.f, words)
         };
         let mut table = |s: &Section| TableShare::packed((s.rows, s.cols), F, next.borrow_mut()(s)?);
         Prepared::assemble(c, plan, &mut matrix, &mut table)

@@ -1,16 +1,20 @@
-//! Weights as the engine multiplies by them: gains folded in, rounded to 12 fraction bits; and whether enough of them is left.
+//! Weights as the engine multiplies by them: gains folded in, rounded to a matrix's fraction bits; how many these are, and whether
+//! they are enough.
 //!
 //! What follows from weights has to follow from these: bounds are computed of them, and the float twin that runs on them
 //! ([`as_multiplied`]) differs from the secure run by the rounding of activations alone.
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
+use std::fmt;
+
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, CowArray, Ix2, s};
 
 use super::calibrate::folded;
 use super::prepare::layer_matrix;
 use super::sections::Slot;
+use super::secure::F_QK;
 use super::{LayerWeights, Linear, ModelConfig, Weights};
 use crate::error::{Error, Result};
-use crate::plan::{F, FW};
+use crate::plan::{F, FW_LEAST, FW_MOST, Fractions, LayerFractions, Misfit};
 
 /// To `f` fraction bits, as [`OwnerMatrix::quantise`](crate::protocol::linear::OwnerMatrix::quantise) does it.
 fn round(w: &Array2<f32>, f: u32) -> Array2<f32> {
@@ -23,9 +27,9 @@ fn round(w: &Array2<f32>, f: u32) -> Array2<f32> {
 ///
 /// # Errors
 /// [`Error::Internal`] for weights that do not match the configuration.
-pub(super) fn layer(c: &ModelConfig, l: &LayerWeights) -> Result<LayerWeights> {
-    let rounded = |slot| Ok::<_, Error>(round(&layer_matrix(c, l, slot)?.0, FW));
-    let (qkv, gate_up) = (rounded(Slot::Qkv)?, rounded(Slot::GateUp)?);
+pub(super) fn layer(c: &ModelConfig, l: &LayerWeights, f: &LayerFractions) -> Result<LayerWeights> {
+    let rounded = |slot, f| Ok::<_, Error>(round(&layer_matrix(c, l, slot)?.0, f));
+    let (qkv, gate_up) = (rounded(Slot::Qkv, f.qkv)?, rounded(Slot::GateUp, f.gate_up)?);
     let (nq, nk, m) = (c.q_size(), c.kv_size(), c.intermediate_size);
     let part = |w: &Array2<f32>, from: usize, n: usize, old: &Linear, by: f32| Linear {
         w: w.slice(s![from..from + n, ..]).to_owned(),
@@ -34,41 +38,45 @@ pub(super) fn layer(c: &ModelConfig, l: &LayerWeights) -> Result<LayerWeights> {
     let scale = 1.0 / (c.head_dim as f32).sqrt();
     let q_scale = if c.qk_norm { 1.0 } else { scale };
     let gain = |g: &Option<Array1<f32>>, by: f32| {
-        g.as_ref().map(|g| round(&(g * by).insert_axis(Axis(0)), FW).remove_axis(Axis(0)))
+        g.as_ref().map(|g| round(&(g * by).insert_axis(Axis(0)), f.qk_gain).remove_axis(Axis(0)))
     };
     Ok(LayerWeights {
         input_norm: Array1::ones(c.hidden_size),
         q: part(&qkv, 0, nq, &l.q, q_scale),
         k: part(&qkv, nq, nk, &l.k, 1.0),
         v: part(&qkv, nq + nk, nk, &l.v, 1.0),
-        o: Linear { w: rounded(Slot::O)?, bias: l.o.bias.clone() },
+        o: Linear { w: rounded(Slot::O, f.o)?, bias: l.o.bias.clone() },
         q_norm: gain(&l.q_norm, scale),
         k_norm: gain(&l.k_norm, 1.0),
         post_norm: Array1::ones(c.hidden_size),
         gate: part(&gate_up, 0, m, &l.gate, 1.0),
         up: part(&gate_up, m, m, &l.up, 1.0),
-        down: Linear { w: rounded(Slot::Down)?, bias: l.down.bias.clone() },
+        down: Linear { w: rounded(Slot::Down, f.down)?, bias: l.down.bias.clone() },
     })
 }
 
 /// The head likewise.
-pub(super) fn head(w: &Weights) -> Array2<f32> {
-    round(&folded(&w.head_matrix().to_owned(), &w.norm), FW)
+pub(super) fn head(w: &Weights, f: u32) -> Array2<f32> {
+    round(&folded(&w.head_matrix().to_owned(), &w.norm), f)
 }
 
-/// The model whose private layers, head and private embedding are the numbers that the engine multiplies by: the float twin
-/// of what is computed, where `w` is that of what is meant.
+/// The model whose private layers, head and private embedding are the numbers that the engine multiplies by under a plan of
+/// these fraction bits: the float twin of what is computed, where `w` is that of what is meant.
 ///
 /// # Errors
-/// [`Error::Internal`] for weights that do not match their configuration.
-pub fn as_multiplied(w: &Weights, first_private: usize, private_embedding: bool) -> Result<Weights> {
+/// [`Error::Internal`] for weights that do not match their configuration, or fractions of other layers.
+pub fn as_multiplied(
+    w: &Weights,
+    first_private: usize,
+    private_embedding: bool,
+    fractions: &Fractions,
+) -> Result<Weights> {
     let c = &w.config;
     let back = (c.head_dim as f32).sqrt();
     let one = |(i, l): (usize, &LayerWeights)| {
-        if i < first_private {
-            return Ok(l.clone());
-        }
-        let mut l = layer(c, l)?;
+        let Some(private) = i.checked_sub(first_private) else { return Ok(l.clone()) };
+        let f = fractions.layers.get(private).ok_or_else(|| Error::Internal(format!("no fraction for layer {i}")))?;
+        let mut l = layer(c, l, f)?;
         match &mut l.q_norm {
             Some(g) => *g *= back,
             None => {
@@ -83,17 +91,19 @@ pub fn as_multiplied(w: &Weights, first_private: usize, private_embedding: bool)
         embed: if private_embedding { round(&w.embed, F) } else { w.embed.clone() },
         layers: w.layers.iter().enumerate().map(one).collect::<Result<_>>()?,
         norm: Array1::ones(c.hidden_size),
-        head: Some(head(w)),
+        head: Some(head(w, fractions.head)),
     })
 }
 
-/// What rounding did to one matrix: root mean square of the error over that of the weights.
+/// What rounding did to one matrix or to its outputs: root mean square of the error over that of what is rounded.
 #[derive(Clone, Debug)]
 pub struct Loss {
     /// What an error calls the place: `layer 3`, `the head`, `the embedding`.
     pub place: String,
     /// The matrix as the checkpoint names it.
     pub matrix: &'static str,
+    /// Fraction bits that it was rounded to.
+    pub f: u32,
     /// Of the whole matrix.
     pub all: f64,
     /// Of the output row that lost most among those that matter.
@@ -141,7 +151,7 @@ fn norms(w: ArrayView2<'_, f32>, axis: Axis) -> Vec<f64> {
 }
 
 /// `importance` of a row is relative: what it contributes next to the others.
-fn loss(place: &str, matrix: &'static str, rows: &[(f64, f64)], importance: &[f64]) -> Loss {
+fn loss((place, matrix): (&str, &'static str), f: u32, rows: &[(f64, f64)], importance: &[f64]) -> Loss {
     let ratio = |(all, lost): (f64, f64)| if all > 0.0 { (lost / all).sqrt() } else { 0.0 };
     let all = ratio(rows.iter().fold((0.0, 0.0), |a, r| (a.0 + r.0, a.1 + r.1)));
     let mut sorted: Vec<f64> = importance.iter().copied().filter(|v| *v > 0.0).collect();
@@ -149,10 +159,87 @@ fn loss(place: &str, matrix: &'static str, rows: &[(f64, f64)], importance: &[f6
     let least = sorted.get(sorted.len() / 2).map_or(0.0, |median| median * MATTERS);
     let mattering = rows.iter().zip(importance).enumerate().filter(|(_, (_, i))| **i >= least && **i > 0.0);
     let (at, row) = mattering.map(|(i, (r, _))| (i, ratio(*r))).fold((0, 0.0), |m, r| if r.1 > m.1 { r } else { m });
-    Loss { place: place.to_owned(), matrix, all, row, at }
+    Loss { place: place.to_owned(), matrix, f, all, row, at }
 }
 
-fn layer_losses(c: &ModelConfig, l: &LayerWeights, place: &str, out: &mut Vec<Loss>) {
+/// The square roots of the energies: what a row contributes by itself.
+fn own(rows: &[(f64, f64)]) -> Vec<f64> {
+    rows.iter().map(|r| r.0.sqrt()).collect()
+}
+
+/// A matrix as it is multiplied, and what its rounding is weighed by.
+struct Weighed<'a> {
+    matrix: &'static str,
+    w: CowArray<'a, f32, Ix2>,
+    /// The size of what each column reads; all alike if there is none.
+    reads: Option<Vec<f64>>,
+    /// How much each row contributes; what it has itself if there is none.
+    importance: Option<Vec<f64>>,
+    /// Energies of its outputs and of what they lose themselves, whatever the fraction of the weights: by row, or by head.
+    /// None where they are added to what is larger.
+    outputs: Vec<(f64, f64)>,
+}
+
+impl<'a> Weighed<'a> {
+    fn new(matrix: &'static str, w: impl Into<CowArray<'a, f32, Ix2>>) -> Self {
+        Weighed { matrix, w: w.into(), reads: None, importance: None, outputs: Vec::new() }
+    }
+
+    /// What rounding to `f` fraction bits does to the weights.
+    fn loss(&self, place: &str, f: u32) -> Loss {
+        let rows = energies(self.w.view(), f, self.reads.as_deref());
+        match &self.importance {
+            Some(importance) => loss((place, self.matrix), f, &rows, importance),
+            None => loss((place, self.matrix), f, &rows, &own(&rows)),
+        }
+    }
+
+    /// The fewest fraction bits, `least` or more, that leave enough of the weights; and what [`FW_LEAST`] would do to them where
+    /// these are not enough.
+    fn fraction(&self, place: &str, least: u32) -> Result<(u32, Option<Loss>)> {
+        let first = self.loss(place, FW_LEAST);
+        if first.exceeded().is_none() {
+            return Ok((least, None));
+        }
+        let outputs = loss((place, self.matrix), FW_LEAST, &self.outputs, &own(&self.outputs));
+        if let Some((_, lost, limit)) = outputs.exceeded() {
+            let more = format!(
+                "more bits would not help, since its outputs are too small for their own rounding ({:.1} %, limit {:.1} %)",
+                100.0 * lost,
+                100.0 * limit
+            );
+            return Err(first.refused(&more));
+        }
+        // Rounded to more bits no weight is further off, so that what was enough for a matrix beside this one still is.
+        for f in FW_LEAST + 1..=FW_MOST {
+            if self.loss(place, f).exceeded().is_none() {
+                return Ok((f.max(least), Some(first)));
+            }
+        }
+        Err(self.loss(place, FW_MOST).refused("these are the most there are"))
+    }
+}
+
+/// Mean square of a truncation's error, in units of the last place: it is the sum of two uniform ones.
+const TRUNCATED: f64 = 1.0 / 6.0;
+
+/// How far a line of the activation is off, root mean square: half of its largest error.
+const LINE: f64 = 1e-3;
+
+/// Mean square of the truncation to `f` fraction bits.
+fn truncated(f: u32) -> f64 {
+    TRUNCATED * (-2.0 * f64::from(f)).exp2()
+}
+
+/// Of one head's scores, given the norms of the rows of queries and keys: their mean square and what truncating the queries, the
+/// keys leaves out. A score matters as one of size 1 at least, since the softmax sees differences.
+fn score(q: &[f64], k: &[f64]) -> [(f64, f64); 2] {
+    let all = q.iter().zip(k).map(|(q, k)| (q * k).powi(2)).sum::<f64>().max(1.0);
+    [k, q].map(|other| (all, truncated(F_QK) * other.iter().map(|v| v * v).sum::<f64>()))
+}
+
+/// The matrices of a layer, each with the section that it is in.
+fn weighed<'a>(c: &ModelConfig, l: &'a LayerWeights) -> Vec<(Slot, Weighed<'a>)> {
     let [q, k, v] = [&l.q, &l.k, &l.v].map(|m| folded(&m.w, &l.input_norm));
     let scale = if c.qk_norm { 1.0 } else { 1.0 / (c.head_dim as f32).sqrt() };
     let q = q * scale;
@@ -182,66 +269,178 @@ fn layer_losses(c: &ModelConfig, l: &LayerWeights, place: &str, out: &mut Vec<Lo
     let neuron: Vec<f64> = (0..rg.len()).map(|i| rg[i] * ru[i]).collect();
     let mlp_importance: Vec<f64> = neuron.iter().zip(&cd).map(|(n, d)| n * d).collect();
     let o_reads: Vec<f64> = (0..co.len()).map(|i| rv[i / dim / group * dim + i % dim]).collect();
-    let mut add = |matrix, w: &Array2<f32>, reads: Option<&[f64]>, importance: Option<&[f64]>| {
-        let rows = energies(w.view(), FW, reads);
-        let own: Vec<f64> = rows.iter().map(|r| r.0.sqrt()).collect();
-        out.push(loss(place, matrix, &rows, importance.unwrap_or(&own)));
+    let (q_outputs, k_outputs) = if c.qk_norm {
+        // What their norm reads; what it makes of them is the gains' output.
+        let one = |h: &[f64]| h.iter().map(|h| (h * h, truncated(F) * dim as f64)).collect();
+        (one(&hq), one(&hk))
+    } else {
+        let head = |h: usize| score(&rq[h * dim..(h + 1) * dim], &rk[h / group * dim..(h / group + 1) * dim]);
+        (0..c.num_heads).map(head).map(|[q, k]| (q, k)).unzip()
     };
-    add("self_attn.q_proj", &q, None, Some(&q_importance));
-    add("self_attn.k_proj", &k, None, Some(&k_importance));
-    add("self_attn.v_proj", &v, None, Some(&v_importance));
-    add("self_attn.o_proj", &l.o.w, Some(&o_reads), None);
-    add("mlp.gate_proj", &gate, None, Some(&mlp_importance));
-    add("mlp.up_proj", &up, None, Some(&mlp_importance));
-    add("mlp.down_proj", &l.down.w, Some(&neuron), None);
-    let back = 1.0 / (dim as f32).sqrt();
-    for (matrix, gain, by) in [("self_attn.q_norm", &l.q_norm, back), ("self_attn.k_norm", &l.k_norm, 1.0)] {
-        if let Some(g) = gain {
-            add(matrix, &(g * by).insert_axis(Axis(0)), None, None);
-        }
+    // Truncated themselves, and their weighted mean.
+    let v_outputs = (0..rv.len()).map(|i| (v_importance[i].powi(2), 2.0 * truncated(F) * read(i).powi(2))).collect();
+    // As much of the product, which is truncated too: of small gates the activation is half.
+    let product = |i: usize, lost: f64| ((mlp_importance[i] / 2.0).powi(2), lost * cd[i].powi(2));
+    let gate_outputs =
+        (0..rg.len()).map(|i| product(i, (truncated(F) + LINE * LINE) * ru[i].powi(2) + truncated(F))).collect();
+    let up_outputs = (0..ru.len()).map(|i| product(i, truncated(F) * ((rg[i] / 2.0).powi(2) + 1.0))).collect();
+    let mut all = vec![
+        (
+            Slot::Qkv,
+            Weighed { importance: Some(q_importance), outputs: q_outputs, ..Weighed::new("self_attn.q_proj", q) },
+        ),
+        (
+            Slot::Qkv,
+            Weighed { importance: Some(k_importance), outputs: k_outputs, ..Weighed::new("self_attn.k_proj", k) },
+        ),
+        (
+            Slot::Qkv,
+            Weighed { importance: Some(v_importance), outputs: v_outputs, ..Weighed::new("self_attn.v_proj", v) },
+        ),
+        (Slot::O, Weighed { reads: Some(o_reads), ..Weighed::new("self_attn.o_proj", &l.o.w) }),
+        (
+            Slot::GateUp,
+            Weighed {
+                importance: Some(mlp_importance.clone()),
+                outputs: gate_outputs,
+                ..Weighed::new("mlp.gate_proj", gate)
+            },
+        ),
+        (
+            Slot::GateUp,
+            Weighed { importance: Some(mlp_importance), outputs: up_outputs, ..Weighed::new("mlp.up_proj", up) },
+        ),
+        (Slot::Down, Weighed { reads: Some(neuron), ..Weighed::new("mlp.down_proj", &l.down.w) }),
+    ];
+    if let (Some(q), Some(k)) = (&l.q_norm, &l.k_norm) {
+        let q = q * (1.0 / (dim as f32).sqrt());
+        let size = |g: &Array1<f32>| g.iter().map(|&v| f64::from(v.abs())).collect::<Vec<_>>();
+        let [of_q, of_k] = score(&size(&q), &size(k)).map(|head| vec![head]);
+        let gain = |g: Array1<f32>| g.insert_axis(Axis(0));
+        all.push((Slot::QkGain, Weighed { outputs: of_q, ..Weighed::new("self_attn.q_norm", gain(q)) }));
+        all.push((Slot::QkGain, Weighed { outputs: of_k, ..Weighed::new("self_attn.k_norm", gain(k.clone())) }));
     }
+    all
 }
 
-/// What rounding does to every matrix that is prepared: the private layers', the head's and the private embedding's.
+/// The head likewise.
+fn weighed_head(w: &Weights) -> Weighed<'static> {
+    Weighed::new("lm_head", folded(&w.head_matrix().to_owned(), &w.norm))
+}
+
+const HEAD: &str = "the head";
+
+fn of_layer(i: usize) -> String {
+    format!("layer {i}")
+}
+
+fn embedding_loss(w: &Weights) -> Loss {
+    Weighed::new("embed_tokens", &w.embed).loss("the embedding", F)
+}
+
+/// What rounding to [`FW_LEAST`] fraction bits does to every matrix that is prepared: the private layers', the head's and the
+/// private embedding's.
 #[must_use]
 pub fn losses(w: &Weights, first_private: usize, private_embedding: bool) -> Vec<Loss> {
     let mut out = Vec::new();
     for (i, l) in w.layers.iter().enumerate().skip(first_private) {
-        layer_losses(&w.config, l, &format!("layer {i}"), &mut out);
+        out.extend(weighed(&w.config, l).iter().map(|(_, m)| m.loss(&of_layer(i), FW_LEAST)));
     }
-    let mut whole = |place, matrix, w: ArrayView2<'_, f32>, f| {
-        let rows = energies(w, f, None);
-        let own: Vec<f64> = rows.iter().map(|r| r.0.sqrt()).collect();
-        out.push(loss(place, matrix, &rows, &own));
-    };
-    whole("the head", "lm_head", folded(&w.head_matrix().to_owned(), &w.norm).view(), FW);
+    out.push(weighed_head(w).loss(HEAD, FW_LEAST));
     if private_embedding {
-        whole("the embedding", "embed_tokens", w.embed.view(), F);
+        out.push(embedding_loss(w));
     }
     out
 }
 
-/// Refuses weights of which 12 fraction bits leave too little.
-///
-/// # Errors
-/// [`Error::Model`] naming layer and matrix.
-pub fn check(w: &Weights, first_private: usize, private_embedding: bool) -> Result<()> {
-    for l in losses(w, first_private, private_embedding) {
-        let limit = l.limit();
-        let (what, lost, limit) = if l.all > limit {
-            ("its weights".to_owned(), l.all, limit)
-        } else if l.row > ROW * limit {
-            (format!("its row {}", l.at), l.row, ROW * limit)
-        } else {
-            continue;
+/// How many fraction bits the private matrices get.
+#[derive(Clone, Debug)]
+pub struct Choice {
+    /// Per matrix.
+    pub fractions: Fractions,
+    /// What [`FW_LEAST`] would do to those that get more.
+    pub small: Vec<Loss>,
+}
+
+impl Choice {
+    /// The fewest fraction bits, [`FW_LEAST`] to [`FW_MOST`], that leave enough of each private matrix.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming layer and matrix where the most are not enough, or would not help: its outputs have the fraction
+    /// of activations, whatever its own.
+    pub fn new(w: &Weights, first_private: usize, private_embedding: bool) -> Result<Choice> {
+        if private_embedding {
+            let loss = embedding_loss(w);
+            if loss.exceeded().is_some() {
+                return Err(loss.refused("a private embedding has no more"));
+            }
+        }
+        let mut small = Vec::new();
+        let mut raise = |place: &str, m: &Weighed<'_>, f: &mut u32| -> Result<()> {
+            let (needed, loss) = m.fraction(place, *f)?;
+            *f = needed;
+            small.extend(loss);
+            Ok(())
         };
-        return Err(Error::Model(format!(
-            "{}: {}: rounding to {FW} fraction bits changes {what} by {:.1} % (limit {:.1} %), too much for the right tokens: they are very small once the norm's gain is folded in; rescale the checkpoint (multiply this matrix, divide what it feeds or is fed by), or keep that part public with --private-layers",
-            l.place,
-            l.matrix,
-            100.0 * lost,
-            100.0 * limit
-        )));
+        let private = w.layers.len().saturating_sub(first_private);
+        let mut fractions = Fractions::least(private);
+        for (i, f) in fractions.layers.iter_mut().enumerate().map(|(i, f)| (first_private + i, f)) {
+            for (slot, m) in weighed(&w.config, &w.layers[i]) {
+                let f = match slot {
+                    Slot::Qkv => &mut f.qkv,
+                    Slot::QkGain => &mut f.qk_gain,
+                    Slot::O => &mut f.o,
+                    Slot::GateUp => &mut f.gate_up,
+                    Slot::Down => &mut f.down,
+                    Slot::Head | Slot::Embedding => {
+                        return Err(Error::Internal(format!("{slot:?} in layer {i}")));
+                    }
+                };
+                raise(&of_layer(i), &m, f)?;
+            }
+        }
+        raise(HEAD, &weighed_head(w), &mut fractions.head)?;
+        Ok(Choice { fractions, small })
     }
-    Ok(())
+
+    /// A misfit, and what fewer fraction bits would do where it is due to more of them.
+    #[must_use]
+    pub fn explain(&self, misfit: &Misfit) -> String {
+        let small: Vec<String> = self.small.iter().filter(|l| l.place == misfit.place).map(Loss::to_string).collect();
+        if small.is_empty() { misfit.to_string() } else { format!("{misfit}; {}; {REMEDY}", small.join("; ")) }
+    }
+}
+
+const REMEDY: &str = "rescale the checkpoint (multiply this matrix, divide what it feeds or is fed by), or keep that part public with --private-layers";
+
+impl Loss {
+    /// What is beyond its limit, how much of it is lost, and the limit.
+    fn exceeded(&self) -> Option<(String, f64, f64)> {
+        let limit = self.limit();
+        if self.all > limit {
+            Some(("its weights".to_owned(), self.all, limit))
+        } else if self.row > ROW * limit {
+            Some((format!("its row {}", self.at), self.row, ROW * limit))
+        } else {
+            None
+        }
+    }
+
+    fn refused(&self, why: &str) -> Error {
+        Error::Model(format!(
+            "{self}, too much for the right tokens, and {why}: they are very small once the norm's gain is folded in; {REMEDY}"
+        ))
+    }
+}
+
+impl fmt::Display for Loss {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Loss { place, matrix, f, .. } = self;
+        let (what, lost, limit) = self.exceeded().unwrap_or(("its weights".to_owned(), self.all, self.limit()));
+        let (lost, limit) = (100.0 * lost, 100.0 * limit);
+        write!(
+            out,
+            "{place}: {matrix}: rounding to {f} fraction bits changes {what} by {lost:.1} % (limit {limit:.1} %)"
+        )
+    }
 }

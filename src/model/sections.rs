@@ -2,7 +2,7 @@
 
 use super::ModelConfig;
 use crate::error::{Error, Result};
-use crate::plan::Plan;
+use crate::plan::{F, Plan};
 use crate::ring::pack;
 
 /// Which matrix of a layer, or of the whole model.
@@ -36,6 +36,8 @@ pub struct Section {
     pub rows: usize,
     /// Inputs.
     pub cols: usize,
+    /// Fraction bits of its elements.
+    pub f: u32,
     /// The ring in which the plan multiplies it (or reads its rows): nobody needs `A` beyond it.
     pub ring: u32,
     /// A public linear map: the Helper's words are the weights themselves.
@@ -52,19 +54,32 @@ impl Section {
         let (n, m, v) = (c.hidden_size, c.intermediate_size, c.vocab_size);
         let part = || plan.layers.get(layer.wrapping_sub(plan.first_private)).ok_or_else(none);
         // A value that was scaled by 2^f and truncated by f bits is left in ring 64 - f.
-        let (rows, cols, ring) = match slot {
-            Slot::Qkv => (c.q_size() + 2 * c.kv_size(), n, 64 - part()?.input_norm.f_gain),
-            Slot::QkGain => {
-                let norm = part()?.attention.qk_norm.as_ref().ok_or_else(none)?;
-                (1, c.q_size() + c.kv_size(), 64 - norm.f_gain)
+        let (rows, cols, f, ring) = match slot {
+            Slot::Qkv => {
+                let l = part()?;
+                (c.q_size() + 2 * c.kv_size(), n, l.attention.f_qkv, 64 - l.input_norm.f_gain)
             }
-            Slot::O => (n, c.q_size(), 64 - part()?.attention.f_inverse),
-            Slot::GateUp => (2 * m, n, 64 - part()?.post_norm.f_gain),
-            Slot::Down => (n, m, 64 - part()?.mlp.f_table),
-            Slot::Head => (v, n, 64 - plan.head.norm.f_gain),
-            Slot::Embedding => (v, n, plan.residual_k),
+            Slot::QkGain => {
+                let a = &part()?.attention;
+                let norm = a.qk_norm.as_ref().ok_or_else(none)?;
+                (1, c.q_size() + c.kv_size(), a.f_qk_gain.ok_or_else(none)?, 64 - norm.f_gain)
+            }
+            Slot::O => {
+                let a = &part()?.attention;
+                (n, c.q_size(), a.f_o, 64 - a.f_inverse)
+            }
+            Slot::GateUp => {
+                let l = part()?;
+                (2 * m, n, l.mlp.f_gate_up, 64 - l.post_norm.f_gain)
+            }
+            Slot::Down => {
+                let p = &part()?.mlp;
+                (n, m, p.f_down, 64 - p.f_table)
+            }
+            Slot::Head => (v, n, plan.head.f_weight, 64 - plan.head.norm.f_gain),
+            Slot::Embedding => (v, n, F, plan.residual_k),
         };
-        Ok(Section { layer, slot, rows, cols, ring, public: slot == Slot::Head && plan.head.public })
+        Ok(Section { layer, slot, rows, cols, f, ring, public: slot == Slot::Head && plan.head.public })
     }
 
     /// Its number within a preparation: the name of its stream `B`.

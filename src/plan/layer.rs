@@ -6,8 +6,11 @@ use crate::model::ModelConfig;
 
 /// Fraction bits of activations between operations.
 pub const F: u32 = 12;
-/// Fraction bits of weights.
-pub const FW: u32 = 12;
+/// Fewest fraction bits of a matrix; one of small weights has more.
+pub const FW_LEAST: u32 = 12;
+/// Most: beside the activations' fraction, the most bits of a norm's gain and the bits that rotation and lift need, they
+/// leave a ring. An `f32` has no more digits than that below 1.
+pub const FW_MOST: u32 = 24;
 /// Fraction bits of the rotation's sines and cosines.
 pub const F_ROPE: u32 = 8;
 
@@ -17,6 +20,45 @@ pub const F_EXP_HI: u32 = 16;
 pub const F_EXP_LO: u32 = 11;
 /// Of their product.
 pub const F_EXP: u32 = F_EXP_HI + F_EXP_LO;
+
+/// Fraction bits of one layer's matrices, each [`FW_LEAST`] to [`FW_MOST`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerFractions {
+    /// Of queries, keys and values.
+    pub qkv: u32,
+    /// Of the gains of the queries' and keys' own norm, where there is one.
+    pub qk_gain: u32,
+    /// Of the output projection.
+    pub o: u32,
+    /// Of gate and up.
+    pub gate_up: u32,
+    /// Of down.
+    pub down: u32,
+}
+
+impl Default for LayerFractions {
+    fn default() -> Self {
+        let f = FW_LEAST;
+        LayerFractions { qkv: f, qk_gain: f, o: f, gate_up: f, down: f }
+    }
+}
+
+/// Fraction bits of all private matrices but the embedding, which has [`F`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fractions {
+    /// Per private layer.
+    pub layers: Vec<LayerFractions>,
+    /// Of the head.
+    pub head: u32,
+}
+
+impl Fractions {
+    /// The fewest, of `layers` private layers.
+    #[must_use]
+    pub fn least(layers: usize) -> Self {
+        Fractions { layers: vec![LayerFractions::default(); layers], head: FW_LEAST }
+    }
+}
 
 /// One RMSNorm: from the residual stream to the normalised value in ring `64 - f_gain`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -38,8 +80,12 @@ pub struct NormPlan {
 /// Attention of one layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AttentionPlan {
+    /// Fraction bits of the matrix of queries, keys and values.
+    pub f_qkv: u32,
     /// Per-head norm of queries and keys (Qwen3).
     pub qk_norm: Option<NormPlan>,
+    /// Fraction bits of that norm's gains.
+    pub f_qk_gain: Option<u32>,
     /// Ring in which scores are proven to fit before they are narrowed.
     pub score_proven: u32,
     /// Ring of the scores (F fraction bits); guarded if narrower than `score_proven`.
@@ -62,11 +108,15 @@ pub struct AttentionPlan {
     pub total_window: u32,
     /// Fraction bits of the reciprocal; the context's ring is `64 - f_inverse`.
     pub f_inverse: u32,
+    /// Fraction bits of the output projection.
+    pub f_o: u32,
 }
 
 /// MLP of one layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MlpPlan {
+    /// Fraction bits of the matrix of gate and up.
+    pub f_gate_up: u32,
     /// Ring in which the gate is proven to fit.
     pub gate_proven: u32,
     /// Ring of the gate's window; guarded if narrower.
@@ -75,6 +125,8 @@ pub struct MlpPlan {
     pub gate_lo_bits: u32,
     /// Fraction bits of the activation's table; the product's ring is `64 - f_table`.
     pub f_table: u32,
+    /// Fraction bits of the down projection.
+    pub f_down: u32,
 }
 
 /// One layer.
@@ -97,6 +149,8 @@ pub struct HeadPlan {
     pub norm: NormPlan,
     /// Final norm and head are those of the public base, bit for bit: a public linear map.
     pub public: bool,
+    /// Fraction bits of the head's matrix.
+    pub f_weight: u32,
     /// Ring of the logits that are compared, noise of the highest temperature included.
     pub logit_k: u32,
     /// Their fraction bits.
@@ -168,9 +222,21 @@ pub(super) fn total_window(total_bits: u32) -> u32 {
 }
 
 /// Fraction bits of a softmax's reciprocal: the context's ring is what they leave, and the residual stream's has to fit in it
-/// after the output projection.
-pub(super) fn f_inverse(residual_k: u32) -> u32 {
-    52u32.saturating_sub(residual_k).min(26)
+/// after the output projection, of `f_o` fraction bits.
+pub(super) fn f_inverse(residual_k: u32, f_o: u32) -> u32 {
+    64u32.saturating_sub(f_o + residual_k).min(26)
+}
+
+/// Fewest that more than [`FW_LEAST`] bits of the output projection may leave. A row's sum is below `2^mass_bits`, and an eighth of
+/// that where all positions are alike: there the reciprocal is rounded by at most 0.4 %.
+pub(super) fn least_inverse(mass_bits: u32, f_o: u32) -> u32 {
+    if f_o > FW_LEAST { mass_bits + 4 } else { 12 }
+}
+
+/// Fewest fraction bits of the activation's table that more than [`FW_LEAST`] bits of the down projection may leave: the rounding
+/// of a line's slope is not further off than the line.
+pub(super) fn least_table(gate_lo_bits: u32, f_down: u32) -> u32 {
+    if f_down > FW_LEAST { gate_lo_bits + 7 } else { 10 }
 }
 
 /// Bits of the low digit of the gate's window: rows an eighth wide where that takes at most 2^11 of them, since the error of a
@@ -188,6 +254,10 @@ pub(super) fn radix(vocab_size: usize) -> usize {
 fn within(v: impl Into<i64>, low: impl Into<i64>, high: impl Into<i64>, what: Fault) -> Result<(), Fault> {
     let v = v.into();
     if v >= low.into() && v <= high.into() { Ok(()) } else { Err(what) }
+}
+
+fn weights(f: u32, what: Fault) -> Result<(), Fault> {
+    within(f, FW_LEAST, FW_MOST, what)
 }
 
 fn equal<T: PartialEq>(a: T, b: T, what: Fault) -> Result<(), Fault> {
@@ -217,6 +287,9 @@ impl NormPlan {
 
 impl AttentionPlan {
     fn check(&self, c: &ModelConfig, plan: &Plan, f_gain: u32) -> Result<(), Fault> {
+        weights(self.f_qkv, "the fraction of q, k and v")?;
+        self.f_qk_gain.iter().try_for_each(|&f| weights(f, "the fraction of the queries' and keys' gains"))?;
+        weights(self.f_o, "the output projection's fraction")?;
         within(self.score_k, 17, 26, "the scores' ring")?;
         within(self.score_proven, self.score_k, SCORE_PROVEN, "the scores' proven ring")?;
         within(self.step_bits, F, F + 3, "the thermometer's step")?;
@@ -240,19 +313,26 @@ impl AttentionPlan {
         equal(self.total_window, total_window(self.total_bits), "the reciprocal's window")?;
         // Values are bounded by no less than 1 in the sum that they are weighted to.
         within(self.prob_k, self.total_bits + F + 1, 64 - F_EXP + F_PROB, "the probabilities' ring")?;
-        equal(self.f_inverse, f_inverse(plan.residual_k), "the reciprocal's fraction")?;
+        equal(self.f_inverse, f_inverse(plan.residual_k, self.f_o), "the reciprocal's fraction")?;
+        let least = least_inverse(self.total_bits - F_PROB - 1, self.f_o);
+        within(self.f_inverse, least, 26, "the output projection's fraction")?;
         equal(self.qk_norm.is_some(), c.qk_norm, "the norm of queries and keys")?;
-        let ring = 64 - i64::from(f_gain) - i64::from(FW);
+        equal(self.f_qk_gain.is_some(), c.qk_norm, "the fraction of the queries' and keys' gains")?;
+        let ring = 64 - i64::from(f_gain) - i64::from(self.f_qkv);
         self.qk_norm.iter().try_for_each(|n| n.check(c.head_dim, ring, 14))
     }
 }
 
 impl MlpPlan {
     fn check(&self, residual_k: u32, f_gain: u32) -> Result<(), Fault> {
+        weights(self.f_gate_up, "the fraction of gate and up")?;
+        weights(self.f_down, "the down projection's fraction")?;
         within(self.gate_k, 16, 21, "the gate's ring")?;
-        within(self.gate_proven, self.gate_k, 64 - i64::from(f_gain) - i64::from(FW), "the gate's proven ring")?;
+        let ring = 64 - i64::from(f_gain) - i64::from(self.f_gate_up);
+        within(self.gate_proven, self.gate_k, ring, "the gate's proven ring")?;
         equal(self.gate_lo_bits, gate_lo_bits(self.gate_k), "the gate's window")?;
-        within(self.f_table, 10, (52 - i64::from(residual_k)).min(20), "the activation's fraction")
+        let most = 64 - i64::from(self.f_down) - i64::from(residual_k);
+        within(self.f_table, least_table(self.gate_lo_bits, self.f_down), most.min(20), "the activation's fraction")
     }
 }
 
@@ -279,11 +359,21 @@ impl Plan {
         }
         let h = &self.head;
         h.norm.check(n, ring, 16)?;
+        weights(h.f_weight, "the head's fraction")?;
         within(h.f_logit, 4, F, "the logits' fraction")?;
         // What the truncation of the head's product leaves.
-        let left = 64 - i64::from(h.norm.f_gain) - i64::from(F + FW) + i64::from(h.f_logit);
+        let left = 64 - i64::from(h.norm.f_gain) - i64::from(F + h.f_weight) + i64::from(h.f_logit);
         within(h.logit_k, h.f_logit + 2, left.min(23), "the logits' ring")?;
         equal(h.radix, radix(c.vocab_size), "the tournament's radix")
+    }
+
+    /// Fraction bits of the private matrices, layer by layer, and of the head.
+    pub fn weight_fractions(&self) -> impl Iterator<Item = u32> + Clone + '_ {
+        let of = |l: &LayerPlan| {
+            let (a, m) = (&l.attention, &l.mlp);
+            [Some(a.f_qkv), a.f_qk_gain, Some(a.f_o), Some(m.f_gate_up), Some(m.f_down)]
+        };
+        self.layers.iter().flat_map(of).flatten().chain([self.head.f_weight])
     }
 
     /// The most tokens that may follow a prompt: prompt and answer take a position each, but for the answer's last token,

@@ -12,9 +12,9 @@ use std::fmt;
 use serde::Serialize;
 
 use super::layer::{
-    AttentionPlan, F, F_EXP, F_PROB, F_ROPE, FW, HeadPlan, LayerPlan, MlpPlan, NormPlan, Plan, SCORE_PROVEN,
-    exp_lo_bits, f_inverse, gate_lo_bits, least_gain, log2_ceil, radix, score_room, softmax_mass, total_window,
-    widest_square,
+    AttentionPlan, F, F_EXP, F_PROB, F_ROPE, FW_LEAST, HeadPlan, LayerFractions, LayerPlan, MlpPlan, NormPlan, Plan,
+    SCORE_PROVEN, exp_lo_bits, f_inverse, gate_lo_bits, least_gain, least_inverse, least_table, log2_ceil, radix,
+    score_room, softmax_mass, total_window, widest_square,
 };
 use crate::error::{Error, Result};
 use crate::model::config::ModelConfig;
@@ -23,6 +23,8 @@ use crate::protocol::gumbel;
 /// Bounds of one layer that hold for every input.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LayerBounds {
+    /// The fraction bits of the weights that the bounds are of.
+    pub f: LayerFractions,
     /// Largest query, key element.
     pub qk: f64,
     /// Largest element of the queries and keys before their norm (Qwen3), else as `qk`.
@@ -44,10 +46,12 @@ pub struct LayerBounds {
 }
 
 /// Bounds of a model.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Bounds {
     /// Per private layer.
     pub layers: Vec<LayerBounds>,
+    /// The fraction bits of the head's weights, which the largest logit is of.
+    pub f_head: u32,
     /// Largest logit.
     pub logit: f64,
     /// Largest embedding element (private embedding only).
@@ -133,6 +137,22 @@ impl fmt::Display for Misfit {
     }
 }
 
+/// What a norm's output is multiplied by.
+struct Linear {
+    /// Fraction bits of the weights.
+    f: u32,
+    /// Largest output.
+    output: f64,
+}
+
+/// What a misfit calls a quantity for which weights of `f` fraction bits leave no room.
+fn needing(quantity: &str, f: u32) -> String {
+    match f {
+        FW_LEAST => quantity.into(),
+        _ => format!("{quantity}, by weights so small that they need {f} fraction bits,"),
+    }
+}
+
 /// A layer's name and what does not fit so far.
 struct Who<'a> {
     place: String,
@@ -152,10 +172,10 @@ impl Who<'_> {
         }
     }
 
-    /// A norm over `n` elements of ring `ring`, `|h| <= bound` proven, squares seen in `sum`; its output must carry linear
-    /// outputs up to `output` with the bit that a lift needs. Where they do not fit, precision of the gain is given up for
-    /// them, down to 13 bits.
-    fn norm(&self, n: usize, bound: f64, sum: (f64, f64), output: f64, ring: u32) -> NormPlan {
+    /// A norm over `n` elements of ring `ring`, `|h| <= bound` proven, squares seen in `sum`; its output must carry the outputs
+    /// of the linear map behind it with the bit that a lift needs. Where they do not fit, precision of the gain is given up
+    /// for them, down to 13 bits.
+    fn norm(&self, n: usize, bound: f64, sum: (f64, f64), behind: &Linear, ring: u32) -> NormPlan {
         let widest = widest_square(n);
         let needed = ring_for(bound, F) + 1;
         self.fits("the input of a norm (bits)", f64::from(needed), f64::from(ring) + 0.5);
@@ -172,15 +192,15 @@ impl Who<'_> {
         } else {
             (2, (((dynamic + 11.05) / 2.0).ceil() as u32).clamp(12, 16))
         };
-        // Linear outputs have F + FW fraction bits in ring 64 - f_gain; a lift takes what is below 2^(k-2).
-        let room = |f_gain: u32| f64::from(64 - f_gain - F - FW - 2).exp2();
+        // Linear outputs have F and the weights' fraction bits in ring 64 - f_gain; a lift takes what is below 2^(k-2).
+        let room = |f_gain: u32| (62.0 - f64::from(f_gain + F + behind.f)).exp2();
         let lowest = least_gain(n, bits);
         self.fits("the sum of squares of a norm (bits of its root)", f64::from(lowest), 26.5);
         let (least, best) = (lowest.clamp(16, 26), (lowest + 1).clamp(16, 26));
         // As much above the bound as the widths that follow from it are rounded up for.
-        let output = output * 1.002 + 0.01;
+        let output = behind.output * 1.002 + 0.01;
         let f_gain = (least..=best).rev().find(|&f| output < room(f)).unwrap_or(least);
-        self.fits("a linear output after the norm", output, room(f_gain));
+        self.fits(&needing("a linear output after the norm", behind.f), output, room(f_gain));
         NormPlan { k, bits, window, windows, f_gain, coarse }
     }
 }
@@ -196,10 +216,13 @@ pub fn plan(
     bounds: &Bounds,
     ranges: &Ranges,
 ) -> Result<Plan> {
-    propose(config, first_private, private_embedding, bounds, ranges).map_err(|misfits| {
-        let first = misfits.first().map_or_else(|| "the model does not fit".into(), Misfit::to_string);
-        Error::Model(first)
-    })
+    propose(config, first_private, private_embedding, bounds, ranges).map_err(|m| refused(&m, Misfit::to_string))
+}
+
+/// The refusal of a model by the first that does not fit, as `text` says it.
+#[must_use]
+pub fn refused(misfits: &[Misfit], text: impl Fn(&Misfit) -> String) -> Error {
+    Error::Model(misfits.first().map_or_else(|| "the model does not fit".into(), text))
 }
 
 /// As [`plan`], but says all that does not fit.
@@ -245,17 +268,18 @@ pub fn propose(
         // A query is rotated before it is lifted: F_ROPE more fraction bits, and a factor of sqrt 2. With norms of their
         // own, queries and keys are rotated behind those.
         let rotated = b.qk * f64::from(F_ROPE).exp2() * std::f64::consts::SQRT_2;
-        let output = if r.qk_sum.is_some() { b.qk_raw } else { rotated }.max(b.v);
-        let input_norm = who.norm(n, at_norm[2 * i], r.input_sum, output, residual_k);
+        let qkv = Linear { f: b.f.qkv, output: if r.qk_sum.is_some() { b.qk_raw } else { rotated }.max(b.v) };
+        let input_norm = who.norm(n, at_norm[2 * i], r.input_sum, &qkv, residual_k);
         let attention = attention(&who, config, b, r, (context, residual_k, input_norm.f_gain));
-        let post_norm = who.norm(n, at_norm[2 * i + 1], r.post_sum, b.gate.max(b.up), residual_k);
+        let gate_up = Linear { f: b.f.gate_up, output: b.gate.max(b.up) };
+        let post_norm = who.norm(n, at_norm[2 * i + 1], r.post_sum, &gate_up, residual_k);
         let mlp = mlp(&who, b, r, residual_k);
         layers.push(LayerPlan { input_norm, attention, post_norm, mlp });
     }
     let who = named("the head".into());
     let largest = bounds.logit + MAX_TEMPERATURE * gumbel::CLIP;
     let last = at_norm.last().copied().unwrap_or(input);
-    let norm = who.norm(n, last, ranges.final_sum, largest, residual_k);
+    let norm = who.norm(n, last, ranges.final_sum, &Linear { f: bounds.f_head, output: largest }, residual_k);
     // One bit for the lift into the tournament's ring, which takes at most 23.
     let whole = ring_for(largest, 0) + 1;
     let f_logit = F.min(23u32.saturating_sub(whole));
@@ -263,7 +287,7 @@ pub fn propose(
         who.refuse("a logit", largest, 2f64.powi(17));
     }
     let radix = radix(config.vocab_size);
-    let head = HeadPlan { norm, public: false, logit_k: whole + f_logit, f_logit, radix };
+    let head = HeadPlan { norm, public: false, f_weight: bounds.f_head, logit_k: whole + f_logit, f_logit, radix };
     let misfits = misfits.into_inner();
     if !misfits.is_empty() {
         return Err(misfits);
@@ -292,10 +316,10 @@ fn residual(bounds: &Bounds, ranges: &Ranges, input: f64, context: usize, residu
         at_norm.push(h);
         // The reciprocal's constant is rounded to f_inverse bits; relative to the reciprocal that is the softmax's sum.
         let mass = softmax_mass(context, Steps::new(b, r).log);
-        let rounding = mass * (-1.0 - f64::from(f_inverse(residual_k))).exp2();
+        let rounding = mass * (-1.0 - f64::from(f_inverse(residual_k, b.f.o))).exp2();
         h = h.min(proven_by_guard(r.input_sum)) + b.attention * (1.0 + rounding);
         at_norm.push(h);
-        let f_table = f_table(b, residual_k).unwrap_or(10);
+        let f_table = f_table(b, r, residual_k).unwrap_or(10);
         h = h.min(proven_by_guard(r.post_sum)) + b.mlp + b.mlp_slope * silu_error(gate_window(b, r).1, f_table);
     }
     at_norm.push(h);
@@ -334,19 +358,20 @@ fn attention(
     let qk_norm = match r.qk_sum {
         None => None,
         Some(sum) => {
-            let mut norm = who.norm(config.head_dim, b.qk_raw, sum, b.qk, 64 - f_gain - FW);
-            // Gain, rotation and the step to the scores' fraction drop 22 bits; where the rest is as wide as the scores'
-            // product, queries and keys need no lift. 14 bits hold 1 / rms as long as rms is not large.
-            let wide_enough = 64u32.saturating_sub(score_proven + 8 + 22);
+            let gain = Linear { f: b.f.qk_gain, output: b.qk };
+            let mut norm = who.norm(config.head_dim, b.qk_raw, sum, &gain, 64 - f_gain - b.f.qkv);
+            // Gain, rotation and the step to the scores' fraction drop 10 bits beside the gain's own; where the rest is as
+            // wide as the scores' product, queries and keys need no lift. 14 bits hold 1 / rms as long as rms is not large.
+            let wide_enough = 64u32.saturating_sub(score_proven + 8 + 10 + b.f.qk_gain);
             let least = norm.f_gain.min(14.max(least_gain(config.head_dim, norm.bits)));
             norm.f_gain = norm.f_gain.min(wide_enough).max(least);
             Some(norm)
         }
     };
-    // After the rotation queries and keys have F + FW + F_ROPE fraction bits and sqrt 2 more, and then a lift to come.
-    let f_before = qk_norm.as_ref().map_or(f_gain, |n| n.f_gain);
-    let limit = f64::from(62 - f_before - F - FW - F_ROPE).exp2() / std::f64::consts::SQRT_2;
-    who.fits("a query or key", b.qk, limit);
+    // After the rotation queries and keys have F_ROPE fraction bits more and a factor of sqrt 2, and then a lift to come.
+    let (f_before, f_weight) = qk_norm.as_ref().map_or((f_gain, b.f.qkv), |n| (n.f_gain, b.f.qk_gain));
+    let limit = (62.0 - f64::from(f_before + F + f_weight + F_ROPE)).exp2() / std::f64::consts::SQRT_2;
+    who.fits(&needing("a query or key", f_weight), b.qk, limit);
     let mut score_k = ring_for(r.score * MARGIN + 4.0, F).clamp(17, 24).min(score_proven);
     let Steps { log: step_log, base, count: steps } = Steps::new(b, r);
     let step = f64::from(step_log).exp2();
@@ -365,8 +390,13 @@ fn attention(
     who.fits("a weighted sum of values (bits)", f64::from(prob_k), f64::from(64 - F_EXP + f_prob) + 0.5);
     let total_bits = log2_ceil(mass) + f_prob + 1;
     let total_window = total_window(total_bits);
-    let f_inverse = f_inverse(residual_k);
+    let f_inverse = f_inverse(residual_k, b.f.o);
+    let least = least_inverse(log2_ceil(mass), b.f.o);
+    let together = "the residual stream, the output projection's fraction and that of a softmax's reciprocal (bits)";
+    who.fits(&needing(together, b.f.o), f64::from(residual_k + b.f.o + least), 64.5);
     AttentionPlan {
+        f_qkv: b.f.qkv,
+        f_qk_gain: qk_norm.is_some().then_some(b.f.qk_gain),
         qk_norm,
         score_proven: score_proven.max(score_k),
         score_k,
@@ -379,6 +409,7 @@ fn attention(
         total_bits,
         total_window,
         f_inverse,
+        f_o: b.f.o,
     }
 }
 
@@ -402,20 +433,27 @@ fn silu_error(gate_lo_bits: u32, f_table: u32) -> f64 {
 /// The largest error of the activation's lines in any window of the plan.
 const SILU_ERROR: f64 = 0.008;
 
-/// Fraction bits of the activation's table: both the product with `up` (in ring 64) and the down projection's output (12 bits
-/// less after its truncation) must fit.
-fn f_table(b: &LayerBounds, residual_k: u32) -> Option<u32> {
+/// Fraction bits of the activation's table: both the product with `up` (in ring 64) and the down projection's output (less its
+/// weights' fraction bits after its truncation) must fit.
+fn f_table(b: &LayerBounds, r: &LayerRanges, residual_k: u32) -> Option<u32> {
     // The activation may be off by one at most, see `silu_error`.
     let product = ring_for((b.gate + 1.1) * b.up, F);
-    let f = 64u32.saturating_sub(product).min(52 - residual_k).min(20);
-    (f >= 10).then_some(f)
+    let f = 64u32.saturating_sub(product.max(b.f.down + residual_k)).min(20);
+    (f >= least_table(gate_window(b, r).1, b.f.down)).then_some(f)
 }
 
 fn mlp(who: &Who<'_>, b: &LayerBounds, r: &LayerRanges, residual_k: u32) -> MlpPlan {
     let (gate_k, gate_lo_bits) = gate_window(b, r);
-    let f_table = f_table(b, residual_k).unwrap_or_else(|| {
-        who.refuse("gate times up", b.gate * b.up, f64::from(64 - 10 - F).exp2());
+    let f_table = f_table(b, r, residual_k).unwrap_or_else(|| {
+        let least = least_table(gate_lo_bits, b.f.down);
+        let bits = residual_k + b.f.down + least;
+        if bits > 64 {
+            let together = "the residual stream, the down projection's fraction and the activation's (bits)";
+            who.refuse(&needing(together, b.f.down), f64::from(bits), 64.0);
+        } else {
+            who.refuse(&needing("gate times up", b.f.down), b.gate * b.up, f64::from(64 - least - F).exp2());
+        }
         10
     });
-    MlpPlan { gate_proven: gate_proven(b), gate_k, gate_lo_bits, f_table }
+    MlpPlan { f_gate_up: b.f.gate_up, gate_proven: gate_proven(b), gate_k, gate_lo_bits, f_table, f_down: b.f.down }
 }

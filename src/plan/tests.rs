@@ -22,11 +22,23 @@ fn size(low: f64, high: f64) -> impl Strategy<Value = f64> {
     (low..high).prop_map(f64::exp2)
 }
 
+/// Mostly the fewest, since more rarely fit.
+fn fraction() -> impl Strategy<Value = u32> {
+    prop_oneof![12 => Just(FW_LEAST), 1 => FW_LEAST..=FW_MOST]
+}
+
 prop_compose! {
-    fn layer_bounds()(qk in size(-3.0, 14.0), raw in size(-3.0, 14.0), v in size(-3.0, 14.0), score in size(-3.0, 24.0),
+    fn fractions()(qkv in fraction(), qk_gain in fraction(), o in fraction(), gate_up in fraction(), down in fraction())
+        -> LayerFractions {
+        LayerFractions { qkv, qk_gain, o, gate_up, down }
+    }
+}
+
+prop_compose! {
+    fn layer_bounds()(f in fractions(), qk in size(-3.0, 14.0), raw in size(-3.0, 14.0), v in size(-3.0, 14.0), score in size(-3.0, 24.0),
         attention in size(-6.0, 20.0), gate in size(-3.0, 18.0), up in size(-3.0, 18.0), mlp in size(-3.0, 26.0),
         mlp_slope in size(-6.0, 12.0)) -> LayerBounds {
-        LayerBounds { qk, qk_raw: raw, v, score, attention, gate, up, mlp, mlp_slope }
+        LayerBounds { f, qk, qk_raw: raw, v, score, attention, gate, up, mlp, mlp_slope }
     }
 }
 
@@ -49,16 +61,15 @@ fn made() -> impl Strategy<Value = (ModelConfig, Option<Plan>)> {
     (3u32..13, any::<bool>(), 1usize..200_000, 5usize..200_000).prop_flat_map(|(hidden, qk_norm, positions, vocab)| {
         let c = config(1 << hidden, qk_norm, positions, vocab);
         let layer = (layer_bounds(), layer_ranges(qk_norm));
-        (proptest::collection::vec(layer, 3), size(0.0, 12.0), size(-4.0, 8.0), any::<bool>(), 0..=3usize).prop_map(
-            move |(layers, logit, embedding, private, first)| {
+        (proptest::collection::vec(layer, 3), size(0.0, 12.0), size(-4.0, 8.0), any::<bool>(), 0..=3usize, fraction())
+            .prop_map(move |(layers, logit, embedding, private, first, f_head)| {
                 let private = private && first == 0;
                 let (b, r): (Vec<_>, Vec<_>) = layers.into_iter().skip(first).unzip();
                 let last = (r.last().map_or(1.0, |r| r.post_sum.0), r.last().map_or(64.0, |r| r.post_sum.1));
-                let bounds = Bounds { layers: b, logit, embedding };
+                let bounds = Bounds { layers: b, f_head, logit, embedding };
                 let ranges = Ranges { layers: r, final_sum: last, logit };
                 (c.clone(), plan(&c, first, private, &bounds, &ranges).ok())
-            },
-        )
+            })
     })
 }
 
@@ -88,21 +99,27 @@ fn edges() -> impl Strategy<Value = i64> {
 fn fits(p: &Plan) -> bool {
     p.layers.iter().all(|l| {
         let (a, m) = (&l.attention, &l.mlp);
-        let linear = |n: &NormPlan| 64 - n.f_gain - FW;
-        64 - a.f_inverse - FW >= p.residual_k
-            && 64 - m.f_table - FW >= p.residual_k
-            && linear(&l.post_norm) >= m.gate_proven
+        let (qkv, gate_up) = (64 - l.input_norm.f_gain - a.f_qkv, 64 - l.post_norm.f_gain - m.f_gate_up);
+        // What a rotation, behind the gain's fraction or without, leaves to queries and keys of 10 fraction bits; a lift takes 3.
+        let rotated = a.qk_norm.as_ref().map_or(qkv, |n| 64 - n.f_gain - a.f_qk_gain.unwrap()) - 10;
+        64 - a.f_inverse - a.f_o >= p.residual_k
+            && 64 - m.f_table - m.f_down >= p.residual_k
+            && (a.f_o == FW_LEAST || a.f_inverse + 10 >= a.total_bits)
+            && (m.f_down == FW_LEAST || m.f_table >= m.gate_lo_bits + 7)
+            && rotated >= 3
+            && gate_up >= m.gate_proven
             && m.gate_proven >= m.gate_k
             && a.score_proven >= a.score_k
-            && a.qk_norm.as_ref().is_none_or(|n| n.k + n.coarse.unwrap_or(0) <= linear(&l.input_norm))
+            && a.qk_norm.as_ref().is_none_or(|n| n.k + n.coarse.unwrap_or(0) <= qkv)
             && [&l.input_norm, &l.post_norm].iter().all(|n| n.k + n.coarse.unwrap_or(0) <= p.residual_k)
             && a.exp_lo_bits < a.score_k
             && a.total_bits < a.prob_k
-    }) && linear_ring(p) >= p.head.logit_k
+    }) && p.weight_fractions().all(|f| (FW_LEAST..=FW_MOST).contains(&f))
+        && linear_ring(p) >= p.head.logit_k
 }
 
 fn linear_ring(p: &Plan) -> u32 {
-    64 - p.head.norm.f_gain - (F + FW - p.head.f_logit)
+    64 - p.head.norm.f_gain - (F + p.head.f_weight - p.head.f_logit)
 }
 
 #[test]
@@ -173,6 +190,24 @@ fn relations_that_do_not_hold_are_refused_by_name() {
     refused(&|p| p.layers[0].attention.score_proven = 64, "proven");
     refused(&|p| p.layers[0].attention.total_bits += 1, "reciprocal");
     refused(&|p| p.head.logit_k = 24, "logits");
+    for f in [0, FW_LEAST - 1, FW_MOST + 1, u32::MAX] {
+        refused(&|p| p.layers[0].attention.f_qkv = f, "fraction of q, k and v");
+        refused(&|p| p.layers[1].attention.f_qk_gain = Some(f), "gains");
+        refused(&|p| p.layers[2].attention.f_o = f, "output projection's");
+        refused(&|p| p.layers[0].mlp.f_gate_up = f, "fraction of gate and up");
+        refused(&|p| p.layers[1].mlp.f_down = f, "down projection's");
+        refused(&|p| p.head.f_weight = f, "head's fraction");
+    }
+    refused(&|p| p.layers[1].attention.f_qk_gain = None, "gains");
+    // Beyond what is left to the residual stream, or to the precision of what they multiply.
+    refused(&|p| p.layers[2].attention.f_o += 1, "reciprocal's fraction");
+    refused(
+        &|p| (p.layers[2].attention.f_o, p.layers[2].attention.f_inverse) = (FW_MOST, 40 - p.residual_k),
+        "output projection's",
+    );
+    refused(&|p| p.layers[1].mlp.f_down = FW_MOST, "activation's fraction");
+    refused(&|p| (p.layers[1].mlp.f_down, p.layers[1].mlp.f_table) = (FW_LEAST + 1, 12), "activation's fraction");
+    refused(&|p| p.layers[0].mlp.f_gate_up = 65 - p.layers[0].post_norm.f_gain - p.layers[0].mlp.gate_proven, "gate");
     refused(&|p| p.head.radix = 5, "radix");
     refused(&|p| p.max_positions = 0, "context");
     refused(&|p| p.first_private = 9, "first private");

@@ -6,7 +6,7 @@ use super::Source;
 use crate::model::secure::{F_QK, product_ring};
 use crate::net::shape::Profile;
 use crate::plan::cost::Cost;
-use crate::plan::{F, F_ROPE, FW, LayerPlan, NormPlan};
+use crate::plan::{F, F_ROPE, FW_LEAST, LayerPlan, NormPlan, Plan};
 use crate::protocol::argmax;
 
 /// A choice of the plan.
@@ -35,6 +35,16 @@ fn span(v: impl Iterator<Item = u32> + Clone) -> String {
     if low == high { low.to_string() } else { format!("{low} to {high}") }
 }
 
+fn weights(p: &Plan) -> Choice {
+    let all = p.weight_fractions();
+    let more = all.clone().filter(|f| *f > FW_LEAST).count();
+    Choice {
+        function: "weights",
+        chosen: format!("{} fraction bits, more than {FW_LEAST} in {more} of {} matrices", span(all.clone()), all.count()),
+        why: "each matrix has the fewest that keep its rounding within the limits; more of them take no message, but bits of its outputs' ring".into(),
+    }
+}
+
 fn norms(layers: &[LayerPlan], head: &NormPlan) -> Choice {
     let all = || {
         let of =
@@ -52,10 +62,11 @@ fn norms(layers: &[LayerPlan], head: &NormPlan) -> Choice {
 
 /// Whether the rotated queries and keys are in a narrower ring than the scores' product.
 fn lifts_queries(l: &LayerPlan) -> bool {
-    let gain = l.attention.qk_norm.as_ref().map_or(l.input_norm.f_gain, |n| n.f_gain);
+    let a = &l.attention;
+    let gain = a.qk_norm.as_ref().map_or(l.input_norm.f_gain, |n| n.f_gain);
     // The weights' (or the gain's) fraction, the rotation's, and what is dropped to come to the scores' fraction.
-    let left = 64 - gain - (F + FW + F_ROPE - F_QK);
-    left < product_ring(&l.attention)
+    let left = 64 - gain - (F + a.f_qk_gain.unwrap_or(a.f_qkv) + F_ROPE - F_QK);
+    left < product_ring(a)
 }
 
 fn softmax(layers: &[LayerPlan]) -> [Choice; 3] {
@@ -119,7 +130,7 @@ fn tournament(s: &Source, net: Profile) -> Choice {
 /// The choices of a plan, the tournament's beside its alternatives on `net`.
 pub(super) fn choices(s: &Source, net: Profile) -> Vec<Choice> {
     let layers = &s.plan.layers;
-    let mut out = vec![norms(layers, &s.plan.head.norm)];
+    let mut out = vec![weights(&s.plan), norms(layers, &s.plan.head.norm)];
     if !layers.is_empty() {
         out.extend(softmax(layers));
         out.push(activation(layers));

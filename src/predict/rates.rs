@@ -9,7 +9,7 @@ use super::rehearsal::{Overheads, rehearse};
 use crate::error::Result;
 use crate::generate::MAX_BATCH;
 use crate::model::matmul_transposed;
-use crate::plan::FW;
+use crate::plan::FW_LEAST;
 use crate::plan::work::Counts;
 use crate::prf::{Address, Pair, PairKey, Prf};
 use crate::protocol::linear::{OwnerMatrix, local_masks};
@@ -76,7 +76,7 @@ impl Rates {
         let (one, all) = ((m * n) as f64, (t * m * n) as f64);
         let weight_bytes = per(rate(2.0 * one, || gemm::weights_i16(44, &x[..n], &narrow, 1, m, n, &mut y[..m])));
         let weight_macs = per(rate(all, || gemm::weights_i16(44, &x, &narrow, t, m, n, &mut y)));
-        let packed = OwnerMatrix::helper_packed(0, (m, n), FW, Packed::new(&wide, 48))?;
+        let packed = OwnerMatrix::helper_packed(0, (m, n), FW_LEAST, Packed::new(&wide, 48))?;
         let ring_bytes =
             per(rate(packed.bytes() as f64, || y[..m].copy_from_slice(&local_masks(44, &x[..n], &packed))));
         // A part of a matrix that stays in the cache, as it is used.

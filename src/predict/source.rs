@@ -7,7 +7,7 @@ use crate::model::preparation::{Loaded, Options};
 use crate::model::store::PublicManifest;
 use crate::model::{ModelConfig, Weights};
 use crate::plan::memory::owner_words;
-use crate::plan::{FW, Plan};
+use crate::plan::{LayerPlan, Plan};
 
 /// A model as far as its cost goes: nothing secret.
 #[derive(Clone, Debug)]
@@ -44,8 +44,8 @@ impl Source {
     /// As [`Source::checkpoint`].
     pub fn loaded(loaded: Loaded) -> Result<Source> {
         let plan = loaded.plan()?;
-        let (config, first) = (&loaded.weights.config, loaded.split.first_private);
-        let owner_bytes = 2 * owner_words(config, &plan) + wide_bytes(&loaded.weights, first);
+        let config = &loaded.weights.config;
+        let owner_bytes = 2 * owner_words(config, &plan) + wide_bytes(&loaded.weights, &plan);
         Ok(Source { config: loaded.weights.config, plan, owner_bytes })
     }
 
@@ -64,9 +64,9 @@ impl Source {
 }
 
 /// Bytes beyond 16 bits per word, of matrices with a weight that needs 32.
-fn wide_bytes(w: &Weights, first: usize) -> u64 {
-    let limit = f32::from(i16::MAX) / f64::from(FW).exp2() as f32;
-    let wide = |m: &ndarray::Array2<f32>, gain: Option<&ndarray::Array1<f32>>, by: f32| {
+fn wide_bytes(w: &Weights, plan: &Plan) -> u64 {
+    let wide = |m: &ndarray::Array2<f32>, gain: Option<&ndarray::Array1<f32>>, by: f32, f: u32| {
+        let limit = f32::from(i16::MAX) / f64::from(f).exp2() as f32;
         m.rows().into_iter().any(|r| match gain {
             Some(g) => r.iter().zip(g).any(|(v, g)| (v * g * by).abs() >= limit),
             None => r.iter().any(|v| (v * by).abs() >= limit),
@@ -74,19 +74,21 @@ fn wide_bytes(w: &Weights, first: usize) -> u64 {
     };
     let scale = if w.config.qk_norm { 1.0 } else { 1.0 / (w.config.head_dim as f32).sqrt() };
     let mut bytes = 0;
-    for l in &w.layers[first..] {
+    for (l, p) in w.layers[plan.first_private..].iter().zip(&plan.layers) {
+        let LayerPlan { attention: a, mlp, .. } = p;
         let (n, p) = (Some(&l.input_norm), Some(&l.post_norm));
+        let (f_qkv, f_gate_up) = (a.f_qkv, mlp.f_gate_up);
         let stacks = [
             (
-                wide(&l.q.w, n, scale) || wide(&l.k.w, n, 1.0) || wide(&l.v.w, n, 1.0),
+                wide(&l.q.w, n, scale, f_qkv) || wide(&l.k.w, n, 1.0, f_qkv) || wide(&l.v.w, n, 1.0, f_qkv),
                 l.q.w.len() + l.k.w.len() + l.v.w.len(),
             ),
-            (wide(&l.o.w, None, 1.0), l.o.w.len()),
-            (wide(&l.gate.w, p, 1.0) || wide(&l.up.w, p, 1.0), l.gate.w.len() + l.up.w.len()),
-            (wide(&l.down.w, None, 1.0), l.down.w.len()),
+            (wide(&l.o.w, None, 1.0, a.f_o), l.o.w.len()),
+            (wide(&l.gate.w, p, 1.0, f_gate_up) || wide(&l.up.w, p, 1.0, f_gate_up), l.gate.w.len() + l.up.w.len()),
+            (wide(&l.down.w, None, 1.0, mlp.f_down), l.down.w.len()),
         ];
         bytes += stacks.iter().filter(|s| s.0).map(|s| 2 * s.1 as u64).sum::<u64>();
     }
     let head = w.head.as_ref().unwrap_or(&w.embed);
-    bytes + if wide(head, Some(&w.norm), 1.0) { 2 * head.len() as u64 } else { 0 }
+    bytes + if wide(head, Some(&w.norm), 1.0, plan.head.f_weight) { 2 * head.len() as u64 } else { 0 }
 }

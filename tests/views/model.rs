@@ -10,7 +10,7 @@ use trefoil::model::sections::{Section, sections};
 use trefoil::model::secure::{ClientPorts, PassOptions, SecureModel, logit_format};
 use trefoil::model::{Arch, ModelConfig, Weights};
 use trefoil::party::Role;
-use trefoil::plan::{F, Plan};
+use trefoil::plan::{F, Fractions, Plan};
 use trefoil::prf::{Address, AddressLog, PreparationSeed};
 use trefoil::protocol::embedding::source;
 use trefoil::ring::{self, fixed, pack};
@@ -39,7 +39,8 @@ pub fn qwen3() -> ModelConfig {
 pub fn plan_of(w: &Weights, private_layers: Option<usize>) -> Plan {
     let (first, private_embedding) = split_layers(&w.config, private_layers).unwrap();
     let ranges = ranges(w, first, &inputs(&w.config, w.config.max_positions, None));
-    trefoil::plan::plan(&w.config, first, private_embedding, &bounds(w, first).unwrap(), &ranges).unwrap()
+    let bounds = bounds(w, first, &Fractions::least(w.config.num_layers - first)).unwrap();
+    trefoil::plan::plan(&w.config, first, private_embedding, &bounds, &ranges).unwrap()
 }
 
 /// What the Helper gets before any session.

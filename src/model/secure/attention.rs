@@ -11,7 +11,7 @@ use super::{Context, Tables};
 use crate::approx::{PositiveTable, exp_tables};
 use crate::error::Result;
 use crate::model::prepare::PreparedLayer;
-use crate::plan::{AttentionPlan, F, F_ROPE, FW};
+use crate::plan::{AttentionPlan, F, F_ROPE};
 use crate::protocol::Pending;
 use crate::protocol::cached::{Cached, Context as PV, Scores, product_cached};
 use crate::protocol::exp::{Exp, exp};
@@ -109,7 +109,7 @@ pub(super) fn attention(
     let tokens = x.rows().tokens();
     let count_bits = c.flags.count_bits();
 
-    let qkv = truncate(&owner_linear(c.s, &scope.at("qkv"), x, &parts.qkv)?, FW)?;
+    let qkv = truncate(&owner_linear(c.s, &scope.at("qkv"), x, &parts.qkv)?, p.f_qkv)?;
     let v = to_ring(c.s, &scope.at("lift_v"), &qkv.columns(nq + nk..nq + 2 * nk)?, p.prob_k)?;
     let qk = qkv.columns(0..nq + nk)?;
     let qk = match (&t.qk_norm, &p.qk_norm, &parts.qk_gain) {
@@ -157,5 +157,5 @@ pub(super) fn attention(
     let (o, inverse) = (o.finish(c.s)?, inverse.value.finish(c.s)?);
     let o = product(c.s, &scope.at("normalise"), &o, &inverse, Arc::new(Scale { width: dim }))?;
     let o = truncate(&o.finish(c.s)?, p.f_inverse)?;
-    truncate(&owner_linear(c.s, &scope.at("o"), &o, &parts.o)?, FW)
+    truncate(&owner_linear(c.s, &scope.at("o"), &o, &parts.o)?, p.f_o)
 }

@@ -5,7 +5,7 @@ use std::sync::PoisonError;
 
 use super::{Context, PassOptions, SecureModel};
 use crate::error::Result;
-use crate::plan::{F, FW};
+use crate::plan::F;
 use crate::protocol::argmax::argmax;
 use crate::protocol::guard::RangeFlags;
 use crate::protocol::linear::owner_linear;
@@ -33,7 +33,7 @@ pub(super) fn head(
         // hidden state: one more reason why opening logits is an option with a name.)
         open::open(s, &scope.at("logits"), &logits, o.ports.and_then(|p| p.logits.as_ref()))?;
     }
-    let logits = truncate(&logits, F + FW - p.f_logit)?.narrow(p.logit_k)?;
+    let logits = truncate(&logits, F + p.f_weight - p.f_logit)?.narrow(p.logit_k)?;
     let logits = match o.noise {
         Some(noise) => noise.add(logits),
         None => logits,

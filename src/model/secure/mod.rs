@@ -132,7 +132,7 @@ pub struct PassOptions<'a> {
 /// Fraction bits and ring of opened logits.
 #[must_use]
 pub fn logit_format(plan: &Plan) -> (u32, u32) {
-    (F + crate::plan::FW, 64 - plan.head.norm.f_gain)
+    (F + plan.head.f_weight, 64 - plan.head.norm.f_gain)
 }
 
 impl SecureModel {

@@ -9,7 +9,7 @@ use crate::model::public::PublicPart;
 use crate::model::secure::SecureModel;
 use crate::model::{Checkpoint, ModelConfig, Weights};
 use crate::party::Role;
-use crate::plan::{F, FW};
+use crate::plan::F;
 use crate::prf::PreparationSeed;
 use crate::protocol::embedding::TableShare;
 use crate::protocol::linear::OwnerMatrix;
@@ -136,7 +136,7 @@ impl ClientModel {
             &plan,
             &mut |s| match &self.head {
                 Some(head) if s.public => Ok(head.clone()),
-                _ => Ok(OwnerMatrix::client(s.id(), s.rows, s.cols, FW, seed.clone())),
+                _ => Ok(OwnerMatrix::client(s.id(), s.rows, s.cols, s.f, seed.clone())),
             },
             &mut |s| Ok(TableShare::seed((s.rows, s.cols), F, s.id(), seed.clone())),
         )?;

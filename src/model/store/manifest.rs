@@ -14,7 +14,7 @@ use crate::model::{ModelConfig, RopeScaling};
 use crate::plan::Plan;
 
 /// The version of all files of a preparation.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// The largest manifest that is read or taken from a peer, in bytes.
 pub const MAX_MANIFEST_BYTES: u64 = 16 << 20;

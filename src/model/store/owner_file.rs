@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::model::prepare::Prepared;
 use crate::model::sections::{HalfLayout, Section};
-use crate::plan::{F, FW, Plan};
+use crate::plan::{F, Plan};
 use crate::prf::PreparationSeed;
 use crate::protocol::embedding::TableShare;
 use crate::protocol::linear::{OwnerMatrix, Plain};
@@ -189,7 +189,7 @@ impl Reader {
             [1] => Some(self.elements(s.rows, f32::from_le_bytes)?),
             _ => return Err(self.wrong(&format!("is corrupt at {}", s.name()))),
         };
-        let m = OwnerMatrix::owner(s.id(), (s.rows, s.cols), FW, w, bias)?;
+        let m = OwnerMatrix::owner(s.id(), (s.rows, s.cols), s.f, w, bias)?;
         Ok(if s.public { m.into_public() } else { m })
     }
 
@@ -260,7 +260,7 @@ mod tests {
     use crate::model::sections::Slot;
 
     fn section(slot: Slot, ring: u32) -> Section {
-        Section { layer: 0, slot, rows: 7, cols: 13, ring, public: false }
+        Section { layer: 0, slot, rows: 7, cols: 13, f: 15, ring, public: false }
     }
 
     /// What `read` makes of what `write` wrote.
@@ -287,11 +287,12 @@ mod tests {
         for (most, bytes) in [(1i64 << 7, 1), (1 << 15, 2), (1 << 31, 4)] {
             // The ends of the width, and what lies between.
             let w = |i: usize| [-most, most - 1, 0, -1][i % 4] / (1 + i as i64 / 4);
-            let w: Vec<f32> = (0..7 * 13).map(|i| w(i) as f32 * (-(FW as f32)).exp2()).collect();
+            let w: Vec<f32> = (0..7 * 13).map(|i| w(i) as f32 * (-(s.f as f32)).exp2()).collect();
             // An f32 has 24 bits: the upper end of 32 rounds to what does not fit.
-            let w: Vec<f32> = w.into_iter().map(|v| v.min((most - 1).min((1 << 31) - 128) as f32 / 4096.0)).collect();
+            let w: Vec<f32> =
+                w.into_iter().map(|v| v.min((most - 1).min((1 << 31) - 128) as f32 * (-(s.f as f32)).exp2())).collect();
             let w = ndarray::Array2::from_shape_vec((7, 13), w).unwrap();
-            let made = OwnerMatrix::quantise(s.id(), "w", w.view(), None, FW).unwrap();
+            let made = OwnerMatrix::quantise(s.id(), "w", w.view(), None, s.f).unwrap();
             assert_eq!(made.bytes(), 7 * 13 * bytes);
             let put = |out: &mut Writer<'_>| {
                 out.integers(made.integers().unwrap().0)?;

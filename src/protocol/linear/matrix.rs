@@ -125,8 +125,12 @@ impl OwnerMatrix {
     pub fn quantise(id: u64, name: &str, w: ArrayView2<'_, f32>, bias: Option<&[f32]>, f: u32) -> Result<Self> {
         let scale = f64::from(f).exp2();
         let plain = Plain::narrow(w.len(), || w.iter().map(|&v| (f64::from(v) * scale).round() as i64));
-        let plain =
-            plain.ok_or_else(|| Error::Model(format!("{name}: a weight beyond 2^{} cannot be represented", 31 - f)))?;
+        let plain = plain.ok_or_else(|| {
+            let most = 31 - i64::from(f);
+            Error::Model(format!(
+                "{name}: a weight beyond 2^{most} cannot be represented in 32 bits with {f} of fraction"
+            ))
+        })?;
         Self::owner(id, w.dim(), f, plain, bias.map(Into::into))
     }
 
