@@ -95,9 +95,9 @@ fn parts(role: Role, c: &ModelConfig, plan: &Plan) -> Prepared {
             };
             let (h, i) = (c.hidden_size, c.intermediate_size);
             let layer = |_| PreparedLayer {
-                qkv: m(c.q_size() + 2 * c.kv_size(), h),
+                qkv: m(c.layer(0).q_size() + 2 * c.layer(0).kv_size(), h),
                 qk_gain: None,
-                o: m(h, c.q_size()),
+                o: m(h, c.layer(0).q_size()),
                 gate_up: m(2 * i, h),
                 down: m(h, i),
             };

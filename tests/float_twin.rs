@@ -92,7 +92,7 @@ fn configurations_are_read_in_full() {
     assert!(linear.tie_word_embeddings && linear.qkv_bias && linear.o_bias && linear.mlp_bias);
     let llama3 = open("llama-llama3");
     assert!(matches!(llama3.rope.scaling, RopeScaling::Llama3 { original_max_position_embeddings: 16, .. }));
-    assert_eq!((llama3.num_kv_heads, llama3.head_dim, llama3.q_size()), (1, 16, 64));
+    assert_eq!((llama3.num_kv_heads, llama3.head_dim, llama3.layer(0).q_size()), (1, 16, 64));
     let mistral = open("mistral-sharded");
     assert_eq!((mistral.arch, mistral.max_positions), (Arch::Mistral, 64), "clamped to the sliding window");
     let qwen2 = open("qwen2-tied");

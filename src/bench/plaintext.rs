@@ -57,7 +57,7 @@ impl Plaintext {
         let table = (c.vocab_size * c.hidden_size) as f64;
         let outside = if c.tie_word_embeddings { table } else { 2.0 * table };
         let layer_weights = c.parameter_count() as f64 - outside;
-        let cached = (c.num_layers * 2 * c.kv_size() * context) as f64;
+        let cached = (0..c.num_layers).map(|i| 2 * c.layer(i).kv_size() * context).sum::<usize>() as f64;
         Plaintext {
             layer_s: layers / all / c.num_layers as f64,
             head_s: head / all,

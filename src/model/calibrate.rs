@@ -89,26 +89,27 @@ fn head_norms(l: &Linear, dim: usize, radius: f64) -> Vec<f64> {
 }
 
 /// `l` as it is multiplied ([`rounding::layer`]): gains folded in, rounded to `f` fraction bits.
-fn layer_bounds(c: &ModelConfig, l: &LayerWeights, f: LayerFractions) -> LayerBounds {
+fn layer_bounds(c: &ModelConfig, index: usize, l: &LayerWeights, f: LayerFractions) -> LayerBounds {
+    let shape = c.layer(index);
     let radius = (c.hidden_size as f64).sqrt() * NORM;
-    let (dim, scale) = (c.head_dim, (c.head_dim as f64).sqrt());
+    let (dim, scale) = (shape.head_dim, (shape.head_dim as f64).sqrt());
     let largest_qk = largest(&l.q, radius).max(largest(&l.k, radius));
     let gain = |g: &Option<Array1<f32>>| g.as_ref().map(|g| g.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs()))));
     let (qk, qn, kn) = if let (Some(a), Some(b)) = (gain(&l.q_norm), gain(&l.k_norm)) {
         // After its norm a head has norm sqrt(dim) before the gain, which is not truncated before the rotation.
         let one = |g: f64, heads| vec![g * scale * NORM; heads];
-        (a.max(b) * scale * NORM, one(a, c.num_heads), one(b, c.num_kv_heads))
+        (a.max(b) * scale * NORM, one(a, shape.num_heads), one(b, shape.num_kv_heads))
     } else {
         (largest_qk, head_norms(&l.q, dim, radius), head_norms(&l.k, dim, radius))
     };
-    let group = c.num_heads / c.num_kv_heads;
+    let group = shape.num_heads / shape.num_kv_heads;
     // Rotated, and truncated to the fraction bits of the scores' product.
     let rotated = |norm: f64| norm * ROTATION + scale * QK_ULP;
     let score = qn.iter().enumerate().fold(0.0f64, |m, (h, q)| m.max(rotated(*q) * rotated(kn[h / group])));
     let v_norms = head_norms(&l.v, dim, radius);
-    let context = (0..c.num_heads).map(|h| v_norms[h / group].powi(2)).sum::<f64>().sqrt();
+    let context = (0..shape.num_heads).map(|h| v_norms[h / group].powi(2)).sum::<f64>().sqrt();
     // Truncated before and after it is normalised.
-    let context = context * SOFTMAX + (c.q_size() as f64).sqrt() * 3.0 * ULP;
+    let context = context * SOFTMAX + (shape.q_size() as f64).sqrt() * 3.0 * ULP;
     let (gate, up) = (largest(&l.gate, radius), largest(&l.up, radius));
     // |silu(g)| <= |g|, so a change is at most sum_i |w_i g_i u_i|: by elements, or by norms.
     let (gr, ur) = (row_norm(l.gate.w.view()), row_norm(l.up.w.view()));
@@ -159,9 +160,9 @@ pub fn bounds(w: &Weights, first: usize, fractions: &Fractions) -> Result<Bounds
         return Err(Error::Internal(format!("fractions of {have} layers for {of}")));
     }
     let head = rounding::head(w, fractions.head);
-    let one = |(l, f)| Ok(layer_bounds(&w.config, &rounding::layer(&w.config, l, f)?, *f));
+    let one = |(i, (l, f))| Ok(layer_bounds(&w.config, i, &rounding::layer(&w.config, i, l, f)?, *f));
     Ok(Bounds {
-        layers: private.iter().zip(&fractions.layers).map(one).collect::<Result<_>>()?,
+        layers: (first..).zip(private.iter().zip(&fractions.layers)).map(one).collect::<Result<_>>()?,
         f_head: fractions.head,
         logit: row_norm(head.view()).iter().fold(0.0f64, |m, n| m.max(*n)) * radius * SLACK + ULP,
         embedding: w.embed.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs()))) + ULP,

@@ -368,18 +368,6 @@ impl ModelConfig {
         )))
     }
 
-    /// Width of all query heads together.
-    #[must_use]
-    pub fn q_size(&self) -> usize {
-        self.num_heads * self.head_dim
-    }
-
-    /// Width of all key (or value) heads together.
-    #[must_use]
-    pub fn kv_size(&self) -> usize {
-        self.num_kv_heads * self.head_dim
-    }
-
     /// The shape of attention and MLP in layer `index`.
     #[must_use]
     pub fn layer(&self, index: usize) -> LayerShape {

@@ -62,8 +62,14 @@ fn stack_bias(parts: &[(&Linear, f32)]) -> Option<Vec<f32>> {
 }
 
 /// A layer's weights as they are multiplied, gains and factors folded in, and their bias.
-pub(super) fn layer_matrix(c: &ModelConfig, l: &LayerWeights, slot: Slot) -> Result<(Array2<f32>, Option<Vec<f32>>)> {
-    let scale = 1.0 / (c.head_dim as f32).sqrt();
+pub(super) fn layer_matrix(
+    c: &ModelConfig,
+    index: usize,
+    l: &LayerWeights,
+    slot: Slot,
+) -> Result<(Array2<f32>, Option<Vec<f32>>)> {
+    let shape = c.layer(index);
+    let scale = shape.score_scale();
     // With a norm on the queries the factor goes behind it, into its gain.
     let q_scale = if c.qk_norm { 1.0 } else { scale };
     Ok(match slot {
@@ -79,7 +85,8 @@ pub(super) fn layer_matrix(c: &ModelConfig, l: &LayerWeights, slot: Slot) -> Res
             let gain = |g: &Array1<f32>, heads: usize, by: f32| -> Vec<f32> {
                 (0..heads).flat_map(|_| g.iter().map(|v| v * by)).collect()
             };
-            let row = [gain(q, c.num_heads, scale), gain(k, c.num_kv_heads, 1.0)].concat();
+            let row =
+                [gain(q, shape.q_size() / c.head_dim, scale), gain(k, shape.kv_size() / c.head_dim, 1.0)].concat();
             (Array2::from_shape_vec((1, row.len()), row).map_err(|e| Error::Internal(e.to_string()))?, None)
         }
         Slot::O => (l.o.w.clone(), stack_bias(&[(&l.o, 1.0)])),
@@ -142,7 +149,7 @@ impl Prepared {
         let mut matrix = |s: &Section| -> Result<OwnerMatrix> {
             match w.layers.get(s.layer) {
                 Some(l) => {
-                    let (w, bias) = layer_matrix(&w.config, l, s.slot)?;
+                    let (w, bias) = layer_matrix(&w.config, s.layer, l, s.slot)?;
                     OwnerMatrix::quantise(s.id(), &s.name(), w.view(), bias.as_deref(), s.f)
                 }
                 None => {

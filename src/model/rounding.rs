@@ -27,15 +27,16 @@ fn round(w: &Array2<f32>, f: u32) -> Array2<f32> {
 ///
 /// # Errors
 /// [`Error::Internal`] for weights that do not match the configuration.
-pub(super) fn layer(c: &ModelConfig, l: &LayerWeights, f: &LayerFractions) -> Result<LayerWeights> {
-    let rounded = |slot, f| Ok::<_, Error>(round(&layer_matrix(c, l, slot)?.0, f));
+pub(super) fn layer(c: &ModelConfig, index: usize, l: &LayerWeights, f: &LayerFractions) -> Result<LayerWeights> {
+    let rounded = |slot, f| Ok::<_, Error>(round(&layer_matrix(c, index, l, slot)?.0, f));
     let (qkv, gate_up) = (rounded(Slot::Qkv, f.qkv)?, rounded(Slot::GateUp, f.gate_up)?);
-    let (nq, nk, m) = (c.q_size(), c.kv_size(), c.intermediate_size);
+    let shape = c.layer(index);
+    let (nq, nk, m) = (shape.q_size(), shape.kv_size(), c.intermediate_size);
     let part = |w: &Array2<f32>, from: usize, n: usize, old: &Linear, by: f32| Linear {
         w: w.slice(s![from..from + n, ..]).to_owned(),
         bias: old.bias.as_ref().map(|b| b * by),
     };
-    let scale = 1.0 / (c.head_dim as f32).sqrt();
+    let scale = shape.score_scale();
     let q_scale = if c.qk_norm { 1.0 } else { scale };
     let gain = |g: &Option<Array1<f32>>, by: f32| {
         g.as_ref().map(|g| round(&(g * by).insert_axis(Axis(0)), f.qk_gain).remove_axis(Axis(0)))
@@ -72,11 +73,11 @@ pub fn as_multiplied(
     fractions: &Fractions,
 ) -> Result<Weights> {
     let c = &w.config;
-    let back = (c.head_dim as f32).sqrt();
     let one = |(i, l): (usize, &LayerWeights)| {
         let Some(private) = i.checked_sub(first_private) else { return Ok(l.clone()) };
         let f = fractions.layers.get(private).ok_or_else(|| Error::Internal(format!("no fraction for layer {i}")))?;
-        let mut l = layer(c, l, f)?;
+        let mut l = layer(c, i, l, f)?;
+        let back = 1.0 / c.layer(i).score_scale();
         match &mut l.q_norm {
             Some(g) => *g *= back,
             None => {
@@ -239,12 +240,13 @@ fn score(q: &[f64], k: &[f64]) -> [(f64, f64); 2] {
 }
 
 /// The matrices of a layer, each with the section that it is in.
-fn weighed<'a>(c: &ModelConfig, l: &'a LayerWeights) -> Vec<(Slot, Weighed<'a>)> {
+fn weighed<'a>(c: &ModelConfig, index: usize, l: &'a LayerWeights) -> Vec<(Slot, Weighed<'a>)> {
     let [q, k, v] = [&l.q, &l.k, &l.v].map(|m| folded(&m.w, &l.input_norm));
-    let scale = if c.qk_norm { 1.0 } else { 1.0 / (c.head_dim as f32).sqrt() };
+    let shape = c.layer(index);
+    let scale = if c.qk_norm { 1.0 } else { shape.score_scale() };
     let q = q * scale;
     let [gate, up] = [&l.gate, &l.up].map(|m| folded(&m.w, &l.post_norm));
-    let (dim, group) = (c.head_dim, c.num_heads / c.num_kv_heads);
+    let (dim, group) = (shape.head_dim, shape.num_heads / shape.num_kv_heads);
     let [rq, rk, rv, rg, ru] = [&q, &k, &v, &gate, &up].map(|w| norms(w.view(), Axis(1)));
     let [co, cd] = [&l.o.w, &l.down.w].map(|w| norms(w.view(), Axis(0)));
     let size =
@@ -275,7 +277,7 @@ fn weighed<'a>(c: &ModelConfig, l: &'a LayerWeights) -> Vec<(Slot, Weighed<'a>)>
         (one(&hq), one(&hk))
     } else {
         let head = |h: usize| score(&rq[h * dim..(h + 1) * dim], &rk[h / group * dim..(h / group + 1) * dim]);
-        (0..c.num_heads).map(head).map(|[q, k]| (q, k)).unzip()
+        (0..shape.num_heads).map(head).map(|[q, k]| (q, k)).unzip()
     };
     // Truncated themselves, and their weighted mean.
     let v_outputs = (0..rv.len()).map(|i| (v_importance[i].powi(2), 2.0 * truncated(F) * read(i).powi(2))).collect();
@@ -344,7 +346,7 @@ fn embedding_loss(w: &Weights) -> Loss {
 pub fn losses(w: &Weights, first_private: usize, private_embedding: bool) -> Vec<Loss> {
     let mut out = Vec::new();
     for (i, l) in w.layers.iter().enumerate().skip(first_private) {
-        out.extend(weighed(&w.config, l).iter().map(|(_, m)| m.loss(&of_layer(i), FW_LEAST)));
+        out.extend(weighed(&w.config, i, l).iter().map(|(_, m)| m.loss(&of_layer(i), FW_LEAST)));
     }
     out.push(weighed_head(w).loss(HEAD, FW_LEAST));
     if private_embedding {
@@ -385,7 +387,7 @@ impl Choice {
         let private = w.layers.len().saturating_sub(first_private);
         let mut fractions = Fractions::least(private);
         for (i, f) in fractions.layers.iter_mut().enumerate().map(|(i, f)| (first_private + i, f)) {
-            for (slot, m) in weighed(&w.config, &w.layers[i]) {
+            for (slot, m) in weighed(&w.config, i, &w.layers[i]) {
                 let f = match slot {
                     Slot::Qkv => &mut f.qkv,
                     Slot::QkGain => &mut f.qk_gain,

@@ -52,21 +52,22 @@ impl Section {
     pub fn new(c: &ModelConfig, plan: &Plan, layer: usize, slot: Slot) -> Result<Self> {
         let none = || Error::Internal(format!("no matrix {slot:?} in layer {layer} of this model"));
         let (n, m, v) = (c.hidden_size, c.intermediate_size, c.vocab_size);
+        let shape = c.layer(layer);
         let part = || plan.layers.get(layer.wrapping_sub(plan.first_private)).ok_or_else(none);
         // A value that was scaled by 2^f and truncated by f bits is left in ring 64 - f.
         let (rows, cols, f, ring) = match slot {
             Slot::Qkv => {
                 let l = part()?;
-                (c.q_size() + 2 * c.kv_size(), n, l.attention.f_qkv, 64 - l.input_norm.f_gain)
+                (shape.q_size() + 2 * shape.kv_size(), n, l.attention.f_qkv, 64 - l.input_norm.f_gain)
             }
             Slot::QkGain => {
                 let a = &part()?.attention;
                 let norm = a.qk_norm.as_ref().ok_or_else(none)?;
-                (1, c.q_size() + c.kv_size(), a.f_qk_gain.ok_or_else(none)?, 64 - norm.f_gain)
+                (1, shape.q_size() + shape.kv_size(), a.f_qk_gain.ok_or_else(none)?, 64 - norm.f_gain)
             }
             Slot::O => {
                 let a = &part()?.attention;
-                (n, c.q_size(), a.f_o, 64 - a.f_inverse)
+                (n, shape.q_size(), a.f_o, 64 - a.f_inverse)
             }
             Slot::GateUp => {
                 let l = part()?;

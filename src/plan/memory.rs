@@ -12,10 +12,10 @@
 
 use serde::Serialize;
 
-use super::{AttentionPlan, NormPlan, Plan};
+use super::{AttentionPlan, LayerPlan, NormPlan, Plan};
 use crate::generate::{MAX_BATCH, MAX_DRAFTS, MAX_WAITING, next_batch};
-use crate::model::ModelConfig;
 use crate::model::sections::HalfLayout;
+use crate::model::{LayerShape, ModelConfig};
 use crate::party::Role;
 use crate::session::JOBS_AHEAD_LAYERS;
 
@@ -47,13 +47,20 @@ impl SessionBytes {
     }
 }
 
+/// The private layers with their shapes.
+fn shaped<'a>(c: &'a ModelConfig, plan: &'a Plan) -> impl Iterator<Item = (LayerShape, &'a LayerPlan)> {
+    plan.layers.iter().enumerate().map(|(i, l)| (c.layer(plan.first_private + i), l))
+}
+
 /// Words of the private matrices, the head included (public or not), a private embedding not.
 #[must_use]
 pub fn owner_words(c: &ModelConfig, plan: &Plan) -> u64 {
     let (h, m) = (c.hidden_size, c.intermediate_size);
-    let gain = if c.qk_norm { c.q_size() + c.kv_size() } else { 0 };
-    let layer = (c.q_size() + 2 * c.kv_size()) * h + c.q_size() * h + 3 * m * h + gain;
-    (plan.layers.len() * layer + c.vocab_size * h) as u64
+    let layer = |(shape, _): (LayerShape, &LayerPlan)| {
+        let gain = if c.qk_norm { shape.q_size() + shape.kv_size() } else { 0 };
+        2 * (shape.q_size() + shape.kv_size()) * h + 3 * m * h + gain
+    };
+    (shaped(c, plan).map(layer).sum::<usize>() + c.vocab_size * h) as u64
 }
 
 /// Bytes per row of one window of a function of a positive value: three cyclic columns of words.
@@ -117,11 +124,11 @@ struct Layer {
     held: u64,
 }
 
-fn layer(c: &ModelConfig, l: &super::LayerPlan, first: usize, tokens: usize) -> Layer {
+fn layer(c: &ModelConfig, shape: LayerShape, l: &LayerPlan, first: usize, tokens: usize) -> Layer {
     let t = tokens as u64;
-    let (h, m, q) = (c.hidden_size as u64, c.intermediate_size as u64, c.q_size() as u64);
-    let kv = c.kv_size() as u64;
-    let scores = c.num_heads as u64 * visible(first, tokens);
+    let (h, m, q) = (c.hidden_size as u64, c.intermediate_size as u64, shape.q_size() as u64);
+    let kv = shape.kv_size() as u64;
+    let scores = shape.num_heads as u64 * visible(first, tokens);
     let a = &l.attention;
     let columns = a.steps as u64 + 1;
     // Query bytes of a lookup per element.
@@ -147,10 +154,10 @@ fn layer(c: &ModelConfig, l: &super::LayerPlan, first: usize, tokens: usize) -> 
 /// Owner (the exact figure is that of a walk).
 fn ahead_bytes(c: &ModelConfig, plan: &Plan, first: usize, tokens: usize) -> u64 {
     let t = tokens as u64;
-    let (h, m, q) = (c.hidden_size as u64, c.intermediate_size as u64, c.q_size() as u64);
-    let kv = c.kv_size() as u64;
-    let scores = c.num_heads as u64 * visible(first, tokens);
-    let layers = plan.layers.iter().map(|l| {
+    let (h, m) = (c.hidden_size as u64, c.intermediate_size as u64);
+    let layers = shaped(c, plan).map(|(shape, l)| {
+        let (q, kv) = (shape.q_size() as u64, shape.kv_size() as u64);
+        let scores = shape.num_heads as u64 * visible(first, tokens);
         let a = &l.attention;
         let counter = u64::from(usize::BITS - c.max_positions.leading_zeros());
         let per_score =
@@ -182,7 +189,7 @@ fn largest_batch(decode: usize) -> usize {
 #[must_use]
 pub fn verification_bytes(role: Role, c: &ModelConfig, plan: &Plan, positions: usize) -> u64 {
     let tokens = (MAX_DRAFTS + 1).min(positions);
-    let layers: Vec<Layer> = plan.layers.iter().map(|l| layer(c, l, positions - tokens, tokens)).collect();
+    let layers: Vec<Layer> = shaped(c, plan).map(|(shape, l)| layer(c, shape, l, positions - tokens, tokens)).collect();
     let head = tokens as u64 * head_bytes(c, plan);
     let largest = VECTORS * layers.iter().map(|l| l.largest).max().unwrap_or(0).max(head) / 10;
     let mut held: Vec<u64> = layers.iter().map(|l| l.held).collect();
@@ -209,11 +216,11 @@ pub fn session_bytes(
 ) -> SessionBytes {
     let positions = (prefill + decode) as u64;
     let each = if role == Role::Owner { 8 } else { 16 };
-    let cache = each * 2 * plan.layers.len() as u64 * c.kv_size() as u64 * positions;
+    let cache = each * 2 * shaped(c, plan).map(|(shape, _)| shape.kv_size() as u64).sum::<u64>() * positions;
     let last = prefill + decode.saturating_sub(1);
     // Batches of holders: passes walked together, and passes walked and not yet used.
     let (batch, waiting) = (largest_batch(decode), decode.min(MAX_WAITING));
-    let of = |first, tokens| plan.layers.iter().map(move |l| layer(c, l, first, tokens)).collect::<Vec<_>>();
+    let of = |first, tokens| shaped(c, plan).map(|(shape, l)| layer(c, shape, l, first, tokens)).collect::<Vec<_>>();
     let largest = |layers: &[Layer], head: u64| layers.iter().map(|l| l.largest).max().unwrap_or(0).max(head);
     let head = head_bytes(c, plan);
     let (first, later) = (of(0, prefill), of(last, 1));

@@ -72,9 +72,9 @@ fn wide_bytes(w: &Weights, plan: &Plan) -> u64 {
             None => r.iter().any(|v| (v * by).abs() >= limit),
         })
     };
-    let scale = if w.config.qk_norm { 1.0 } else { 1.0 / (w.config.head_dim as f32).sqrt() };
     let mut bytes = 0;
-    for (l, p) in w.layers[plan.first_private..].iter().zip(&plan.layers) {
+    for (i, (l, p)) in (plan.first_private..).zip(w.layers[plan.first_private..].iter().zip(&plan.layers)) {
+        let scale = if w.config.qk_norm { 1.0 } else { w.config.layer(i).score_scale() };
         let LayerPlan { attention: a, mlp, .. } = p;
         let (n, p) = (Some(&l.input_norm), Some(&l.post_norm));
         let (f_qkv, f_gate_up) = (a.f_qkv, mlp.f_gate_up);

@@ -162,7 +162,6 @@ pub(super) fn terms(stretch: &Stretch, layers: usize, rates: &Rates) -> PassTerm
 /// The Client's plaintext layers.
 fn public_layers(stretch: &Stretch, s: &Source, rates: &Rates) -> f64 {
     let c = &s.config;
-    let layer = (2 * c.q_size() + 2 * c.kv_size() + 3 * c.intermediate_size) * c.hidden_size;
-    let weights = (layer * s.plan.first_private) as f64;
+    let weights = (0..s.plan.first_private).map(|i| c.layer_parameters(i)).sum::<u64>() as f64;
     stretch.tokens as f64 * weights / rates.float_macs
 }

@@ -179,7 +179,9 @@ fn control(request: bool, passes: u64, end: bool) -> Links {
 
 /// The pass over the prompt, of a long one from three short ones.
 fn walk_prefill(model: &SecureModel, prompt: usize) -> Result<Run> {
-    let step = if model.config().num_heads.is_multiple_of(2) { PERIOD } else { 2 * PERIOD };
+    let c = model.config();
+    let even = (0..c.num_layers).all(|i| c.layer(i).num_heads.is_multiple_of(2));
+    let step = if even { PERIOD } else { 2 * PERIOD };
     let shortest = match prompt % step {
         0 => step,
         rest => rest,

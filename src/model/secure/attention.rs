@@ -10,6 +10,7 @@ use super::norm::Norm;
 use super::{Context, Tables};
 use crate::approx::{PositiveTable, exp_tables};
 use crate::error::Result;
+use crate::model::LayerShape;
 use crate::model::prepare::PreparedLayer;
 use crate::plan::{AttentionPlan, F, F_ROPE};
 use crate::protocol::Pending;
@@ -35,13 +36,14 @@ pub(crate) fn product_ring(p: &AttentionPlan) -> u32 {
 
 /// Exponential, reciprocal and the optional norms of queries and keys.
 pub(super) struct AttentionTables {
+    shape: LayerShape,
     exp: Exp,
     inverse: Positive,
     qk_norm: Option<Norm>,
 }
 
 impl AttentionTables {
-    pub(super) fn new(p: &AttentionPlan, head_dim: usize, eps: f64, tables: Tables) -> Self {
+    pub(super) fn new(p: &AttentionPlan, shape: LayerShape, head_dim: usize, eps: f64, tables: Tables) -> Self {
         let step = f64::from(p.step_bits).exp2() / f64::from(F).exp2();
         let exp = exp_tables(F, p.exp_lo_bits, p.score_k - p.exp_lo_bits, 2.0 * step);
         let inverse = match tables {
@@ -52,6 +54,7 @@ impl AttentionTables {
             Tables::Blank => Positive::blank(p.total_bits, p.total_window, false, p.f_inverse),
         };
         AttentionTables {
+            shape,
             exp: Exp::new(&exp, p.prob_k, p.f_prob),
             inverse,
             qk_norm: p.qk_norm.as_ref().map(|n| Norm::new(n, head_dim, eps, tables)),
@@ -104,8 +107,8 @@ pub(super) fn attention(
     values: &mut Cached,
 ) -> Result<Masked> {
     let scope = c.scope.at("attn");
-    let (heads, kv_heads, dim) = (c.config.num_heads, c.config.num_kv_heads, c.config.head_dim);
-    let (nq, nk) = (c.config.q_size(), c.config.kv_size());
+    let LayerShape { num_heads: heads, num_kv_heads: kv_heads, head_dim: dim, .. } = t.shape;
+    let (nq, nk) = (t.shape.q_size(), t.shape.kv_size());
     let tokens = x.rows().tokens();
     let count_bits = c.flags.count_bits();
 
@@ -120,7 +123,8 @@ pub(super) fn attention(
         }
         _ => qk,
     };
-    let rotated = rotate(&qk, first, dim, frequencies);
+    // A merged head is several of the model's, each rotated by itself.
+    let rotated = rotate(&qk, first, c.config.head_dim, frequencies);
     let qk = truncate(&rotated, rotated.f() - F_QK)?;
     let ring = product_ring(p);
     let q = to_ring(c.s, &scope.at("lift_q"), &qk.columns(0..nq)?, ring)?;

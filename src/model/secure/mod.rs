@@ -157,9 +157,11 @@ impl SecureModel {
         let layers = plan
             .layers
             .iter()
-            .map(|l| LayerTables {
+            .enumerate()
+            .map(|(i, l)| (config.layer(plan.first_private + i), l))
+            .map(|(shape, l)| LayerTables {
                 input_norm: Norm::new(&l.input_norm, n, eps, tables),
-                attention: AttentionTables::new(&l.attention, config.head_dim, eps, tables),
+                attention: AttentionTables::new(&l.attention, shape, config.head_dim, eps, tables),
                 post_norm: Norm::new(&l.post_norm, n, eps, tables),
                 mlp: MlpTables::new(&l.mlp),
             })
@@ -190,13 +192,13 @@ impl SecureModel {
     #[must_use]
     pub fn cache(&self, capacity: usize) -> KvCache {
         let c = &self.config;
-        let width = c.kv_size();
         let layers = self
             .plan
             .layers
             .iter()
-            .map(|l| {
-                let a = &l.attention;
+            .enumerate()
+            .map(|(i, l)| {
+                let (a, width) = (&l.attention, c.layer(self.plan.first_private + i).kv_size());
                 let keys = Cached::new(width, attention::product_ring(a), attention::F_QK, capacity);
                 (keys, Cached::new(width, a.prob_k, F, capacity))
             })
@@ -211,7 +213,8 @@ impl SecureModel {
         let tokens = s.passes().iter().map(|p| p.tokens.len()).max().unwrap_or(1);
         // A walk that counts may stand for a longer prompt.
         let tokens = s.work().map_or(tokens, |w| w.tokens(tokens));
-        let per_token = (c.num_heads * c.max_positions).max(c.intermediate_size).max(c.hidden_size);
+        let heads = (0..c.num_layers).map(|i| c.layer(i).num_heads).max().unwrap_or(0);
+        let per_token = (heads * c.max_positions).max(c.intermediate_size).max(c.hidden_size);
         RangeFlags::new(tokens * per_token)
     }
 

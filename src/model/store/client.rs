@@ -40,7 +40,9 @@ impl ClientModel {
         let path = dir.join("manifest.json");
         let manifest = PublicManifest::read(&path)?;
         let plan = &manifest.plan;
-        let config = ModelConfig { max_positions: plan.max_positions, ..ModelConfig::open(dir)? };
+        // A base has no variant of its own: what was done to the model, its preparation says.
+        let config =
+            ModelConfig { max_positions: plan.max_positions, variant: manifest.variant, ..ModelConfig::open(dir)? };
         let wrong = |text: String| {
             let remedy = "get the public directory anew from the provider";
             Error::Model(format!("{}: {text}; {remedy}", dir.display()))

@@ -10,7 +10,7 @@ use sha2::{Digest as _, Sha256};
 use crate::error::{Error, Result};
 use crate::model::public::PublicPart;
 use crate::model::sections::{CHUNK_BYTES, HalfLayout};
-use crate::model::{ModelConfig, RopeScaling};
+use crate::model::{ModelConfig, RopeScaling, Variant};
 use crate::plan::Plan;
 
 /// The version of all files of a preparation.
@@ -121,6 +121,8 @@ pub struct PublicManifest {
     pub config: String,
     /// The text of `generation_config.json`, if there is one.
     pub generation_config: Option<String>,
+    /// Where layers are not as `config.json` says.
+    pub variant: Option<Variant>,
     /// The plan.
     pub plan: Plan,
     /// Hash of configuration, plan and the public tensors.
@@ -134,11 +136,13 @@ impl PublicManifest {
     pub(super) fn new(
         id: PreparationId,
         (config, generation_config): (String, Option<String>),
+        variant: Option<Variant>,
         plan: Plan,
         public_hash: Digest,
         layout: &HalfLayout,
     ) -> Self {
-        PublicManifest { format: FORMAT, id, config, generation_config, plan, public_hash, half: half_size(layout) }
+        let half = half_size(layout);
+        PublicManifest { format: FORMAT, id, config, generation_config, variant, plan, public_hash, half }
     }
 
     /// Parses and checks a manifest from a file or a peer; `what` names it in errors.
@@ -202,7 +206,10 @@ impl PublicManifest {
 
     fn read_config(&self, what: &str) -> Result<ModelConfig> {
         let generation = self.generation_config.as_ref().map(String::as_bytes);
-        ModelConfig::parse(self.config.as_bytes(), generation, &format!("{what}: config.json"))
+        let config = ModelConfig::parse(self.config.as_bytes(), generation, &format!("{what}: config.json"))?;
+        let config = ModelConfig { variant: self.variant, ..config };
+        config.check().map_err(|e| Error::Model(format!("{what}: {e}")))?;
+        Ok(config)
     }
 
     /// How the Helper's half is laid out.
@@ -255,6 +262,7 @@ pub(super) fn facts(c: &ModelConfig) -> Vec<(&'static str, String)> {
         ("mlp_bias", c.mlp_bias.to_string()),
         ("qk_norm", c.qk_norm.to_string()),
         ("hidden_act", format!("{:?}", c.activation)),
+        ("variant", format!("{:?}", c.variant)),
     ]
 }
 

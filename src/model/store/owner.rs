@@ -17,6 +17,7 @@ use crate::model::prepare::Prepared;
 use crate::model::public::PublicPart;
 use crate::model::sections::HalfLayout;
 use crate::model::secure::SecureModel;
+use crate::model::variant::{FILE as RECORD, Record};
 use crate::model::{Checkpoint, ModelConfig};
 use crate::plan::Plan;
 use crate::prf::PreparationSeed;
@@ -76,7 +77,7 @@ impl OwnerPreparation {
         let part = if PublicPart::any(&plan) { PublicPart::load(&checkpoint, &plan)? } else { PublicPart::none() };
         let hash = public_hash(&config, &plan, &part)?;
         let texts = (text(model, "config.json")?.unwrap_or_default(), text(model, "generation_config.json")?);
-        let manifest = PublicManifest::new(id, texts, plan, hash, &layout);
+        let manifest = PublicManifest::new(id, texts, config.variant, plan, hash, &layout);
         let json = manifest.to_json()?;
         // What is written here must be readable anywhere.
         PublicManifest::parse(&json, "the new manifest")?;
@@ -231,6 +232,12 @@ fn write_public(model: &Path, dir: &Path, manifest: &[u8], from: &Checkpoint, pa
         }
     }
     disk::write(&dir.join("manifest.json"), manifest, disk::PUBLIC)?;
+    if let Some(variant) = from.config().variant {
+        // The shape alone: how the model was made is the provider's business.
+        let record = Record { version: Record::VERSION, variant: Some(variant), ..Record::default() };
+        let json = serde_json::to_vec_pretty(&record).map_err(|e| Error::Internal(format!("{RECORD}: {e}")))?;
+        disk::write(&dir.join(RECORD), &json, disk::PUBLIC)?;
+    }
     let tensors = part.tensors()?;
     if !tensors.is_empty() {
         let path = dir.join("model.safetensors");
