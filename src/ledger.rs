@@ -94,7 +94,8 @@ impl Kind {
             ("head", _) => Kind::Argmax,
             ("attn", "scores" | "lift_q" | "lift_k") => Kind::Scores,
             ("attn", "max") => Kind::Maximum,
-            ("attn", "exp") => Kind::Exponential,
+            // What stands in its place.
+            ("attn", "exp" | "relu") => Kind::Exponential,
             ("attn", "inverse" | "normalise") => Kind::Quotient,
             ("attn", "pv" | "lift_v" | "lift_o") => Kind::Context,
             ("mlp", _) => Kind::Activation,

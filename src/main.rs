@@ -19,10 +19,14 @@ mod doctor;
 mod generate;
 #[path = "cli/init.rs"]
 mod init;
+#[path = "cli/inspect.rs"]
+mod inspect;
 #[path = "cli/party.rs"]
 mod party;
 #[path = "cli/prepare.rs"]
 mod prepare;
+#[path = "cli/recommend.rs"]
+mod recommend;
 
 /// Private LLM inference between three parties: the prompt stays with the client, the weights with the provider.
 #[derive(Parser)]
@@ -48,6 +52,10 @@ enum Command {
     Calibrate(calibrate::Args),
     /// Predict messages, bytes, time and memory of a request without running it.
     Cost(cost::Args),
+    /// Say what a model is, what of it is public and private, and what it would cost.
+    Inspect(inspect::Args),
+    /// Predict which techniques that make a model cheaper pay for a request and a network.
+    Recommend(recommend::Args),
     /// Measure prefill and decode with random weights at a published shape: time, traffic and memory, beside the float model.
     Bench(bench::Args),
     /// Find what keeps a party from serving, with a remedy for each finding; measure its links. Exit code 1 if anything fails.
@@ -73,6 +81,8 @@ fn main() -> std::process::ExitCode {
         Command::Prepare(args) => prepare::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Cost(args) => cost::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Recommend(args) => recommend::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => match doctor::run(&args) {
             Ok(true) => Ok(()),

@@ -13,6 +13,20 @@ pub enum Activation {
     GeluTanh,
     /// `1 / (1 + e^-x)`.
     Sigmoid,
+    /// `max(x, 0)`.
+    Relu,
+    /// `x^2 / 8 + x / 4 + 1 / 2`.
+    Quad,
+}
+
+impl From<crate::model::Activation> for Activation {
+    fn from(a: crate::model::Activation) -> Self {
+        match a {
+            crate::model::Activation::Silu => Activation::Silu,
+            crate::model::Activation::Relu => Activation::Relu,
+            crate::model::Activation::Quad => Activation::Quad,
+        }
+    }
 }
 
 impl Activation {
@@ -26,6 +40,8 @@ impl Activation {
             // 0.5 (1 + tanh z) = sigmoid(2 z)
             Activation::GeluTanh => x * sigmoid(2.0 * (2.0 / PI).sqrt() * (x + 0.044_715 * x * x * x)),
             Activation::Sigmoid => sigmoid(x),
+            Activation::Relu => x.max(0.0),
+            Activation::Quad => (0.125 * x + 0.25) * x + 0.5,
         }
     }
 }

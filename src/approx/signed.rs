@@ -133,6 +133,22 @@ mod tests {
         }
     }
 
+    /// The windows of the plan (`plan/layer.rs`) for the other activations; its bounds are in `plan/ranges.rs`.
+    #[test]
+    fn the_windows_of_parabolas_and_ramps() {
+        for (function, k, lo_bits, limit) in [
+            (Activation::Quad, 18, 9, 1.1e-3),
+            (Activation::Quad, 21, 10, 4.4e-3),
+            (Activation::Relu, 18, 8, 1.6e-2),
+            (Activation::Relu, 21, 9, 3.2e-2),
+        ] {
+            let table = SignedTable::activation(function, k, 12, 0, lo_bits, k - lo_bits);
+            let worst = worst(&table, function, 12);
+            assert!(worst <= table.max_error + 1e-12, "{worst} of {}", table.max_error);
+            assert!(table.max_error <= limit, "{function:?} {k}: {}", table.max_error);
+        }
+    }
+
     /// The windows of the plan (`plan/layer.rs`): rows an eighth wide, a quarter at 21 bits.
     #[test]
     fn the_gates_windows() {

@@ -6,7 +6,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use trefoil::error::{Error, Result};
 use trefoil::generate::split_layers;
-use trefoil::model::preparation::parse_private_layers;
+use trefoil::model::preparation::private_layers;
 use trefoil::model::rounding::Choice;
 use trefoil::model::{Checkpoint, TextCodec, Weights, calibrate};
 use trefoil::plan::headroom::{Headroom, headroom};
@@ -21,7 +21,7 @@ pub struct Args {
     /// Text like the prompts to come, UTF-8.
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
-    /// How many layers, from the top, are private: a number, or 'all', which includes the embedding. Default: half.
+    /// How many layers, from the top, are private: a number, or 'all', which includes the embedding. Default: what the model's trefoil.json says, else half.
     #[arg(long, value_name = "N|all", allow_negative_numbers = true)]
     private_layers: Option<String>,
     /// Positions to plan for, below the model's own; the text is read in windows of as many tokens.
@@ -70,7 +70,7 @@ fn read(file: &Path) -> Result<String> {
 pub fn run(a: &Args) -> Result<()> {
     let text = read(&a.text)?;
     let checkpoint = Checkpoint::open(&a.model)?;
-    let private_layers = parse_private_layers(a.private_layers.as_deref(), checkpoint.config())?;
+    let private_layers = private_layers(a.private_layers.as_deref(), &a.model, checkpoint.config())?;
     let (first, private_embedding) = split_layers(checkpoint.config(), private_layers)?;
     let ids = TextCodec::open(&a.model)?.encode(&text)?;
     let mut weights = Weights::load(&checkpoint)?;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use trefoil::error::{Error, Result};
 use trefoil::model::Checkpoint;
-use trefoil::model::preparation::{Options, parse_private_layers};
+use trefoil::model::preparation::{Options, private_layers};
 use trefoil::net::shape::Profile;
 use trefoil::predict::{NamedLinks, Phase, Prediction, Rates, Source, predict};
 
@@ -17,7 +17,7 @@ pub struct Args {
     /// The public base that the model was fine-tuned from.
     #[arg(long, value_name = "DIR")]
     base: Option<PathBuf>,
-    /// How many layers, from the top, are private: a number, or 'all', which includes the embedding. Default: half.
+    /// How many layers, from the top, are private: a number, or 'all', which includes the embedding. Default: what the model's trefoil.json says, else half.
     #[arg(long, value_name = "N|all", allow_negative_numbers = true)]
     private_layers: Option<String>,
     /// Positions to plan for. Default: those of the request, as `trefoil generate` does.
@@ -83,7 +83,7 @@ fn source(a: &Args) -> Result<Source> {
             request - 1
         )));
     }
-    let private_layers = parse_private_layers(a.private_layers.as_deref(), &config)?;
+    let private_layers = private_layers(a.private_layers.as_deref(), &a.model, &config)?;
     let options = Options { private_layers, max_positions: a.context, base: a.base.clone(), calibration_text: None };
     Source::checkpoint(&a.model, &options)
 }

@@ -13,7 +13,7 @@ use trefoil::error::{Error, Result};
 use trefoil::generate::{
     Check, Draft, Drafts, Generation, LinkReport, Local, LocalOptions, Stop, check, check_draft_tokens,
 };
-use trefoil::model::preparation::parse_private_layers;
+use trefoil::model::preparation::private_layers;
 use trefoil::model::{Checkpoint, TextCodec, TextStream, Weights, calibrate};
 use trefoil::net::shape::Profile;
 use trefoil::plan::{MAX_TEMPERATURE, Plan};
@@ -35,7 +35,7 @@ pub struct Args {
     /// for bit.
     #[arg(long, value_name = "DIR")]
     base: Option<PathBuf>,
-    /// How many layers, from the top, are private: a number, or 'all', which includes the embedding. Default: half.
+    /// How many layers, from the top, are private: a number, or 'all', which includes the embedding. Default: what the model's trefoil.json says, else half.
     #[arg(long, value_name = "N|all", allow_negative_numbers = true)]
     private_layers: Option<String>,
     /// Most tokens to generate.
@@ -300,7 +300,7 @@ fn local(a: &Args) -> Result<Report> {
     let checkpoint = Checkpoint::open(&a.model)?;
     let config = checkpoint.config().clone();
     drop(checkpoint);
-    let private_layers = parse_private_layers(a.private_layers.as_deref(), &config)?;
+    let private_layers = private_layers(a.private_layers.as_deref(), &a.model, &config)?;
     let codec = TextCodec::open(&a.model)?;
     let prompt = encode(&codec, &a.prompt)?;
     let limit = a.context.unwrap_or(usize::MAX).min(config.max_positions);

@@ -7,7 +7,7 @@ use std::time::Instant;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use trefoil::error::{Error, Result};
-use trefoil::model::preparation::{Options, parse_private_layers};
+use trefoil::model::preparation::{Options, private_layers};
 use trefoil::model::store::OwnerPreparation;
 use trefoil::model::{ModelConfig, calibrate};
 
@@ -21,7 +21,7 @@ pub struct Args {
     /// for bit.
     #[arg(long, value_name = "DIR")]
     base: Option<PathBuf>,
-    /// How many layers, from the top, are private: a number, or 'all', which includes the embedding. Default: half.
+    /// How many layers, from the top, are private: a number, or 'all', which includes the embedding. Default: what the model's trefoil.json says, else half.
     #[arg(long, value_name = "N|all", allow_negative_numbers = true)]
     private_layers: Option<String>,
     /// Limit on prompt and answer together, below the model's own (shorter is cheaper).
@@ -62,7 +62,7 @@ pub fn run(a: &Args) -> Result<()> {
     let config = ModelConfig::open(&a.model)?;
     let calibration_text = a.calibration_text.as_deref().map(calibrate::read_text).transpose()?;
     let options = Options {
-        private_layers: parse_private_layers(a.private_layers.as_deref(), &config)?,
+        private_layers: private_layers(a.private_layers.as_deref(), &a.model, &config)?,
         max_positions: a.context,
         base: a.base.clone(),
         calibration_text,

@@ -9,7 +9,7 @@ use super::observe::{Norm, Observer};
 use super::secure::F_QK;
 use super::{LayerWeights, Linear, ModelConfig, Weights, files, rounding};
 use crate::error::{Error, Result};
-use crate::plan::{Bounds, F, Fractions, LayerBounds, LayerFractions, LayerRanges, Ranges};
+use crate::plan::{Bounds, F, Fractions, LayerBounds, LayerFractions, LayerRanges, Ranges, reach};
 
 /// Text that calibration reads when the provider gives none: prose, dialogue, numbers, code.
 pub const DEFAULT_TEXT: &str = include_str!("calibration.txt");
@@ -111,7 +111,10 @@ fn layer_bounds(c: &ModelConfig, index: usize, l: &LayerWeights, f: LayerFractio
     // Truncated before and after it is normalised.
     let context = context * SOFTMAX + (shape.q_size() as f64).sqrt() * 3.0 * ULP;
     let (gate, up) = (largest(&l.gate, radius), largest(&l.up, radius));
-    // |silu(g)| <= |g|, so a change is at most sum_i |w_i g_i u_i|: by elements, or by norms.
+    // |f(g)| <= reach(g), which is |g| for all activations but a parabola, where it is at most slope |g| + least; so a change is
+    // at most sum_i |w_i f(g_i) u_i|: by elements, or by norms.
+    let reach = |g: f64| reach(shape.activation, g);
+    let (least, slope) = (reach(0.0), (reach(gate) - reach(0.0)) / gate);
     let (gr, ur) = (row_norm(l.gate.w.view()), row_norm(l.up.w.view()));
     let g_at = |i: usize| gr[i] * radius + bias_at(&l.gate, i) + ULP;
     let u_at = |i: usize| ur[i] * radius + bias_at(&l.up, i) + ULP;
@@ -127,7 +130,7 @@ fn layer_bounds(c: &ModelConfig, index: usize, l: &LayerWeights, f: LayerFractio
     let width = (c.intermediate_size as f64).sqrt();
     let norm_of = |l: &Linear| spectral_bound(l.w.view()) * radius + bias_norm(l) + width * ULP;
     let up_norm = norm_of(&l.up);
-    let by_norms = steepest * norm_of(&l.gate) * up_norm;
+    let by_norms = steepest * (slope * norm_of(&l.gate) + least * width) * up_norm;
     let bias_max =
         |l: &Linear| l.bias.as_ref().map_or(0.0, |b| b.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs()))));
     let down_sum = sums(&|_| 1.0);
@@ -142,7 +145,7 @@ fn layer_bounds(c: &ModelConfig, index: usize, l: &LayerWeights, f: LayerFractio
             + ULP,
         gate,
         up,
-        mlp: sums(&|i| g_at(i) * u_at(i)).min(by_norms) * SLACK + down_sum * ULP + bias_max(&l.down) + ULP,
+        mlp: sums(&|i| reach(g_at(i)) * u_at(i)).min(by_norms) * SLACK + down_sum * ULP + bias_max(&l.down) + ULP,
         mlp_slope: sums(&u_at).min(steepest * width * up_norm) * SLACK,
     }
 }

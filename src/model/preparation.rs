@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use super::prepare::Prepared;
 use super::rounding::Choice;
+use super::variant::Record;
 use super::{Checkpoint, ModelConfig, TextCodec, Weights, calibrate};
 use crate::error::{Error, Result};
-use crate::plan::{self, Plan};
+use crate::plan::{self, Bounds, Plan, Ranges};
 use crate::prf::PreparationSeed;
 
 /// What the provider decides.
@@ -47,6 +48,19 @@ pub fn split_layers(c: &ModelConfig, private_layers: Option<usize>) -> Result<(u
             c.num_layers, c.num_layers
         ))),
     }
+}
+
+/// [`parse_private_layers`] for the model in `dir`: where the option is left out, as many layers as its `trefoil.json` says.
+///
+/// # Errors
+/// As [`parse_private_layers`], and for a `trefoil.json` that is none.
+pub fn private_layers(text: Option<&str>, dir: &Path, c: &ModelConfig) -> Result<Option<usize>> {
+    if text.is_none()
+        && let Some(n) = Record::open(dir)?.and_then(|r| r.private_layers)
+    {
+        return Ok(Some(n));
+    }
+    parse_private_layers(text, c)
 }
 
 /// The option `--private-layers`: a number, `all` (`None`), or half of the layers where it is left out.
@@ -115,18 +129,28 @@ impl Loaded {
         Ok(Loaded { weights, text, context, split: Split { first_private, private_embedding, public_head } })
     }
 
-    /// The plan that weights and calibration give.
+    /// What weights prove and calibration shows of the private layers.
     ///
     /// # Errors
-    /// [`Error::Model`] naming the layer and the quantity that does not fit, or the matrix of which no rounding leaves enough.
-    pub fn plan(&self) -> Result<Plan> {
+    /// [`Error::Model`] naming the matrix of which no rounding leaves enough.
+    pub fn evidence(&self) -> Result<Evidence> {
         let (w, first) = (&self.weights, self.split.first_private);
         w.check()?;
         let choice = Choice::new(w, first, self.split.private_embedding)?;
         let inputs = calibrate::inputs(&w.config, self.context, self.text.clone());
         let ranges = calibrate::ranges(w, first, &inputs);
         let bounds = calibrate::bounds(w, first, &choice.fractions)?;
-        let mut plan = plan::propose(&w.config, first, self.split.private_embedding, &bounds, &ranges)
+        Ok(Evidence { choice, ranges, bounds })
+    }
+
+    /// The plan that weights and calibration give.
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming the layer and the quantity that does not fit, or the matrix of which no rounding leaves enough.
+    pub fn plan(&self) -> Result<Plan> {
+        let Evidence { choice, ranges, bounds } = self.evidence()?;
+        let (c, first) = (&self.weights.config, self.split.first_private);
+        let mut plan = plan::propose(c, first, self.split.private_embedding, &bounds, &ranges)
             .map_err(|misfits| plan::refused(&misfits, |m| choice.explain(m)))?;
         plan.head.public = self.split.public_head;
         Ok(plan)
@@ -142,6 +166,16 @@ impl Loaded {
         let parts = Prepared::owner(&self.weights, &plan, &seed)?;
         Ok(Preparation { plan, seed, parts })
     }
+}
+
+/// On what a plan rests.
+pub struct Evidence {
+    /// Fraction bits of the weights, and why.
+    pub choice: Choice,
+    /// What calibration text showed.
+    pub ranges: Ranges,
+    /// What the rounded weights prove.
+    pub bounds: Bounds,
 }
 
 /// A prepared model, at the Owner.

@@ -28,7 +28,7 @@ pub enum Softmax {
 }
 
 /// What a 2ReLU softmax's denominator is at least: a row without a positive score attends to nothing.
-pub const TWO_RELU_EPS: f64 = 1.0 / 64.0;
+pub const TWO_RELU_EPS: f64 = 0.25;
 
 /// The activation of the MLP's gate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]

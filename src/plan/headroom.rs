@@ -3,7 +3,7 @@
 
 use serde::Serialize;
 
-use super::layer::{AttentionPlan, F, NormPlan, Plan};
+use super::layer::{AttentionPlan, ExpPlan, F, NormPlan, Plan};
 use super::ranges::{Bounds, INPUT_LIMIT, Ranges};
 
 /// One quantity of a layer.
@@ -80,10 +80,10 @@ fn signed(
     }
 }
 
-fn row_max(place: &str, a: &AttentionPlan, seen: (f64, f64)) -> Headroom {
-    let step = (f64::from(a.step_bits) - f64::from(F)).exp2();
+fn row_max(place: &str, a: &AttentionPlan, e: &ExpPlan, seen: (f64, f64)) -> Headroom {
+    let step = (f64::from(e.step_bits) - f64::from(F)).exp2();
     // A maximum is seen a step too low at most.
-    let (low, high) = ((a.base as f64 + 1.0) * step, (a.base as f64 + a.steps as f64) * step);
+    let (low, high) = ((e.base as f64 + 1.0) * step, (e.base as f64 + e.steps as f64) * step);
     let (centre, half) = ((low + high) / 2.0, (high - low) / 2.0);
     let reach = (seen.0 - centre).abs().max((seen.1 - centre).abs());
     Headroom {
@@ -96,7 +96,7 @@ fn row_max(place: &str, a: &AttentionPlan, seen: (f64, f64)) -> Headroom {
         guard_low: Some(low),
         guard: Some(high),
         headroom_bits: Some((half / reach).log2()),
-        windows: vec![a.score_k - a.step_bits],
+        windows: vec![a.score_k - e.step_bits],
     }
 }
 
@@ -124,9 +124,11 @@ pub fn headroom(plan: &Plan, bounds: &Bounds, ranges: &Ranges) -> Vec<Headroom> 
         if let (Some(p), Some(seen)) = (&a.qk_norm, r.qk_sum) {
             out.push(sum(&place, "sum of squares of a query or key", p, seen));
         }
-        let exp = vec![a.score_k - a.exp_lo_bits];
+        let exp = a.exp.iter().map(|e| a.score_k - e.exp_lo_bits).collect();
         out.push(signed(&place, "score", r.score, b.score, (a.score_k, a.score_proven), exp));
-        out.push(row_max(&place, a, r.row_max));
+        if let Some(e) = &a.exp {
+            out.push(row_max(&place, a, e, r.row_max));
+        }
         out.push(sum(&place, "sum of squares before the MLP", &l.post_norm, r.post_sum));
         let window = vec![l.mlp.gate_k - l.mlp.gate_lo_bits];
         out.push(signed(&place, "gate", r.gate, b.gate, (l.mlp.gate_k, l.mlp.gate_proven), window));

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::ModelConfig;
+use crate::model::{Activation, LayerShape, ModelConfig, Softmax};
 
 /// Fraction bits of activations between operations.
 pub const F: u32 = 12;
@@ -90,15 +90,9 @@ pub struct AttentionPlan {
     pub score_proven: u32,
     /// Ring of the scores (F fraction bits); guarded if narrower than `score_proven`.
     pub score_k: u32,
-    /// Thermometer: step, lowest threshold, number of steps.
-    pub step_bits: u32,
-    /// Lowest threshold in steps.
-    pub base: i64,
-    /// Number of steps.
-    pub steps: usize,
-    /// Bits of the low digit of the exponential's window.
-    pub exp_lo_bits: u32,
-    /// Fraction bits of the probabilities before normalisation.
+    /// The exponential and its reference; none where positive parts are taken in their place (2ReLU).
+    pub exp: Option<ExpPlan>,
+    /// Fraction bits of the probabilities before normalisation. Those of the scores whose positive parts they are, if so.
     pub f_prob: u32,
     /// Ring of the probabilities and of the cached values.
     pub prob_k: u32,
@@ -110,6 +104,19 @@ pub struct AttentionPlan {
     pub f_inverse: u32,
     /// Fraction bits of the output projection.
     pub f_o: u32,
+}
+
+/// The exponential of scores less a reference near their largest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExpPlan {
+    /// Thermometer: step, lowest threshold, number of steps.
+    pub step_bits: u32,
+    /// Lowest threshold in steps.
+    pub base: i64,
+    /// Number of steps.
+    pub steps: usize,
+    /// Bits of the low digit of the exponential's window.
+    pub exp_lo_bits: u32,
 }
 
 /// MLP of one layer.
@@ -216,9 +223,23 @@ pub(super) fn softmax_mass(max_positions: usize, step_log: u32) -> f64 {
     max_positions as f64 * (2.0 * f64::from(step_log).exp2()).exp()
 }
 
-/// Row bits of the reciprocal's windows: a row's sum is at least 1, which must be a good row of the second window.
-pub(super) fn total_window(total_bits: u32) -> u32 {
-    (total_bits.saturating_sub(F_PROB) + 12).div_ceil(2).clamp(10, 16)
+/// Row bits of the reciprocal's windows: a row's sum is at least `2^least` units, which must be a good row of the second window.
+pub(super) fn total_window(total_bits: u32, least: u32) -> u32 {
+    (total_bits.saturating_sub(least) + 12).div_ceil(2).clamp(10, 16)
+}
+
+/// Bits of the rings in which the signs of scores are taken, for a 2ReLU softmax.
+pub(super) const RELU_RINGS: [u32; 2] = [16, 20];
+/// Most bits that are dropped of scores for it: 8 fraction bits are left.
+pub(super) const RELU_DROPPED: u32 = 4;
+/// `TWO_RELU_EPS` is `2^-2`: fraction bits less this are those of the least sum.
+pub(super) const RELU_LEAST: u32 = 2;
+/// Most bits between the least and the largest sum of positive parts: the least is at row 16 of the second window at least.
+pub(super) const RELU_RANGE: u32 = 22;
+
+/// Bits of the sum of positive parts of scores in a ring of `ring` bits, with a spare one.
+pub(super) fn relu_total(max_positions: usize, ring: u32) -> u32 {
+    (usize::BITS - max_positions.saturating_sub(1).leading_zeros()) + ring
 }
 
 /// Fraction bits of a softmax's reciprocal: the context's ring is what they leave, and the residual stream's has to fit in it
@@ -240,9 +261,10 @@ pub(super) fn least_table(gate_lo_bits: u32, f_down: u32) -> u32 {
 }
 
 /// Bits of the low digit of the gate's window: rows an eighth wide where that takes at most 2^11 of them, since the error of a
-/// line grows with the square.
-pub(super) fn gate_lo_bits(gate_k: u32) -> u32 {
-    if gate_k <= 20 { 9 } else { gate_k - 11 }
+/// line grows with the square; of a ReLU, whose one row around zero errs with its width, half that.
+pub(super) fn gate_lo_bits(activation: Activation, gate_k: u32) -> u32 {
+    let wide = if gate_k <= 20 { 9 } else { gate_k - 11 };
+    wide - u32::from(activation == Activation::Relu)
 }
 
 /// Radix of the tournament.
@@ -286,51 +308,70 @@ impl NormPlan {
 }
 
 impl AttentionPlan {
-    fn check(&self, c: &ModelConfig, plan: &Plan, f_gain: u32) -> Result<(), Fault> {
+    fn check(&self, c: &ModelConfig, shape: LayerShape, plan: &Plan, f_gain: u32) -> Result<(), Fault> {
         weights(self.f_qkv, "the fraction of q, k and v")?;
         self.f_qk_gain.iter().try_for_each(|&f| weights(f, "the fraction of the queries' and keys' gains"))?;
         weights(self.f_o, "the output projection's fraction")?;
-        within(self.score_k, 17, 26, "the scores' ring")?;
+        within(self.score_k, 16, 26, "the scores' ring")?;
         within(self.score_proven, self.score_k, SCORE_PROVEN, "the scores' proven ring")?;
-        within(self.step_bits, F, F + 3, "the thermometer's step")?;
-        within(self.base, -(1i64 << 16), 1i64 << 16, "the thermometer's base")?;
-        within(u32::try_from(self.steps).unwrap_or(u32::MAX), 2, 62, "the thermometer's steps")?;
-        let step_log = self.step_bits - F;
-        let step = f64::from(step_log).exp2();
-        let top = (self.base + self.steps as i64) as f64 * step;
-        if f64::from(self.score_k - F).exp2() / 2.0 < score_room(self.score_k, top, step) {
-            return Err("the thermometer's highest threshold");
+        equal(self.exp.is_some(), shape.softmax == Softmax::Exact, "the kind of softmax")?;
+        match &self.exp {
+            Some(exp) => self.check_exp(exp, plan.max_positions)?,
+            None => self.check_relu(plan.max_positions)?,
         }
-        equal(self.exp_lo_bits, exp_lo_bits(self.score_k), "the exponential's window")?;
-        equal(self.f_prob, F_PROB, "the probabilities' fraction")?;
-        // Compared as numbers, not as logarithms rounded up: parties may differ in the last bit of an exponential.
-        within(self.total_bits, F_PROB + 1, 62, "the reciprocal's range")?;
-        let (mass, carried) =
-            (softmax_mass(plan.max_positions, step_log), f64::from(self.total_bits - F_PROB - 1).exp2());
-        if carried < 0.999_999 * mass || carried > 2.000_001 * mass {
-            return Err("the reciprocal's range");
-        }
-        equal(self.total_window, total_window(self.total_bits), "the reciprocal's window")?;
-        // Values are bounded by no less than 1 in the sum that they are weighted to.
-        within(self.prob_k, self.total_bits + F + 1, 64 - F_EXP + F_PROB, "the probabilities' ring")?;
         equal(self.f_inverse, f_inverse(plan.residual_k, self.f_o), "the reciprocal's fraction")?;
-        let least = least_inverse(self.total_bits - F_PROB - 1, self.f_o);
+        let least = least_inverse(self.total_bits - self.f_prob - 1, self.f_o);
         within(self.f_inverse, least, 26, "the output projection's fraction")?;
         equal(self.qk_norm.is_some(), c.qk_norm, "the norm of queries and keys")?;
         equal(self.f_qk_gain.is_some(), c.qk_norm, "the fraction of the queries' and keys' gains")?;
         let ring = 64 - i64::from(f_gain) - i64::from(self.f_qkv);
         self.qk_norm.iter().try_for_each(|n| n.check(c.head_dim, ring, 14))
     }
+
+    fn check_exp(&self, exp: &ExpPlan, max_positions: usize) -> Result<(), Fault> {
+        within(self.score_k, 17, 26, "the scores' ring")?;
+        within(exp.step_bits, F, F + 3, "the thermometer's step")?;
+        within(exp.base, -(1i64 << 16), 1i64 << 16, "the thermometer's base")?;
+        within(u32::try_from(exp.steps).unwrap_or(u32::MAX), 2, 62, "the thermometer's steps")?;
+        let step_log = exp.step_bits - F;
+        let step = f64::from(step_log).exp2();
+        let top = (exp.base + exp.steps as i64) as f64 * step;
+        if f64::from(self.score_k - F).exp2() / 2.0 < score_room(self.score_k, top, step) {
+            return Err("the thermometer's highest threshold");
+        }
+        equal(exp.exp_lo_bits, exp_lo_bits(self.score_k), "the exponential's window")?;
+        equal(self.f_prob, F_PROB, "the probabilities' fraction")?;
+        // Compared as numbers, not as logarithms rounded up: parties may differ in the last bit of an exponential.
+        within(self.total_bits, F_PROB + 1, 62, "the reciprocal's range")?;
+        let (mass, carried) = (softmax_mass(max_positions, step_log), f64::from(self.total_bits - F_PROB - 1).exp2());
+        if carried < 0.999_999 * mass || carried > 2.000_001 * mass {
+            return Err("the reciprocal's range");
+        }
+        equal(self.total_window, total_window(self.total_bits, F_PROB), "the reciprocal's window")?;
+        // Values are bounded by no less than 1 in the sum that they are weighted to.
+        within(self.prob_k, self.total_bits + F + 1, 64 - F_EXP + F_PROB, "the probabilities' ring")
+    }
+
+    fn check_relu(&self, max_positions: usize) -> Result<(), Fault> {
+        within(self.f_prob, F - RELU_DROPPED, F, "the fraction of positive parts")?;
+        let ring = self.score_k - (F - self.f_prob);
+        within(i64::from(RELU_RINGS.contains(&ring)), 1, 1, "the ring of positive parts")?;
+        equal(self.total_bits, relu_total(max_positions, ring), "the reciprocal's range")?;
+        let least = self.f_prob - RELU_LEAST;
+        within(self.total_bits, 0, least + RELU_RANGE, "the reciprocal's range")?;
+        equal(self.total_window, total_window(self.total_bits, least), "the reciprocal's window")?;
+        within(self.prob_k, self.total_bits + F + 1, 64, "the probabilities' ring")
+    }
 }
 
 impl MlpPlan {
-    fn check(&self, residual_k: u32, f_gain: u32) -> Result<(), Fault> {
+    fn check(&self, activation: Activation, residual_k: u32, f_gain: u32) -> Result<(), Fault> {
         weights(self.f_gate_up, "the fraction of gate and up")?;
         weights(self.f_down, "the down projection's fraction")?;
         within(self.gate_k, 16, 21, "the gate's ring")?;
         let ring = 64 - i64::from(f_gain) - i64::from(self.f_gate_up);
         within(self.gate_proven, self.gate_k, ring, "the gate's proven ring")?;
-        equal(self.gate_lo_bits, gate_lo_bits(self.gate_k), "the gate's window")?;
+        equal(self.gate_lo_bits, gate_lo_bits(activation, self.gate_k), "the gate's window")?;
         let most = 64 - i64::from(self.f_down) - i64::from(residual_k);
         within(self.f_table, least_table(self.gate_lo_bits, self.f_down), most.min(20), "the activation's fraction")
     }
@@ -351,11 +392,12 @@ impl Plan {
         }
         within(self.residual_k, 28, 40, "the residual stream's ring")?;
         let (n, ring) = (c.hidden_size, i64::from(self.residual_k));
-        for l in &self.layers {
+        for (i, l) in self.layers.iter().enumerate() {
+            let shape = c.layer(self.first_private + i);
             l.input_norm.check(n, ring, 16)?;
-            l.attention.check(c, self, l.input_norm.f_gain)?;
+            l.attention.check(c, shape, self, l.input_norm.f_gain)?;
             l.post_norm.check(n, ring, 16)?;
-            l.mlp.check(self.residual_k, l.post_norm.f_gain)?;
+            l.mlp.check(shape.activation, self.residual_k, l.post_norm.f_gain)?;
         }
         let h = &self.head;
         h.norm.check(n, ring, 16)?;

@@ -76,7 +76,7 @@ fn norm_table(p: &NormPlan) -> u64 {
 }
 
 fn attention_tables(p: &AttentionPlan) -> u64 {
-    let exp = (16u64 << (p.score_k - p.exp_lo_bits)) + (4 << p.exp_lo_bits);
+    let exp = p.exp.map_or(0, |e| (16u64 << (p.score_k - e.exp_lo_bits)) + (4 << e.exp_lo_bits));
     exp + windows(p.total_bits, p.total_window) + p.qk_norm.as_ref().map_or(0, norm_table)
 }
 
@@ -130,11 +130,14 @@ fn layer(c: &ModelConfig, shape: LayerShape, l: &LayerPlan, first: usize, tokens
     let kv = shape.kv_size() as u64;
     let scores = shape.num_heads as u64 * visible(first, tokens);
     let a = &l.attention;
-    let columns = a.steps as u64 + 1;
     // Query bytes of a lookup per element.
     let query = |bits: u32| (1u64 << bits) / 8;
-    let exp_rows = query(a.score_k - a.exp_lo_bits);
-    let codes = scores * (query(a.score_k - a.step_bits) + 8 * 3 * columns);
+    let (exp_rows, code_rows, columns) = match &a.exp {
+        Some(e) => (query(a.score_k - e.exp_lo_bits), query(a.score_k - e.step_bits), e.steps as u64 + 1),
+        // Signs: five chunks with a word each, and a lookup of at most 216 rows.
+        None => (query(5), 5 * query(4), 5),
+    };
+    let codes = scores * (code_rows + 8 * 3 * columns);
     let gate = t * m * (query(l.mlp.gate_k - l.mlp.gate_lo_bits) + 8 * 5);
     let exp = scores * (exp_rows + 8 * 8);
     let norm = t * (2 * query(l.post_norm.window.max(l.input_norm.window)) + 8 * 4 * h);
@@ -146,7 +149,7 @@ fn layer(c: &ModelConfig, shape: LayerShape, l: &LayerPlan, first: usize, tokens
         + t * m * (9 + guard(l.mlp.gate_proven, l.mlp.gate_k));
     // What lives beside it: hidden states, projections and gated values of the layer.
     let beside = 8 * t * (2 * m + 3 * h + 2 * q) * 10 / VECTORS;
-    let value = (scores * query(a.score_k - a.step_bits).max(8 * 2 * columns + 8 * 10)).max(t * m * 8 * 20);
+    let value = (scores * code_rows.max(8 * 2 * columns + 8 * 10)).max(t * m * 8 * 20);
     Layer { value, largest: codes.max(gate).max(exp).max(norm) + beside, held: 8 * words }
 }
 
@@ -160,8 +163,10 @@ fn ahead_bytes(c: &ModelConfig, plan: &Plan, first: usize, tokens: usize) -> u64
         let scores = shape.num_heads as u64 * visible(first, tokens);
         let a = &l.attention;
         let counter = u64::from(usize::BITS - c.max_positions.leading_zeros());
-        let per_score =
-            u64::from(a.score_proven + 8) + 40 + (a.steps as u64 + 1) * counter + 3 * u64::from(a.prob_k + 13);
+        let per_score = u64::from(a.score_proven + 8)
+            + 40
+            + a.exp.map_or(24, |e| (e.steps as u64 + 1) * counter)
+            + 3 * u64::from(a.prob_k + 13);
         let linear = 2 * (q + 2 * kv + h + 2 * m + h) * 48;
         let rest = 2 * h * 64 + 2 * (q + 2 * kv) * 24 + 3 * q * 64 + m * (128 + 24 + 64 + 64);
         (t * (linear + rest) + scores * per_score) / 8

@@ -9,8 +9,9 @@ mod ranges;
 mod tests;
 pub mod work;
 
-pub use layer::{AttentionPlan, Fractions, HeadPlan, LayerFractions, LayerPlan, MlpPlan, NormPlan, Plan};
+pub use layer::{AttentionPlan, ExpPlan, Fractions, HeadPlan, LayerFractions, LayerPlan, MlpPlan, NormPlan, Plan};
 pub use layer::{F, F_EXP, F_EXP_HI, F_EXP_LO, F_ROPE, FW_LEAST, FW_MOST};
+pub(crate) use ranges::reach;
 pub use ranges::{
     Bounds, INPUT_LIMIT, LayerBounds, LayerRanges, MAX_TEMPERATURE, Misfit, Ranges, plan, propose, refused,
 };

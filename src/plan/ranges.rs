@@ -12,12 +12,13 @@ use std::fmt;
 use serde::Serialize;
 
 use super::layer::{
-    AttentionPlan, F, F_EXP, F_PROB, F_ROPE, FW_LEAST, HeadPlan, LayerFractions, LayerPlan, MlpPlan, NormPlan, Plan,
-    SCORE_PROVEN, exp_lo_bits, f_inverse, gate_lo_bits, least_gain, least_inverse, least_table, log2_ceil, radix,
-    score_room, softmax_mass, total_window, widest_square,
+    AttentionPlan, ExpPlan, F, F_EXP, F_PROB, F_ROPE, FW_LEAST, HeadPlan, LayerFractions, LayerPlan, MlpPlan, NormPlan,
+    Plan, RELU_DROPPED, RELU_LEAST, RELU_RANGE, RELU_RINGS, SCORE_PROVEN, exp_lo_bits, f_inverse, gate_lo_bits,
+    least_gain, least_inverse, least_table, log2_ceil, radix, relu_total, score_room, softmax_mass, total_window,
+    widest_square,
 };
 use crate::error::{Error, Result};
-use crate::model::config::ModelConfig;
+use crate::model::config::{Activation, LayerShape, ModelConfig, Softmax};
 use crate::protocol::gumbel;
 
 /// Bounds of one layer that hold for every input.
@@ -245,8 +246,9 @@ pub fn propose(
     // One ring for the residual stream, with the bit that a lift needs. The wider it is, the less precise are a softmax's
     // reciprocal and the activation, and so the further it may move.
     let mut residual_k = 28;
+    let shapes: Vec<LayerShape> = (0..bounds.layers.len()).map(|i| config.layer(first_private + i)).collect();
     let at_norm = loop {
-        let at_norm = residual(bounds, ranges, input, context, residual_k);
+        let at_norm = residual(&shapes, bounds, ranges, input, context, residual_k);
         let needed = at_norm.iter().fold(residual_k, |k, &h| ring_for(h, F).saturating_add(1).max(k));
         if needed > 40 {
             for (i, &h) in at_norm.iter().enumerate().filter(|(_, h)| ring_for(**h, F) >= 40) {
@@ -264,16 +266,17 @@ pub fn propose(
     };
     let mut layers: Vec<LayerPlan> = Vec::new();
     for (i, (b, r)) in bounds.layers.iter().zip(&ranges.layers).enumerate() {
+        let shape = shapes[i];
         let who = named(format!("layer {}", first_private + i));
         // A query is rotated before it is lifted: F_ROPE more fraction bits, and a factor of sqrt 2. With norms of their
         // own, queries and keys are rotated behind those.
         let rotated = b.qk * f64::from(F_ROPE).exp2() * std::f64::consts::SQRT_2;
         let qkv = Linear { f: b.f.qkv, output: if r.qk_sum.is_some() { b.qk_raw } else { rotated }.max(b.v) };
         let input_norm = who.norm(n, at_norm[2 * i], r.input_sum, &qkv, residual_k);
-        let attention = attention(&who, config, b, r, (context, residual_k, input_norm.f_gain));
+        let attention = attention(&who, (config, shape), b, r, (context, residual_k, input_norm.f_gain));
         let gate_up = Linear { f: b.f.gate_up, output: b.gate.max(b.up) };
         let post_norm = who.norm(n, at_norm[2 * i + 1], r.post_sum, &gate_up, residual_k);
-        let mlp = mlp(&who, b, r, residual_k);
+        let mlp = mlp(&who, shape.activation, b, r, residual_k);
         layers.push(LayerPlan { input_norm, attention, post_norm, mlp });
     }
     let who = named("the head".into());
@@ -309,18 +312,29 @@ fn proven_by_guard(sum: (f64, f64)) -> f64 {
 }
 
 /// |h| at every norm: what the guards of the norm before prove, plus the largest change since.
-fn residual(bounds: &Bounds, ranges: &Ranges, input: f64, context: usize, residual_k: u32) -> Vec<f64> {
+fn residual(
+    shapes: &[LayerShape],
+    bounds: &Bounds,
+    ranges: &Ranges,
+    input: f64,
+    context: usize,
+    residual_k: u32,
+) -> Vec<f64> {
     let mut h = input;
     let mut at_norm = Vec::new();
-    for (b, r) in bounds.layers.iter().zip(&ranges.layers) {
+    for (shape, (b, r)) in shapes.iter().zip(bounds.layers.iter().zip(&ranges.layers)) {
         at_norm.push(h);
         // The reciprocal's constant is rounded to f_inverse bits; relative to the reciprocal that is the softmax's sum.
-        let mass = softmax_mass(context, Steps::new(b, r).log);
+        let mass = match shape.softmax {
+            Softmax::Exact => softmax_mass(context, Steps::new(b, r).log),
+            Softmax::TwoRelu => PositiveParts::new(r, context).mass(),
+        };
         let rounding = mass * (-1.0 - f64::from(f_inverse(residual_k, b.f.o))).exp2();
         h = h.min(proven_by_guard(r.input_sum)) + b.attention * (1.0 + rounding);
         at_norm.push(h);
-        let f_table = f_table(b, r, residual_k).unwrap_or(10);
-        h = h.min(proven_by_guard(r.post_sum)) + b.mlp + b.mlp_slope * silu_error(gate_window(b, r).1, f_table);
+        let f_table = f_table(shape.activation, b, r, residual_k).unwrap_or(10);
+        let error = table_error(shape.activation, gate_window(shape.activation, b, r).1, f_table);
+        h = h.min(proven_by_guard(r.post_sum)) + b.mlp + b.mlp_slope * error;
     }
     at_norm.push(h);
     at_norm
@@ -346,9 +360,35 @@ impl Steps {
     }
 }
 
+/// Scores as a 2ReLU softmax takes them: the fewest bits dropped with which their range fits a ring whose signs can be taken.
+struct PositiveParts {
+    /// Bits of the scores' ring before some are dropped.
+    score_k: u32,
+    ring: u32,
+    total_bits: u32,
+}
+
+impl PositiveParts {
+    fn new(r: &LayerRanges, context: usize) -> PositiveParts {
+        let needed = ring_for(r.score * MARGIN + 4.0, F).clamp(RELU_RINGS[0], RELU_RINGS[1] + RELU_DROPPED);
+        let ring = if needed <= RELU_RINGS[0] + RELU_DROPPED { RELU_RINGS[0] } else { RELU_RINGS[1] };
+        PositiveParts { score_k: needed.max(ring), ring, total_bits: relu_total(context, ring) }
+    }
+
+    /// Their fraction bits.
+    fn f(&self) -> u32 {
+        F - (self.score_k - self.ring)
+    }
+
+    /// The largest sum.
+    fn mass(&self) -> f64 {
+        (f64::from(self.total_bits) - 1.0 - f64::from(self.f())).exp2()
+    }
+}
+
 fn attention(
     who: &Who<'_>,
-    config: &ModelConfig,
+    (config, shape): (&ModelConfig, LayerShape),
     b: &LayerBounds,
     r: &LayerRanges,
     (context, residual_k, f_gain): (usize, u32, u32),
@@ -372,6 +412,67 @@ fn attention(
     let (f_before, f_weight) = qk_norm.as_ref().map_or((f_gain, b.f.qkv), |n| (n.f_gain, b.f.qk_gain));
     let limit = (62.0 - f64::from(f_before + F + f_weight + F_ROPE)).exp2() / std::f64::consts::SQRT_2;
     who.fits(&needing("a query or key", f_weight), b.qk, limit);
+    let chosen = match shape.softmax {
+        Softmax::Exact => exponentials(who, b, r, context, score_proven),
+        Softmax::TwoRelu => positive_parts(who, b, r, context),
+    };
+    let f_inverse = f_inverse(residual_k, b.f.o);
+    let least = least_inverse(chosen.mass_bits, b.f.o);
+    let together = "the residual stream, the output projection's fraction and that of a softmax's reciprocal (bits)";
+    who.fits(&needing(together, b.f.o), f64::from(residual_k + b.f.o + least), 64.5);
+    AttentionPlan {
+        f_qkv: b.f.qkv,
+        f_qk_gain: qk_norm.is_some().then_some(b.f.qk_gain),
+        qk_norm,
+        score_proven: score_proven.max(chosen.score_k),
+        score_k: chosen.score_k,
+        exp: chosen.exp,
+        f_prob: chosen.f_prob,
+        prob_k: chosen.prob_k,
+        total_bits: chosen.total_bits,
+        total_window: chosen.total_window,
+        f_inverse,
+        f_o: b.f.o,
+    }
+}
+
+/// What the kind of softmax decides.
+struct Weighing {
+    score_k: u32,
+    exp: Option<ExpPlan>,
+    f_prob: u32,
+    prob_k: u32,
+    total_bits: u32,
+    total_window: u32,
+    /// Of the largest sum, fraction bits not counted.
+    mass_bits: u32,
+}
+
+fn positive_parts(who: &Who<'_>, b: &LayerBounds, r: &LayerRanges, context: usize) -> Weighing {
+    let p = PositiveParts::new(r, context);
+    let limit = f64::from(p.score_k - F - 1).exp2();
+    who.fits("a score", b.score.min(r.score * MARGIN), limit);
+    let (f_prob, least) = (p.f(), p.f() - RELU_LEAST);
+    who.fits(
+        "a sum of positive scores (bits above the least)",
+        f64::from(p.total_bits - least),
+        f64::from(RELU_RANGE) + 0.5,
+    );
+    // Weighted, a sign and the bit of a lift.
+    let prob_k = p.total_bits + F + log2_ceil(b.v + 1.0) + 2;
+    who.fits("a weighted sum of values (bits)", f64::from(prob_k), 64.5);
+    Weighing {
+        score_k: p.score_k,
+        exp: None,
+        f_prob,
+        prob_k,
+        total_bits: p.total_bits,
+        total_window: total_window(p.total_bits, least),
+        mass_bits: p.total_bits - 1 - f_prob,
+    }
+}
+
+fn exponentials(who: &Who<'_>, b: &LayerBounds, r: &LayerRanges, context: usize, score_proven: u32) -> Weighing {
     let mut score_k = ring_for(r.score * MARGIN + 4.0, F).clamp(17, 24).min(score_proven);
     let Steps { log: step_log, base, count: steps } = Steps::new(b, r);
     let step = f64::from(step_log).exp2();
@@ -389,34 +490,21 @@ fn attention(
     let prob_k = log2_ceil(mass * (b.v + 1.0)) + f_prob + F + 3;
     who.fits("a weighted sum of values (bits)", f64::from(prob_k), f64::from(64 - F_EXP + f_prob) + 0.5);
     let total_bits = log2_ceil(mass) + f_prob + 1;
-    let total_window = total_window(total_bits);
-    let f_inverse = f_inverse(residual_k, b.f.o);
-    let least = least_inverse(log2_ceil(mass), b.f.o);
-    let together = "the residual stream, the output projection's fraction and that of a softmax's reciprocal (bits)";
-    who.fits(&needing(together, b.f.o), f64::from(residual_k + b.f.o + least), 64.5);
-    AttentionPlan {
-        f_qkv: b.f.qkv,
-        f_qk_gain: qk_norm.is_some().then_some(b.f.qk_gain),
-        qk_norm,
-        score_proven: score_proven.max(score_k),
+    Weighing {
         score_k,
-        step_bits: F + step_log,
-        base,
-        steps,
-        exp_lo_bits,
+        exp: Some(ExpPlan { step_bits: F + step_log, base, steps, exp_lo_bits }),
         f_prob,
         prob_k,
         total_bits,
-        total_window,
-        f_inverse,
-        f_o: b.f.o,
+        total_window: total_window(total_bits, f_prob),
+        mass_bits: log2_ceil(mass),
     }
 }
 
 /// The gate's window and the bits of its low digit.
-fn gate_window(b: &LayerBounds, r: &LayerRanges) -> (u32, u32) {
+fn gate_window(activation: Activation, b: &LayerBounds, r: &LayerRanges) -> (u32, u32) {
     let gate_k = ring_for(r.gate * MARGIN + 2.0, F).clamp(16, 21).min(gate_proven(b));
-    (gate_k, gate_lo_bits(gate_k))
+    (gate_k, gate_lo_bits(activation, gate_k))
 }
 
 fn gate_proven(b: &LayerBounds) -> u32 {
@@ -426,32 +514,53 @@ fn gate_proven(b: &LayerBounds) -> u32 {
 
 /// How far the activation's table may be off, its slope of `f_table` bits taken up to `2^(lo_bits + 1)` times: measured by
 /// the tests of `approx/signed.rs` before the rounding.
-fn silu_error(gate_lo_bits: u32, f_table: u32) -> f64 {
-    SILU_ERROR + (f64::from(gate_lo_bits) - f64::from(f_table)).exp2()
+fn table_error(activation: Activation, gate_lo_bits: u32, f_table: u32) -> f64 {
+    let lines = match activation {
+        Activation::Silu => SILU_ERROR,
+        Activation::Relu => RELU_ERROR,
+        Activation::Quad => QUAD_ERROR,
+    };
+    lines + (f64::from(gate_lo_bits) - f64::from(f_table)).exp2()
 }
 
 /// The largest error of the activation's lines in any window of the plan.
 const SILU_ERROR: f64 = 0.008;
+/// Of a ReLU's: an eighth of the row around zero, twice as wide for the carry.
+const RELU_ERROR: f64 = 0.033;
+/// Of a parabola's.
+const QUAD_ERROR: f64 = 0.0045;
+
+/// The largest absolute value of an activation for gates up to `gate`.
+pub(crate) fn reach(activation: Activation, gate: f64) -> f64 {
+    match activation {
+        Activation::Silu | Activation::Relu => gate,
+        Activation::Quad => (gate / 8.0 + 0.25) * gate + 0.5,
+    }
+}
 
 /// Fraction bits of the activation's table: both the product with `up` (in ring 64) and the down projection's output (less its
 /// weights' fraction bits after its truncation) must fit.
-fn f_table(b: &LayerBounds, r: &LayerRanges, residual_k: u32) -> Option<u32> {
-    // The activation may be off by one at most, see `silu_error`.
-    let product = ring_for((b.gate + 1.1) * b.up, F);
+fn f_table(activation: Activation, b: &LayerBounds, r: &LayerRanges, residual_k: u32) -> Option<u32> {
+    // The activation may be off by one at most, see `table_error`.
+    let product = ring_for((reach(activation, b.gate) + 1.1) * b.up, F);
     let f = 64u32.saturating_sub(product.max(b.f.down + residual_k)).min(20);
-    (f >= least_table(gate_window(b, r).1, b.f.down)).then_some(f)
+    (f >= least_table(gate_window(activation, b, r).1, b.f.down)).then_some(f)
 }
 
-fn mlp(who: &Who<'_>, b: &LayerBounds, r: &LayerRanges, residual_k: u32) -> MlpPlan {
-    let (gate_k, gate_lo_bits) = gate_window(b, r);
-    let f_table = f_table(b, r, residual_k).unwrap_or_else(|| {
+fn mlp(who: &Who<'_>, activation: Activation, b: &LayerBounds, r: &LayerRanges, residual_k: u32) -> MlpPlan {
+    let (gate_k, gate_lo_bits) = gate_window(activation, b, r);
+    let f_table = f_table(activation, b, r, residual_k).unwrap_or_else(|| {
         let least = least_table(gate_lo_bits, b.f.down);
         let bits = residual_k + b.f.down + least;
         if bits > 64 {
             let together = "the residual stream, the down projection's fraction and the activation's (bits)";
             who.refuse(&needing(together, b.f.down), f64::from(bits), 64.0);
         } else {
-            who.refuse(&needing("gate times up", b.f.down), b.gate * b.up, f64::from(64 - least - F).exp2());
+            who.refuse(
+                &needing("gate times up", b.f.down),
+                reach(activation, b.gate) * b.up,
+                f64::from(64 - least - F).exp2(),
+            );
         }
         10
     });

@@ -5,10 +5,29 @@ use proptest::strategy::ValueTree;
 use serde_json::Value;
 
 use super::*;
-use crate::model::{Arch, ModelConfig};
+use crate::model::{Activation, Arch, ModelConfig, Softmax, Variant};
 
-fn config(hidden_size: usize, qk_norm: bool, max_positions: usize, vocab_size: usize) -> ModelConfig {
+fn variant(hidden_size: usize, layers: usize) -> impl Strategy<Value = Option<Variant>> {
+    let softmax = prop_oneof![Just(Softmax::Exact), Just(Softmax::TwoRelu)];
+    let activation = prop_oneof![Just(Activation::Silu), Just(Activation::Relu), Just(Activation::Quad)];
+    let merged =
+        (0..layers, 1usize..=2, softmax, activation).prop_map(move |(from_layer, merged, softmax, activation)| {
+            let (num_attention_heads, num_key_value_heads) = (4 / merged, 2 / merged);
+            let head_dim = hidden_size / 4 * merged;
+            Variant { from_layer, num_attention_heads, num_key_value_heads, head_dim, softmax, activation }
+        });
+    proptest::option::of(merged)
+}
+
+fn config(
+    hidden_size: usize,
+    qk_norm: bool,
+    max_positions: usize,
+    vocab_size: usize,
+    variant: Option<Variant>,
+) -> ModelConfig {
     ModelConfig {
+        variant,
         arch: if qk_norm { Arch::Qwen3 } else { Arch::Llama },
         num_kv_heads: 2,
         tie_word_embeddings: true,
@@ -58,19 +77,29 @@ prop_compose! {
 }
 
 fn made() -> impl Strategy<Value = (ModelConfig, Option<Plan>)> {
-    (3u32..13, any::<bool>(), 1usize..200_000, 5usize..200_000).prop_flat_map(|(hidden, qk_norm, positions, vocab)| {
-        let c = config(1 << hidden, qk_norm, positions, vocab);
-        let layer = (layer_bounds(), layer_ranges(qk_norm));
-        (proptest::collection::vec(layer, 3), size(0.0, 12.0), size(-4.0, 8.0), any::<bool>(), 0..=3usize, fraction())
-            .prop_map(move |(layers, logit, embedding, private, first, f_head)| {
-                let private = private && first == 0;
-                let (b, r): (Vec<_>, Vec<_>) = layers.into_iter().skip(first).unzip();
-                let last = (r.last().map_or(1.0, |r| r.post_sum.0), r.last().map_or(64.0, |r| r.post_sum.1));
-                let bounds = Bounds { layers: b, f_head, logit, embedding };
-                let ranges = Ranges { layers: r, final_sum: last, logit };
-                (c.clone(), plan(&c, first, private, &bounds, &ranges).ok())
-            })
-    })
+    let sizes = (3u32..13).prop_flat_map(|hidden| (Just(1usize << hidden), variant(1 << hidden, 3)));
+    (sizes, any::<bool>(), 1usize..200_000, 5usize..200_000).prop_flat_map(
+        |((hidden, v), qk_norm, positions, vocab)| {
+            let c = config(hidden, qk_norm, positions, vocab, v);
+            let layer = (layer_bounds(), layer_ranges(qk_norm));
+            (
+                proptest::collection::vec(layer, 3),
+                size(0.0, 12.0),
+                size(-4.0, 8.0),
+                any::<bool>(),
+                0..=3usize,
+                fraction(),
+            )
+                .prop_map(move |(layers, logit, embedding, private, first, f_head)| {
+                    let private = private && first == 0;
+                    let (b, r): (Vec<_>, Vec<_>) = layers.into_iter().skip(first).unzip();
+                    let last = (r.last().map_or(1.0, |r| r.post_sum.0), r.last().map_or(64.0, |r| r.post_sum.1));
+                    let bounds = Bounds { layers: b, f_head, logit, embedding };
+                    let ranges = Ranges { layers: r, final_sum: last, logit };
+                    (c.clone(), plan(&c, first, private, &bounds, &ranges).ok())
+                })
+        },
+    )
 }
 
 /// Paths of all numbers of a plan.
@@ -112,7 +141,9 @@ fn fits(p: &Plan) -> bool {
             && a.score_proven >= a.score_k
             && a.qk_norm.as_ref().is_none_or(|n| n.k + n.coarse.unwrap_or(0) <= qkv)
             && [&l.input_norm, &l.post_norm].iter().all(|n| n.k + n.coarse.unwrap_or(0) <= p.residual_k)
-            && a.exp_lo_bits < a.score_k
+            && a.exp.is_none_or(|e| e.exp_lo_bits < a.score_k)
+            && (a.exp.is_some() || [16, 20].contains(&(a.score_k + a.f_prob - F)))
+            && a.prob_k <= 64
             && a.total_bits < a.prob_k
     }) && p.weight_fractions().all(|f| (FW_LEAST..=FW_MOST).contains(&f))
         && linear_ring(p) >= p.head.logit_k
@@ -168,7 +199,7 @@ proptest! {
 fn relations_that_do_not_hold_are_refused_by_name() {
     let mut runner = proptest::test_runner::TestRunner::deterministic();
     let (c, p) = std::iter::repeat_with(|| made().new_tree(&mut runner).unwrap().current())
-        .find_map(|(c, p)| p.filter(|p| p.layers.len() == 3 && c.qk_norm).map(|p| (c, p)))
+        .find_map(|(c, p)| p.filter(|p| p.layers.len() == 3 && c.qk_norm && c.variant.is_none()).map(|p| (c, p)))
         .unwrap();
     assert_eq!(p.check(&c), Ok(()));
     let refused = |edit: &dyn Fn(&mut Plan), what: &str| {
@@ -184,9 +215,11 @@ fn relations_that_do_not_hold_are_refused_by_name() {
     refused(&|p| p.layers[2].input_norm.coarse = Some(u32::MAX), "norm");
     refused(&|p| p.layers[2].attention.qk_norm.as_mut().unwrap().k = 64, "norm's ring");
     refused(&|p| p.layers[2].attention.qk_norm = None, "queries and keys");
-    refused(&|p| p.layers[0].attention.step_bits = u32::MAX, "step");
-    refused(&|p| p.layers[0].attention.base = i64::MAX, "base");
-    refused(&|p| p.layers[0].attention.base = 1 << 15, "threshold");
+    let exp = |p: &mut Plan, edit: &dyn Fn(&mut ExpPlan)| edit(p.layers[0].attention.exp.as_mut().unwrap());
+    refused(&|p| exp(p, &|e| e.step_bits = u32::MAX), "step");
+    refused(&|p| exp(p, &|e| e.base = i64::MAX), "base");
+    refused(&|p| exp(p, &|e| e.base = 1 << 15), "threshold");
+    refused(&|p| p.layers[0].attention.exp = None, "kind of softmax");
     refused(&|p| p.layers[0].attention.score_proven = 64, "proven");
     refused(&|p| p.layers[0].attention.total_bits += 1, "reciprocal");
     refused(&|p| p.head.logit_k = 24, "logits");

@@ -69,37 +69,59 @@ fn lifts_queries(l: &LayerPlan) -> bool {
     left < product_ring(a)
 }
 
-fn softmax(layers: &[LayerPlan]) -> [Choice; 3] {
-    let plans = || layers.iter().map(|l| &l.attention);
+fn softmax(layers: &[LayerPlan]) -> Vec<Choice> {
+    let plans = || layers.iter().filter_map(|l| Some((&l.attention, l.attention.exp?)));
     let lifted = layers.iter().filter(|l| lifts_queries(l)).count();
-    [
-        Choice {
-            function: "softmax: reference",
+    let exponentials = || {
+        [
+            Choice {
+                function: "softmax: reference",
+                chosen: format!(
+                    "thermometer of {} thresholds, 2^{} apart",
+                    span(plans().map(|(_, e)| e.steps as u32)),
+                    span(plans().map(|(_, e)| e.step_bits - F))
+                ),
+                why: "4 messages whatever the number of positions; a tournament takes 8 per level".into(),
+            },
+            Choice {
+                function: "softmax: exponential",
+                chosen: format!(
+                    "table of 2^{} rows and factors of the Owner, ring of {} bits",
+                    span(plans().map(|(a, e)| a.score_k - e.exp_lo_bits)),
+                    span(plans().map(|(a, _)| a.score_k))
+                ),
+                why: format!(
+                    "2 messages; rows 2^{} wide, since the factors carry what lies between them: more rows would only add bytes",
+                    span(plans().map(|(_, e)| e.exp_lo_bits - F))
+                ),
+            },
+        ]
+    };
+    let positive = layers.iter().filter(|l| l.attention.exp.is_none());
+    let parts = positive.clone().map(|l| l.attention.score_k - (F - l.attention.f_prob));
+    let mut all = Vec::new();
+    if plans().next().is_some() {
+        all.extend(exponentials());
+    }
+    if positive.clone().next().is_some() {
+        all.push(Choice {
+            function: "softmax: 2ReLU",
             chosen: format!(
-                "thermometer of {} thresholds, 2^{} apart",
-                span(plans().map(|a| a.steps as u32)),
-                span(plans().map(|a| a.step_bits - F))
+                "positive parts of scores in a ring of {} bits, in {} layers",
+                span(parts),
+                positive.count()
             ),
-            why: "4 messages whatever the number of positions; a tournament takes 8 per level".into(),
-        },
-        Choice {
-            function: "softmax: exponential",
-            chosen: format!(
-                "table of 2^{} rows and factors of the Owner, ring of {} bits",
-                span(plans().map(|a| a.score_k - a.exp_lo_bits)),
-                span(plans().map(|a| a.score_k))
-            ),
-            why: format!(
-                "2 messages; rows 2^{} wide, since the factors carry what lies between them: more rows would only add bytes",
-                span(plans().map(|a| a.exp_lo_bits - F))
-            ),
-        },
-        Choice {
-            function: "queries and keys",
-            chosen: format!("lifted to the scores' ring in {lifted} layers, beside the values"),
-            why: "the rotated values keep 64 bits less the norm's gain and the fractions; where that is the scores' ring, no lift".into(),
-        },
-    ]
+            why:
+                "6 messages, as maximum and exponential take; signs are exact, on the fewest bits that hold the scores"
+                    .into(),
+        });
+    }
+    all.push(Choice {
+        function: "queries and keys",
+        chosen: format!("lifted to the scores' ring in {lifted} layers, beside the values"),
+        why: "the rotated values keep 64 bits less the norm's gain and the fractions; where that is the scores' ring, no lift".into(),
+    });
+    all
 }
 
 fn activation(layers: &[LayerPlan]) -> Choice {

@@ -6,6 +6,7 @@
 
 mod choices;
 mod rates;
+pub mod recommend;
 mod rehearsal;
 mod source;
 mod time;

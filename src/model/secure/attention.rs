@@ -3,6 +3,9 @@
 //! q, k, v in one linear; rotation (public); lifts of q, k, v beside each other (2); scores (2); thermometer maximum (4);
 //! exponential (2); P V beside the reciprocal's windows (2); lift of the context beside their selection (2);
 //! normalisation (2). Only positions that a token may see are ever computed.
+//!
+//! A 2ReLU softmax takes positive parts in place of maximum and exponential: the sign of each score (4) beside its lift, and
+//! their product (2).
 
 use std::sync::Arc;
 
@@ -10,19 +13,22 @@ use super::norm::Norm;
 use super::{Context, Tables};
 use crate::approx::{PositiveTable, exp_tables};
 use crate::error::Result;
-use crate::model::LayerShape;
 use crate::model::prepare::PreparedLayer;
-use crate::plan::{AttentionPlan, F, F_ROPE};
+use crate::model::variant::TWO_RELU_EPS;
+use crate::model::{LayerShape, Softmax};
+use crate::plan::{AttentionPlan, ExpPlan, F, F_ROPE};
 use crate::protocol::Pending;
 use crate::protocol::cached::{Cached, Context as PV, Scores, product_cached};
+use crate::protocol::compare::is_negative;
 use crate::protocol::exp::{Exp, exp};
 use crate::protocol::guard::guard;
 use crate::protocol::lift::lift;
 use crate::protocol::linear::owner_linear;
 use crate::protocol::positive::{self, Positive};
-use crate::protocol::product::{Scale, product};
+use crate::protocol::product::{Elementwise, Scale, product};
 use crate::protocol::thermometer::{self, Thermometer, counter_bits};
 use crate::protocol::truncate::truncate;
+use crate::ring::fixed;
 use crate::session::{Scope, Session};
 use crate::share::{Masked, Rows};
 
@@ -37,15 +43,18 @@ pub(crate) fn product_ring(p: &AttentionPlan) -> u32 {
 /// Exponential, reciprocal and the optional norms of queries and keys.
 pub(super) struct AttentionTables {
     shape: LayerShape,
-    exp: Exp,
+    exp: Option<Exp>,
     inverse: Positive,
     qk_norm: Option<Norm>,
 }
 
 impl AttentionTables {
     pub(super) fn new(p: &AttentionPlan, shape: LayerShape, head_dim: usize, eps: f64, tables: Tables) -> Self {
-        let step = f64::from(p.step_bits).exp2() / f64::from(F).exp2();
-        let exp = exp_tables(F, p.exp_lo_bits, p.score_k - p.exp_lo_bits, 2.0 * step);
+        let exp = p.exp.as_ref().map(|e| {
+            let step = f64::from(e.step_bits).exp2() / f64::from(F).exp2();
+            let tables = exp_tables(F, e.exp_lo_bits, p.score_k - e.exp_lo_bits, 2.0 * step);
+            Exp::new(&tables, p.prob_k, p.f_prob)
+        });
         let inverse = match tables {
             Tables::Fitted => {
                 let table = PositiveTable::reciprocal(p.total_bits, p.total_window, f64::from(p.f_prob).exp2());
@@ -55,7 +64,7 @@ impl AttentionTables {
         };
         AttentionTables {
             shape,
-            exp: Exp::new(&exp, p.prob_k, p.f_prob),
+            exp,
             inverse,
             qk_norm: p.qk_norm.as_ref().map(|n| Norm::new(n, head_dim, eps, tables)),
         }
@@ -92,6 +101,33 @@ fn rotate(x: &Masked, first: usize, dim: usize, frequencies: &[f64]) -> Masked {
 /// To ring `k`: a lift, or nothing to send where the value's ring is wide enough.
 fn to_ring(s: &mut Session, scope: &Scope, x: &Masked, k: u32) -> Result<Pending<'static, Masked>> {
     if x.k() >= k { Ok(Pending::ready(x.narrow(k)?)) } else { lift(s, scope, x, k) }
+}
+
+/// `e^(s - m)` with `m` near the largest score of each row: never far above 1, and not all of them tiny.
+fn exponential(
+    c: &mut Context<'_>,
+    scope: &Scope,
+    s: &Masked,
+    lengths: &[usize],
+    p: &ExpPlan,
+    table: &Exp,
+) -> Result<Masked> {
+    let thermometer = Thermometer { step_bits: p.step_bits, base: p.base, n: p.steps };
+    // All passes of a batch and all parties must agree on the counters: sized for the cache's end, publicly known.
+    let (counter, count_bits) = (counter_bits(c.config.max_positions), c.flags.count_bits());
+    let reference = thermometer::reference(c.s, &scope.at("max"), s, lengths, counter, &thermometer, count_bits)?;
+    c.flags.count(c.layer, "largest score of a row", reference.faults);
+    exp(c.s, &scope.at("exp"), &thermometer::subtract(s, &reference.m, lengths)?, table)
+}
+
+/// `max(s, 0)` in ring `k`, exact.
+fn positive_part(s: &mut Session, scope: &Scope, scores: &Masked, k: u32) -> Result<Masked> {
+    let scope = scope.at("relu");
+    let lifted = lift(s, &scope.at("lift"), scores, k)?;
+    let negative = is_negative(s, &scope.at("sign"), scores, k)?;
+    let (lifted, negative) = (lifted.finish(s)?, negative.finish(s)?);
+    let positive = negative.map(0, negative.rows().clone(), |v| v.iter().map(|b| 0u64.wrapping_sub(*b)).collect());
+    product(s, &scope.at("product"), &lifted, &positive.offset(1), Arc::new(Elementwise))?.finish(s)
 }
 
 #[allow(clippy::too_many_arguments)] // the cache's two halves are borrowed apart from the model
@@ -138,12 +174,10 @@ pub(super) fn attention(
     c.flags.guard(c.layer, "score", g);
     let s = s.narrow(p.score_k)?;
     let lengths: Vec<usize> = (0..tokens).map(|t| first + t + 1).collect();
-    let thermometer = Thermometer { step_bits: p.step_bits, base: p.base, n: p.steps };
-    // All passes of a batch and all parties must agree on the counters: sized for the cache's end, publicly known.
-    let counter = counter_bits(c.config.max_positions);
-    let reference = thermometer::reference(c.s, &scope.at("max"), &s, &lengths, counter, &thermometer, count_bits)?;
-    c.flags.count(c.layer, "largest score of a row", reference.faults);
-    let e = exp(c.s, &scope.at("exp"), &thermometer::subtract(&s, &reference.m, &lengths)?, &t.exp)?;
+    let e = match (&p.exp, &t.exp) {
+        (Some(plan), Some(table)) => exponential(c, &scope, &s, &lengths, plan, table)?,
+        _ => positive_part(c.s, &scope, &truncate(&s, F - p.f_prob)?, p.prob_k)?,
+    };
 
     // o = (e v) / sum(e)
     let total = e.map(e.f(), Rows::even(tokens, heads), |v| {
@@ -153,6 +187,10 @@ pub(super) fn attention(
         }
         out
     });
+    let total = match t.shape.softmax {
+        Softmax::Exact => total,
+        Softmax::TwoRelu => total.offset(fixed::encode(TWO_RELU_EPS, p.f_prob, 64)),
+    };
     let o = product_cached(c.s, &scope.at("pv"), &e, &v, values, Arc::new(PV { heads, kv_heads, dim }))?;
     let looked = positive::start(c.s, &scope.at("inverse"), &total, &t.inverse)?;
     let o = truncate(&o.finish(c.s)?, p.f_prob)?;

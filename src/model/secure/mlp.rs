@@ -19,16 +19,16 @@ use crate::share::Masked;
 
 /// The activation's table.
 pub(super) struct MlpTables {
-    silu: Lines,
+    activation: Lines,
     hi_bits: u32,
 }
 
 impl MlpTables {
-    pub(super) fn new(p: &MlpPlan) -> Self {
+    pub(super) fn new(p: &MlpPlan, activation: Activation) -> Self {
         let hi_bits = p.gate_k - p.gate_lo_bits;
-        let t = SignedTable::activation(Activation::Silu, p.gate_k, F, 0, p.gate_lo_bits, hi_bits);
+        let t = SignedTable::activation(activation, p.gate_k, F, 0, p.gate_lo_bits, hi_bits);
         let column = |v: &[f64]| Table::cyclic(&v.iter().map(|&v| fixed::encode(v, p.f_table, 64)).collect::<Vec<_>>());
-        MlpTables { silu: Lines::new(column(&t.a), column(&t.b), Vec::new()), hi_bits }
+        MlpTables { activation: Lines::new(column(&t.a), column(&t.b), Vec::new()), hi_bits }
     }
 }
 
@@ -46,14 +46,14 @@ pub(super) fn mlp(
     let count_bits = c.flags.count_bits();
     let g = guard(c.s, &scope.at("guard"), &gate, p.gate_k, true, count_bits)?;
     let w = Window::of(&gate.narrow(p.gate_k)?, 0, p.gate_lo_bits, t.hi_bits)?;
-    let silu = line(c.s, &scope.at("silu"), &w, &t.silu, p.f_table, 64)?;
+    let activated = line(c.s, &scope.at("activation"), &w, &t.activation, p.f_table, 64)?;
     let up = lift(c.s, &scope.at("lift"), &up, 64)?;
     c.flags.guard(c.layer, "gate", g);
-    let (silu, up) = (silu.finish(c.s)?, up.finish(c.s)?);
-    let [silu] = silu.as_slice() else {
+    let (activated, up) = (activated.finish(c.s)?, up.finish(c.s)?);
+    let [activated] = activated.as_slice() else {
         return Err(crate::Error::Internal("one line for the activation".into()));
     };
-    let y = product(c.s, &scope.at("product"), silu, &up, Arc::new(Elementwise))?;
+    let y = product(c.s, &scope.at("product"), activated, &up, Arc::new(Elementwise))?;
     let y = truncate(&y.finish(c.s)?, p.f_table)?;
     truncate(&owner_linear(c.s, &scope.at("down"), &y, &parts.down)?, p.f_down)
 }

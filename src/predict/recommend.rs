@@ -1,0 +1,156 @@
+//! Which of MARILL's techniques pay for a model, a request and a network (MARILL, appendix F): the cost model asked once for
+//! each, with the ranges that calibration saw in the model as it is. What a technique costs in quality, training tells.
+
+use serde::Serialize;
+
+use super::{Prediction, Rates, Source, predict};
+use crate::error::{Error, Result};
+use crate::model::preparation::Loaded;
+use crate::model::{Activation, ModelConfig, Softmax, Variant};
+use crate::net::shape::Profile;
+use crate::plan::memory::owner_words;
+use crate::plan::{self, Bounds, Ranges};
+
+/// What is done to the model.
+#[derive(Clone, Copy, Debug)]
+struct Technique {
+    name: &'static str,
+    /// Private layers: all of them over this.
+    frozen: usize,
+    merged: usize,
+    softmax: Softmax,
+    activation: Activation,
+}
+
+const FULL: Technique =
+    Technique { name: "full fine-tune", frozen: 1, merged: 1, softmax: Softmax::Exact, activation: Activation::Silu };
+
+const TECHNIQUES: [Technique; 9] = [
+    Technique { name: "freeze 1/2", frozen: 2, ..FULL },
+    Technique { name: "freeze 3/4", frozen: 4, ..FULL },
+    Technique { name: "merge 2 heads", merged: 2, ..FULL },
+    Technique { name: "merge 4 heads", merged: 4, ..FULL },
+    Technique { name: "2ReLU softmax", softmax: Softmax::TwoRelu, ..FULL },
+    Technique { name: "ReLU", activation: Activation::Relu, ..FULL },
+    Technique { name: "freeze 1/2, merge 2", frozen: 2, merged: 2, ..FULL },
+    Technique { name: "freeze 1/2, merge 4", frozen: 2, merged: 4, ..FULL },
+    Technique { name: "freeze 1/2, merge 4, 2ReLU", frozen: 2, merged: 4, softmax: Softmax::TwoRelu, ..FULL },
+];
+
+/// What a technique would cost.
+#[derive(Clone, Debug, Serialize)]
+pub struct Advice {
+    /// Its name.
+    pub technique: &'static str,
+    /// Why it cannot be applied; the figures are then those of nothing.
+    pub impossible: Option<String>,
+    /// Milliseconds of the prefill, run-ahead counted, a machine for each party.
+    pub prefill_ms: f64,
+    /// Of a decode pass.
+    pub token_ms: f64,
+    /// Bytes of all parties, run-ahead counted: prefill.
+    pub prefill_bytes: u64,
+    /// Per decode pass.
+    pub token_bytes: u64,
+    /// Messages in sequence of the prefill.
+    pub prefill_messages: u32,
+    /// Per decode pass.
+    pub token_messages: u32,
+    /// Of the whole request, the full fine-tune's time over this.
+    pub times_faster: f64,
+    /// Of the whole request, the full fine-tune's bytes over these.
+    pub times_fewer_bytes: f64,
+    /// Whether it saves a tenth of the request's time at least.
+    pub pays: bool,
+}
+
+/// Below this a technique is not worth what it does to a model.
+const PAYS: f64 = 1.1;
+
+fn variant(c: &ModelConfig, t: Technique) -> std::result::Result<Option<Variant>, String> {
+    let own = c.layer(c.num_layers - 1);
+    if !own.num_kv_heads.is_multiple_of(t.merged) {
+        return Err(format!("{} key/value heads do not merge by {}", own.num_kv_heads, t.merged));
+    }
+    let changed = Variant {
+        from_layer: c.num_layers - c.num_layers.div_ceil(t.frozen),
+        num_attention_heads: own.num_heads / t.merged,
+        num_key_value_heads: own.num_kv_heads / t.merged,
+        head_dim: own.head_dim * t.merged,
+        softmax: t.softmax,
+        activation: t.activation,
+    };
+    let plain = (t.merged, t.softmax, t.activation) == (1, Softmax::Exact, Activation::Silu);
+    Ok(if plain { None } else { Some(changed) })
+}
+
+/// The model as a technique would leave it: its plan from the ranges of the model as it is.
+fn source(loaded: &Loaded, bounds: &Bounds, ranges: &Ranges, t: Technique) -> Result<Source> {
+    let c = &loaded.weights.config;
+    let variant = variant(c, t).map_err(Error::Config)?;
+    let config = ModelConfig { variant, ..c.clone() };
+    let first = c.num_layers - c.num_layers.div_ceil(t.frozen);
+    let mut bounds = Bounds { layers: bounds.layers[first..].to_vec(), ..bounds.clone() };
+    // The sum of several heads' scores over the root of their number.
+    bounds.layers.iter_mut().for_each(|b| b.score *= (t.merged as f64).sqrt());
+    let ranges = Ranges { layers: ranges.layers[first..].to_vec(), ..ranges.clone() };
+    let plan = plan::plan(&config, first, t.frozen == 1, &bounds, &ranges)?;
+    let owner_bytes = 2 * owner_words(&config, &plan);
+    Ok(Source { config, plan, owner_bytes })
+}
+
+fn bytes(links: &super::NamedLinks) -> u64 {
+    links.values().map(|l| l.online_bytes + l.ahead_bytes).sum()
+}
+
+/// What each technique would make of a request of `prefill` prompt tokens and `new_tokens` generated ones on `net`. The first
+/// is the full fine-tune, of which everything is private, embedding and head included. `loaded` is the model with all layers
+/// private.
+///
+/// # Errors
+/// As [`predict`], and those of the model's calibration.
+pub fn recommend(
+    loaded: &Loaded,
+    prefill: usize,
+    new_tokens: usize,
+    net: Profile,
+    rates: Rates,
+) -> Result<Vec<Advice>> {
+    let evidence = loaded.evidence()?;
+    let ask = |t| predict(&source(loaded, &evidence.bounds, &evidence.ranges, t)?, prefill, new_tokens, net, rates);
+    let full = ask(FULL)?;
+    let passes = new_tokens.saturating_sub(1) as f64;
+    let time = |p: &Prediction| p.prefill.sustained_ms + passes * p.decode.sustained_ms;
+    let one = |t: Technique| match ask(t) {
+        Ok(p) => {
+            let times_faster = time(&full) / time(&p);
+            Advice {
+                technique: t.name,
+                impossible: None,
+                prefill_ms: p.prefill.sustained_ms,
+                token_ms: p.decode.sustained_ms,
+                prefill_bytes: bytes(&p.prefill_links),
+                token_bytes: bytes(&p.token_links),
+                prefill_messages: p.messages_prefill,
+                token_messages: p.messages_per_token,
+                times_faster,
+                times_fewer_bytes: bytes(&full.request_links) as f64 / bytes(&p.request_links).max(1) as f64,
+                pays: times_faster >= PAYS,
+            }
+        }
+        Err(e) => Advice {
+            technique: t.name,
+            impossible: Some(e.to_string()),
+            prefill_ms: 0.0,
+            token_ms: 0.0,
+            prefill_bytes: 0,
+            token_bytes: 0,
+            prefill_messages: 0,
+            token_messages: 0,
+            times_faster: 0.0,
+            times_fewer_bytes: 0.0,
+            pays: false,
+        },
+    };
+    Ok(std::iter::once(FULL).chain(TECHNIQUES).map(one).collect())
+}
