@@ -75,6 +75,8 @@ pub mod deploy;
 pub mod error;
 pub mod generate;
 pub mod ledger;
+#[cfg(feature = "train")]
+pub mod marill;
 pub mod model;
 pub mod net;
 pub mod party;
