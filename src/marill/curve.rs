@@ -28,9 +28,16 @@ fn draw(out: &mut String, losses: &[f32], stage: usize, held_out: f64) -> Drawn 
         .margin(12)
         .x_label_area_size(36)
         .y_label_area_size(56)
-        .build_cartesian_2d(0..losses.len().max(1), 0f32..top)?;
-    chart.configure_mesh().x_desc("step").y_desc("loss").max_light_lines(0).draw()?;
-    let points = losses.iter().copied().enumerate();
+        // Not whole numbers: of few of them plotters may search for labels for ever.
+        .build_cartesian_2d(0f32..losses.len().max(1) as f32, 0f32..top)?;
+    chart
+        .configure_mesh()
+        .x_label_formatter(&|x| format!("{x:.0}"))
+        .x_desc("step")
+        .y_desc("loss")
+        .max_light_lines(0)
+        .draw()?;
+    let points = losses.iter().enumerate().map(|(i, loss)| (i as f32, *loss));
     chart
         .draw_series(LineSeries::new(points, BLUE.mix(0.35)))?
         .label("training")
@@ -43,10 +50,10 @@ fn draw(out: &mut String, losses: &[f32], stage: usize, held_out: f64) -> Drawn 
         part.iter().sum::<f32>() / part.len() as f32
     };
     chart
-        .draw_series(LineSeries::new((0..losses.len()).map(|i| (i, mean(i))), BLUE.stroke_width(2)))?
+        .draw_series(LineSeries::new((0..losses.len()).map(|i| (i as f32, mean(i))), BLUE.stroke_width(2)))?
         .label("training, running mean")
         .legend(|(x, y)| PathElement::new([(x, y), (x + 14, y)], BLUE.stroke_width(2)));
-    let line = [(stage, held_out as f32), (losses.len(), held_out as f32)];
+    let line = [(stage as f32, held_out as f32), (losses.len() as f32, held_out as f32)];
     chart
         .draw_series(LineSeries::new(line, ORANGE.stroke_width(2)))?
         .label("held out, at the end")
@@ -58,4 +65,18 @@ fn draw(out: &mut String, losses: &[f32], stage: usize, held_out: f64) -> Drawn 
         .border_style(BLACK)
         .draw()?;
     root.present()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_of_any_length_are_drawn() {
+        for n in [0, 1, 2, 20, 700] {
+            let losses: Vec<f32> = (0..n).map(|i| 5.0 / (i + 1) as f32).collect();
+            let svg = svg(&losses, n / 3, 0.5).unwrap();
+            assert!(svg.contains("running mean") && svg.trim_end().ends_with("</svg>"));
+        }
+    }
 }

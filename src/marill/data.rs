@@ -179,7 +179,8 @@ fn split(mut examples: Vec<Example>, given: Option<usize>, exact: bool, options:
     }
     examples.retain(|e| e.predictions().next().is_some());
     shuffle(&mut examples, options.seed, SPLIT_STREAM);
-    let held_out = given.unwrap_or_else(|| examples.len().div_ceil(10)).min(examples.len() / 2);
+    let most = examples.len().saturating_sub(1);
+    let held_out = given.unwrap_or_else(|| examples.len().div_ceil(10)).min(most);
     if held_out == 0 {
         return Err(Error::Config(format!(
             "--data: {} examples with something to learn within {} tokens, which cannot be split into some to train on and some to hold out; give more, or a longer --context",

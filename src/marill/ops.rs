@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Error, Layout, Result, Shape, Storage, Tensor};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
 use super::attention;
@@ -51,17 +51,22 @@ fn view<'a>(values: &'a [f32], layout: &Layout) -> Result<ArrayView2<'a, f32>> {
 fn transposed(x: ArrayView2<'_, f32>) -> Array2<f32> {
     const BLOCK: usize = 32;
     let (rows, columns) = x.dim();
+    let x = x.as_standard_layout();
     let mut out = Array2::zeros((columns, rows));
-    let strip = |(j, mut out): (usize, ArrayViewMut2<'_, f32>)| {
-        let from = j * BLOCK;
-        for i in (0..rows).step_by(BLOCK) {
-            let x = x.slice(ndarray::s![i..rows.min(i + BLOCK), from..from + out.nrows()]);
-            let height = x.nrows();
-            out.slice_mut(ndarray::s![.., i..i + height]).assign(&x.t());
-        }
-    };
-    let strips = out.axis_chunks_iter_mut(ndarray::Axis(0), BLOCK).into_par_iter().enumerate();
-    strips.for_each(strip);
+    if let (Some(x), Some(all)) = (x.as_slice(), out.as_slice_mut())
+        && rows > 0
+    {
+        all.par_chunks_mut(BLOCK * rows).enumerate().for_each(|(strip, out)| {
+            let from = strip * BLOCK;
+            for i in (0..rows).step_by(BLOCK) {
+                let block = i..rows.min(i + BLOCK);
+                for (j, out) in out.chunks_mut(rows).enumerate() {
+                    let column = x[from + j..].iter().step_by(columns).skip(i);
+                    out[block.clone()].iter_mut().zip(column).for_each(|(out, x)| *out = *x);
+                }
+            }
+        });
+    }
     out
 }
 
@@ -416,5 +421,48 @@ mod tests {
             assert!((f64::from(exp(x)) / want - 1.0).abs() < 3e-7, "{x}");
         }
         assert!(exp(-1e9) < 1e-37 && exp(1e9).is_finite());
+    }
+
+    #[test]
+    fn the_loss_and_its_gradient_by_hand() {
+        let var = candle_core::Var::from_slice(&[1.0f32, -0.5, 0.25, 2.0, 0.0, -1.0], (2, 3), &Device::Cpu).unwrap();
+        let loss = || Loss {
+            targets: Arc::new(vec![2, 0]),
+            nll: 0.5,
+            kl: 0.5,
+            teacher: Some(Arc::new(vec![0.0, 1.0, 0.5, 1.5, 0.0, 0.5])),
+        };
+        let at = |values: &[f32]| {
+            let t = Tensor::from_slice(values, (2, 3), &Device::Cpu).unwrap();
+            t.apply_op1(loss()).unwrap().to_scalar::<f32>().unwrap()
+        };
+        let values = var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        // Of the first row, in double precision.
+        let softmax = |row: [f64; 3]| {
+            let sum: f64 = row.iter().map(|x| x.exp()).sum();
+            row.map(|x| x.exp() / sum)
+        };
+        let rows = [([1.0, -0.5, 0.25], [0.0, 1.0, 0.5], 2), ([2.0, 0.0, -1.0], [1.5, 0.0, 0.5], 0)];
+        let want: f64 = rows
+            .iter()
+            .map(|(s, t, target)| {
+                let (s, t) = (softmax(*s), softmax(*t));
+                let kl: f64 = (0..3).map(|i| t[i] * (t[i] / s[i]).ln()).sum();
+                0.5 * kl - 0.5 * s[*target].ln()
+            })
+            .sum::<f64>()
+            / 2.0;
+        assert!((f64::from(at(&values)) - want).abs() < 1e-6);
+        let grads = var.apply_op1(loss()).unwrap().backward().unwrap();
+        let grad = grads.get(var.as_tensor()).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for i in 0..6 {
+            let moved = |by: f32| {
+                let mut values = values.clone();
+                values[i] += by;
+                at(&values)
+            };
+            let slope = (moved(0.01) - moved(-0.01)) / 0.02;
+            assert!((grad[i] - slope).abs() < 1e-4, "{i}: {} {slope}", grad[i]);
+        }
     }
 }

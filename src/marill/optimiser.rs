@@ -58,8 +58,9 @@ impl AdamW {
         AdamW { moments: parameters.iter().map(zeros).collect() }
     }
 
-    /// Moves the parameters that have a gradient; `done` steps were taken with these moments before.
-    pub(super) fn step(&mut self, parameters: &[Parameter], grads: &GradStore, done: usize, rate: f64) -> Result<()> {
+    /// Moves the parameters that have a gradient; `done` steps were taken with these moments before. `false` if the gradient is
+    /// not finite: then nothing was moved.
+    pub(super) fn step(&mut self, parameters: &[Parameter], grads: &GradStore, done: usize, rate: f64) -> Result<bool> {
         let mut norm = 0.0;
         for p in parameters {
             if let Some(g) = grads.get(p.var.as_tensor()) {
@@ -68,7 +69,7 @@ impl AdamW {
         }
         let norm = norm.sqrt();
         if !norm.is_finite() {
-            candle_core::bail!("the gradient is not finite; give a lower --lr");
+            return Ok(false);
         }
         let clip = (CLIP / norm.max(CLIP)) as f32;
         let t = i32::try_from(done + 1).unwrap_or(i32::MAX);
@@ -94,7 +95,7 @@ impl AdamW {
             })?;
             p.var.set(&Tensor::from_vec(values, p.var.shape(), &Device::Cpu)?)?;
         }
-        Ok(())
+        Ok(true)
     }
 }
 

@@ -1,5 +1,6 @@
 //! The directory of a model that was made: weights, configuration, tokenizer, and in `trefoil.json` what was done.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use safetensors::tensor::{Dtype, TensorView};
@@ -93,19 +94,16 @@ fn stored<'a>(base: &'a Checkpoint, name: &str, shape: &[usize], values: &[f32])
 /// [`Error::Io`] naming the file; [`Error::Model`] for the base's configuration.
 pub(super) fn write_model(dir: &Path, base_dir: &Path, base: &Checkpoint, w: &Weights, origin: &[usize]) -> Result<()> {
     let all = tensors(w, origin);
-    let bytes: Vec<(&str, &[usize], Dtype, std::borrow::Cow<'_, [u8]>)> = all
-        .iter()
-        .map(|(name, from, shape, values)| match stored(base, from, shape, values) {
-            Some((dtype, bytes)) => (name.as_str(), shape.as_slice(), dtype, bytes.into()),
-            None => {
-                let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-                (name.as_str(), shape.as_slice(), Dtype::F32, bytes.into())
-            }
-        })
-        .collect();
-    let views = bytes.iter().map(|(name, shape, dtype, bytes)| {
-        let view = TensorView::new(*dtype, shape.to_vec(), bytes);
-        view.map(|v| (*name, v)).map_err(|e| Error::Internal(format!("{name}: {e}")))
+    let bytes = |(_, from, shape, values): &Named| -> (Dtype, Cow<'_, [u8]>) {
+        match stored(base, from, shape, values) {
+            Some((dtype, bytes)) => (dtype, bytes.into()),
+            None => (Dtype::F32, values.iter().flat_map(|v| v.to_le_bytes()).collect()),
+        }
+    };
+    let contents: Vec<_> = all.iter().map(bytes).collect();
+    let views = all.iter().zip(&contents).map(|((name, _, shape, _), (dtype, bytes))| {
+        let view = TensorView::new(*dtype, shape.clone(), bytes);
+        view.map(|v| (name.as_str(), v)).map_err(|e| Error::Internal(format!("{name}: {e}")))
     });
     // As transformers marks its files, without which it does not load them.
     let format = [("format".to_owned(), "pt".to_owned())].into();

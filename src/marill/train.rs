@@ -449,12 +449,11 @@ impl Run<'_> {
             _ => self.stage2(&trace, taught.as_ref(), batch)?,
         };
         let value = loss.to_scalar::<f32>().map_err(defect)?;
+        let (lr, step) = (self.options.lr, state.step + 1);
+        let diverged =
+            || Error::Config(format!("--lr {lr}: at step {step} the loss is no longer a number; give a lower one"));
         if !value.is_finite() {
-            return Err(Error::Config(format!(
-                "--lr {}: at step {} the loss is no longer a number; give a lower one",
-                self.options.lr,
-                state.step + 1
-            )));
+            return Err(diverged());
         }
         let grads = loss.backward().map_err(defect)?;
         let parameters = self.student.parameters();
@@ -462,7 +461,9 @@ impl Run<'_> {
             return Err(Error::Internal(format!("training: {} has no gradient", p.name)));
         }
         let rate = rate(self.options.lr, done, of);
-        state.optimiser.step(parameters, &grads, done, rate).map_err(defect)?;
+        if !state.optimiser.step(parameters, &grads, done, rate).map_err(defect)? {
+            return Err(diverged());
+        }
         Ok(value)
     }
 
