@@ -61,16 +61,16 @@ pub struct Args {
     #[arg(long, value_name = "LIST", default_value = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj")]
     targets: String,
     /// Passes over the data. 0 changes the shape of the model and trains nothing.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 2)]
     epochs: usize,
-    /// How many of them match the teacher's attention outputs and hidden states (stage I). Default with a teacher: a third.
+    /// How many of them match the teacher's attention outputs and hidden states (stage I). Default with a teacher: half.
     #[arg(long, value_name = "EPOCHS")]
     stage1_epochs: Option<usize>,
     /// At most as many steps.
     #[arg(long)]
     steps: Option<usize>,
     /// Examples in a step.
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 16)]
     batch_size: usize,
     /// The largest learning rate: reached after a twentieth of the steps, then falling to 0. Default: 1e-3, with adapters 3e-3.
     #[arg(long, allow_negative_numbers = true)]
@@ -157,7 +157,7 @@ fn options(a: &Args) -> Result<Options> {
         return Err(Error::Config("--save-every 0: give 1 or more".into()));
     }
     let lora = a.method == MethodName::Lora;
-    let stage1 = a.stage1_epochs.unwrap_or(if a.teacher.is_some() { a.epochs / 3 } else { 0 });
+    let stage1 = a.stage1_epochs.unwrap_or(if a.teacher.is_some() { a.epochs / 2 } else { 0 });
     Ok(Options {
         base: a.base.clone(),
         data: Source::parse(&a.data)?,

@@ -4,12 +4,12 @@
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Error, Layout, Result, Shape, Storage, Tensor};
-use ndarray::{Array2, ArrayView2};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
 
 use super::attention;
-use crate::model::{Activation, LayerShape, matmul_transposed};
+use crate::model::{Activation, LayerShape};
 
 /// Elements that a thread takes at a time.
 const GRAIN: usize = 1 << 14;
@@ -43,33 +43,6 @@ fn rows_of(layout: &Layout) -> (usize, usize) {
     (layout.shape().elem_count() / width, width)
 }
 
-fn view<'a>(values: &'a [f32], layout: &Layout) -> Result<ArrayView2<'a, f32>> {
-    ArrayView2::from_shape(rows_of(layout), values).map_err(Error::wrap)
-}
-
-/// `x` with rows for columns, in blocks that stay in the cache.
-fn transposed(x: ArrayView2<'_, f32>) -> Array2<f32> {
-    const BLOCK: usize = 32;
-    let (rows, columns) = x.dim();
-    let x = x.as_standard_layout();
-    let mut out = Array2::zeros((columns, rows));
-    if let (Some(x), Some(all)) = (x.as_slice(), out.as_slice_mut())
-        && rows > 0
-    {
-        all.par_chunks_mut(BLOCK * rows).enumerate().for_each(|(strip, out)| {
-            let from = strip * BLOCK;
-            for i in (0..rows).step_by(BLOCK) {
-                let block = i..rows.min(i + BLOCK);
-                for (j, out) in out.chunks_mut(rows).enumerate() {
-                    let column = x[from + j..].iter().step_by(columns).skip(i);
-                    out[block.clone()].iter_mut().zip(column).for_each(|(out, x)| *out = *x);
-                }
-            }
-        });
-    }
-    out
-}
-
 /// `y = x w^T`, `x [n, in]`, `w [out, in]`.
 pub(super) struct Linear {
     /// Whether `x` leads to something that is trained.
@@ -84,32 +57,19 @@ impl CustomOp2 for Linear {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
-        let y = matmul_transposed(view(slice(x, lx)?, lx)?, view(slice(w, lw)?, lw)?);
-        let shape = Shape::from(y.dim());
-        Ok((CpuStorage::F32(y.into_raw_vec_and_offset().0), shape))
+        let ((n, from), (out, also)) = (lx.shape().dims2()?, lw.shape().dims2()?);
+        if from != also {
+            candle_core::bail!("linear: {:?} by {:?}", lx.shape(), lw.shape());
+        }
+        let y = x.matmul(w, (1, n, out, from), lx, &lw.transpose(0, 1)?)?;
+        Ok((y, Shape::from((n, out))))
     }
 
     fn bwd(&self, x: &Tensor, w: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let dy = &dy.contiguous()?;
-        with_values(dy, |d| {
-            let d = view(d, dy.layout())?;
-            let dx = if self.input {
-                let dx = with_values(w, |v| Ok(matmul_transposed(d, transposed(view(v, w.layout())?).view())))?;
-                Some(tensor(dx.into_raw_vec_and_offset().0, x)?)
-            } else {
-                None
-            };
-            let dw = if self.weight {
-                let dw = with_values(x, |v| {
-                    let x = transposed(view(v, x.layout())?);
-                    Ok(matmul_transposed(transposed(d).view(), x.view()))
-                })?;
-                Some(tensor(dw.into_raw_vec_and_offset().0, w)?)
-            } else {
-                None
-            };
-            Ok((dx, dw))
-        })
+        // candle's own product computes both, needed or not: half of the work of an adapter or a frozen layer.
+        let dx = self.input.then(|| dy.matmul(&w.detach())).transpose()?;
+        let dw = self.weight.then(|| dy.t()?.matmul(&x.detach())).transpose()?;
+        Ok((dx, dw))
     }
 }
 
