@@ -129,7 +129,7 @@ fn every_trained_weight_has_its_gradient() {
                 let noise = 4e-7 * moved(0.0) / by;
                 (slope - f64::from(length)).abs() < 0.05 * f64::from(length) + noise
             };
-            assert!(rises(1e-3) || rises(1e-4), "{variant:?} {}: {length}", p.name);
+            assert!([1e-3, 1e-4, 1e-5, 1e-6].into_iter().any(rises), "{variant:?} {}: {length}", p.name);
             p.var.set(&before).unwrap();
         }
     }
