@@ -39,6 +39,7 @@
 //! approx          tables for functions, with their errors
 //! plan            ring widths, windows and guards of a model; costs
 //! model           Hugging Face checkpoints, float twin, calibration, preparation (in memory, on disk), the private model
+//! marill          models made cheap by training; cargo feature `train`
 //! world           three connected parties in one process
 //! generate        requests: what each party does, and all three in one process
 //! deploy          three hosts: certificates, configuration, TLS, sessions, daemons, doctor
@@ -75,6 +76,8 @@ pub mod deploy;
 pub mod error;
 pub mod generate;
 pub mod ledger;
+#[cfg(feature = "train")]
+pub mod marill;
 pub mod model;
 pub mod net;
 pub mod party;

@@ -15,6 +15,9 @@ mod certs;
 mod cost;
 #[path = "cli/doctor.rs"]
 mod doctor;
+#[cfg(feature = "train")]
+#[path = "cli/finetune.rs"]
+mod finetune;
 #[path = "cli/generate.rs"]
 mod generate;
 #[path = "cli/init.rs"]
@@ -58,6 +61,9 @@ enum Command {
     Recommend(recommend::Args),
     /// Measure prefill and decode with random weights at a published shape: time, traffic and memory, beside the float model.
     Bench(bench::Args),
+    /// Train a model to be private and cheap to serve: layers frozen, adapters, merged heads, another softmax.
+    #[cfg(feature = "train")]
+    Finetune(Box<finetune::Args>),
     /// Find what keeps a party from serving, with a remedy for each finding; measure its links. Exit code 1 if anything fails.
     Doctor(doctor::Args),
 }
@@ -84,6 +90,8 @@ fn main() -> std::process::ExitCode {
         Command::Inspect(args) => inspect::run(&args),
         Command::Recommend(args) => recommend::run(&args),
         Command::Bench(args) => bench::run(&args),
+        #[cfg(feature = "train")]
+        Command::Finetune(args) => finetune::run(&args),
         Command::Doctor(args) => match doctor::run(&args) {
             Ok(true) => Ok(()),
             // What fails is in the list.

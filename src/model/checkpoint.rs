@@ -145,7 +145,7 @@ impl Checkpoint {
     }
 
     /// The tensor `name` of this shape as it lies in the file: its number format and its bytes.
-    pub(super) fn stored(&self, name: &str, shape: &[usize]) -> Result<(Dtype, &[u8])> {
+    pub(crate) fn stored(&self, name: &str, shape: &[usize]) -> Result<(Dtype, &[u8])> {
         self.shard(name)?.stored(name, shape)
     }
 

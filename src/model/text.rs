@@ -72,7 +72,7 @@ impl TextCodec {
     /// The begin token that `tokenizer_config.json` asks for, unless the post-processor adds one by itself: one that
     /// adds anything adds it to the empty text too.
     fn prepended(&self, json: &Json) -> Result<Option<u32>> {
-        if !json.flag_or("add_bos_token", false)? || !self.raw_encode("")?.is_empty() {
+        if !json.flag_or("add_bos_token", false)? || !self.raw_encode("", true)?.is_empty() {
             return Ok(None);
         }
         let id = match json.token("bos_token") {
@@ -92,17 +92,29 @@ impl TextCodec {
     /// # Errors
     /// [`Error::Model`] when the tokenizer fails or makes an id that the model does not have.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let mut ids = self.raw_encode(text)?;
+        let mut ids = self.raw_encode(text, true)?;
         if let Some(bos) = self.prepend {
             ids.insert(0, bos);
         }
+        self.checked(ids)
+    }
+
+    /// The token ids of `text` alone, to be joined to others. Special tokens that are written out in it are recognised.
+    ///
+    /// # Errors
+    /// As [`TextCodec::encode`].
+    pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
+        self.checked(self.raw_encode(text, false)?)
+    }
+
+    fn checked(&self, ids: Vec<u32>) -> Result<Vec<u32>> {
         self.config.check_ids(&ids).map_err(|e| Error::Model(format!("{}: {e}", self.what)))?;
         Ok(ids)
     }
 
-    fn raw_encode(&self, text: &str) -> Result<Vec<u32>> {
+    fn raw_encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         // Without the cause: it could quote the text, and no error may carry a prompt.
-        let encoding = guarded(&self.what, || self.tokenizer.encode_fast(text, true))?;
+        let encoding = guarded(&self.what, || self.tokenizer.encode_fast(text, special))?;
         let encoding = encoding.map_err(|_| {
             Error::Model(format!(
                 "{}: cannot encode this text; the tokenizer lacks a token for the unknown, or is broken",
