@@ -5,7 +5,8 @@ use serde_json::Value;
 use trefoil::bench::{Harness, Part, Preset, count};
 use trefoil::world::Setup;
 
-const FIELDS: [&str; 19] = [
+const FIELDS: [&str; 20] = [
+    "reshaping",
     "preset",
     "test",
     "context",

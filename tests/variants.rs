@@ -1,6 +1,7 @@
 //! Models made for MPC: merged heads, 2ReLU, ReLU and Quad in some layers, against the float twin.
 
 use trefoil::generate::{Check, Local, LocalOptions, check};
+use trefoil::model::variant::Reshaping;
 use trefoil::model::{Activation, Arch, ModelConfig, Softmax, Variant, Weights};
 
 /// Random weights, scaled up to what trained ones are like: at standard deviation 0.02 a layer this small does nothing.
@@ -18,14 +19,7 @@ fn random(c: ModelConfig) -> Weights {
 
 /// Heads merged `merged` at a time, from `from_layer` on.
 fn variant(c: &ModelConfig, from_layer: usize, merged: usize, softmax: Softmax, activation: Activation) -> Variant {
-    Variant {
-        from_layer,
-        num_attention_heads: c.num_heads / merged,
-        num_key_value_heads: c.num_kv_heads / merged,
-        head_dim: c.head_dim * merged,
-        softmax,
-        activation,
-    }
+    Reshaping { merged, softmax, activation }.of(c.layer(0), from_layer).unwrap().unwrap()
 }
 
 fn run(w: &Weights, private: Option<usize>) -> (Check, u32) {

@@ -8,7 +8,7 @@ use super::{Harness, Measured, Options, Pace, Part, Peak, Plaintext, Report, Row
 use crate::deploy::doctor::machine;
 use crate::error::{Error, Result};
 use crate::generate::MAX_BATCH;
-use crate::model::ModelConfig;
+use crate::model::{ModelConfig, Variant};
 use crate::party::Role;
 use crate::plan::{Plan, memory};
 use crate::predict::{PROCESS, RUN_AHEAD};
@@ -42,7 +42,7 @@ pub fn run(options: &Options, progress: &dyn Fn(&str)) -> Result<Report> {
         let most = preset.positions();
         return Err(Error::Config(format!("the tests take {positions} positions, but {} has {most}", preset.name)));
     }
-    let config = preset.config(measured, positions);
+    let config = options.config(measured, positions)?;
     let private_embedding = preset.is_model() && options.private_layers.is_none();
     let needed = weight_bytes(&config, private_embedding);
     enough_memory("weights and their shares", needed)?;
@@ -58,7 +58,7 @@ pub fn run(options: &Options, progress: &dyn Fn(&str)) -> Result<Report> {
     let setup = Setup { profile: options.net, ahead_capacity: run_ahead as usize, timeout, ..Setup::default() };
     let harness = Harness::prepare(&weights, private_embedding, setup)?;
     drop(weights);
-    let whole = all_layers(&harness, preset.config(total, positions));
+    let whole = all_layers(&harness, options.config(total, positions)?);
     let part = if preset.is_model() { Part::Whole } else { Part::Layers };
     let bench = Bench { options, layers: (measured, total), part, harness, whole, run_ahead };
     let row = |(&(test, context), float): (&(Test, usize), &Plaintext)| {
@@ -178,6 +178,7 @@ impl Case<'_> {
         let per_token = |bytes: f64| (bytes / tokens as f64).round() as u64;
         Ok(Row {
             preset: preset.name.into(),
+            reshaping: options.reshaping.to_string(),
             test: self.test.to_string(),
             context: self.context,
             net: options.net.to_string(),
@@ -238,8 +239,8 @@ impl Case<'_> {
     fn session_memory(&self, traffic: &Traffic) -> Result<()> {
         let (prompt, decode) = self.request();
         let (measured, total) = self.bench.layers;
-        let (harness, preset) = (&self.bench.harness, self.bench.options.preset);
-        let (config, plan) = (preset.config(measured, self.bench.whole.0.max_positions), harness.plan());
+        let config = ModelConfig { num_layers: measured, ..self.bench.whole.0.clone() };
+        let plan = self.bench.harness.plan();
         let of = |role| memory::session_bytes(role, &config, plan, prompt, decode, self.bench.run_ahead).total();
         // All of it is there before the clock of `ready` starts.
         let walked = traffic.mean(&Measured::ahead_bytes) as u64 * measured as u64 / total as u64
@@ -263,8 +264,9 @@ impl Case<'_> {
         let (private, mut plan) = (&self.bench.whole.0, self.bench.whole.1.clone());
         // The Client has the public layers too.
         let preset = self.bench.options.preset;
-        let config = preset.config(preset.layers(), private.max_positions);
-        plan.first_private = config.num_layers - private.num_layers;
+        plan.first_private = preset.layers() - private.num_layers;
+        let variant = private.variant.map(|v| Variant { from_layer: plan.first_private, ..v });
+        let config = ModelConfig { variant, ..preset.config(preset.layers(), private.max_positions) };
         let of = |role: Role| {
             let model = memory::model_bytes(role, &config, &plan);
             let session = memory::session_bytes(role, &config, &plan, prompt, decode, self.bench.run_ahead);

@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use super::Preset;
 use crate::error::{Error, Result};
+use crate::model::ModelConfig;
+use crate::model::variant::Reshaping;
 use crate::net::shape::Profile;
 
 /// What is measured, in llama-bench's notation.
@@ -79,11 +81,22 @@ pub struct Options {
     pub layers: Option<usize>,
     /// Private layers of the model, from the top; `None` for all and the embedding.
     pub private_layers: Option<usize>,
+    /// What is done to the private layers.
+    pub reshaping: Reshaping,
     /// Simulated network.
     pub net: Profile,
 }
 
 impl Options {
+    /// The shape with `layers` layers, all of them private, for `positions` positions.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for heads that do not merge.
+    pub fn config(&self, layers: usize, positions: usize) -> Result<ModelConfig> {
+        let plain = self.preset.config(layers, positions);
+        Ok(ModelConfig { variant: self.reshaping.of(plain.layer(0), 0)?, ..plain })
+    }
+
     /// Tests with the cached positions before them: a prefill starts from none.
     #[must_use]
     pub fn cases(&self) -> Vec<(Test, usize)> {

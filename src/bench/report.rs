@@ -15,6 +15,8 @@ use crate::ring::Isa;
 pub struct Row {
     /// The shape.
     pub preset: String,
+    /// What was done to the private layers: merged heads, another softmax or activation; or `none`.
+    pub reshaping: String,
     /// `ppN` or `tgN`.
     pub test: String,
     /// Cached positions before the first token.
@@ -68,7 +70,7 @@ impl Report {
     #[must_use]
     pub fn markdown(&self) -> String {
         let mut out = String::from(
-            "| preset | test | context | net | layers | ms/token sustained | ms/token ready | float ms/token | online MB/token | run-ahead MB/token | messages/token | peak MB, this process |\n|---|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|\n",
+            "| preset | reshaping | test | context | net | layers | ms/token sustained | ms/token ready | float ms/token | online MB/token | run-ahead MB/token | messages/token | peak MB, this process |\n|---|---|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|\n",
         );
         let mb = |b: u64| b as f64 / 1e6;
         for r in &self.rows {
@@ -78,8 +80,9 @@ impl Report {
                 format!("{}, times extrapolated from {}", r.layers_total, r.layers_measured)
             };
             out += &format!(
-                "| {} | {} | {} | {} | {layers} | {:.2} | {:.2} | {:.3} | {:.3} | {:.3} | {} | {:.0} |\n",
+                "| {} | {} | {} | {} | {} | {layers} | {:.2} | {:.2} | {:.3} | {:.3} | {:.3} | {} | {:.0} |\n",
                 r.preset,
+                r.reshaping,
                 r.test,
                 r.context,
                 r.net,

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use trefoil::bench::{Options, Plots, Preset, Test, contexts, run as measure, stopwatch};
 use trefoil::error::{Error, Result};
 use trefoil::model::preparation::parse_private_layers;
+use trefoil::model::variant::Reshaping;
+use trefoil::model::{Activation, Softmax};
 
 /// Options of `trefoil bench`.
 #[derive(clap::Args)]
@@ -24,6 +26,15 @@ pub struct Args {
     /// How many layers, from the top, are private: a number, or 'all', which includes the embedding.
     #[arg(long, default_value = "all", value_name = "N|all")]
     private_layers: String,
+    /// Heads that become one in the private layers, for less softmax.
+    #[arg(long, default_value_t = 1, value_name = "M")]
+    merge_heads: usize,
+    /// How attention weighs: exact, or 2relu.
+    #[arg(long, default_value = "exact", value_name = "KIND")]
+    softmax: Softmax,
+    /// The MLP's activation: silu, relu or quad.
+    #[arg(long, default_value = "silu", value_name = "NAME")]
+    activation: Activation,
     /// Network: none, lan (0.1 ms, 16 Gbit/s), wan (20 ms, 0.4 Gbit/s), or RTT_MS,GBPS. Round-trip figures.
     #[arg(long, default_value = "none")]
     net: String,
@@ -47,6 +58,7 @@ pub fn run(a: &Args) -> Result<()> {
         contexts: contexts(&a.context)?,
         layers: a.layers,
         private_layers: parse_private_layers(Some(&a.private_layers), &preset.config(preset.layers(), 1))?,
+        reshaping: Reshaping { merged: a.merge_heads, softmax: a.softmax, activation: a.activation },
         net: a.net.parse()?,
     };
     let plots = a.plot.as_deref().map(Plots::into_dir).transpose()?;

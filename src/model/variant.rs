@@ -2,7 +2,9 @@
 //! another activation (MARILL, sections 5.3 and 6). It stands in `trefoil.json` beside `config.json`, and everything that
 //! reads a model obeys it.
 
+use std::fmt;
 use std::path::Path;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
@@ -41,6 +43,27 @@ pub enum Activation {
     Relu,
     /// `x^2 / 8 + x / 4 + 1 / 2` (MPCFormer, section 3.2).
     Quad,
+}
+
+/// One of the values that stand for themselves in `trefoil.json`.
+fn named<T: serde::de::DeserializeOwned>(text: &str, known: &str) -> Result<T> {
+    serde_json::from_value(text.into()).map_err(|_| Error::Config(format!("{text:?} is not one of {known}")))
+}
+
+impl FromStr for Softmax {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        named(text, "exact, 2relu")
+    }
+}
+
+impl FromStr for Activation {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        named(text, "silu, relu, quad")
+    }
 }
 
 /// The shape of attention and MLP in one layer.
@@ -138,6 +161,66 @@ impl Variant {
             ));
         }
         Ok(())
+    }
+}
+
+/// What is done to a model's layers to make them cheap; nothing by default.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reshaping {
+    /// So many heads become one.
+    pub merged: usize,
+    /// How attention weighs.
+    pub softmax: Softmax,
+    /// The MLP's activation.
+    pub activation: Activation,
+}
+
+impl Default for Reshaping {
+    fn default() -> Self {
+        Reshaping { merged: 1, softmax: Softmax::Exact, activation: Activation::Silu }
+    }
+}
+
+impl Reshaping {
+    /// What becomes of layers of shape `own` from `from_layer` on; `None` where nothing changes.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for heads that do not merge by that number.
+    pub fn of(self, own: LayerShape, from_layer: usize) -> Result<Option<Variant>> {
+        let Reshaping { merged, softmax, activation } = self;
+        if merged == 0 || !own.num_kv_heads.is_multiple_of(merged) {
+            return Err(Error::Config(format!(
+                "{} key/value heads cannot be merged by {merged}: give a divisor of their number",
+                own.num_kv_heads
+            )));
+        }
+        let variant = Variant {
+            from_layer,
+            num_attention_heads: own.num_heads / merged,
+            num_key_value_heads: own.num_kv_heads / merged,
+            head_dim: own.head_dim * merged,
+            softmax,
+            activation,
+        };
+        Ok((variant.shape() != own).then_some(variant))
+    }
+}
+
+impl fmt::Display for Reshaping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut parts = Vec::new();
+        if self.merged > 1 {
+            parts.push(format!("merge {}", self.merged));
+        }
+        if self.softmax == Softmax::TwoRelu {
+            parts.push("2relu".into());
+        }
+        match self.activation {
+            Activation::Silu => {}
+            Activation::Relu => parts.push("relu".into()),
+            Activation::Quad => parts.push("quad".into()),
+        }
+        f.write_str(if parts.is_empty() { "none".into() } else { parts.join(", ") }.as_str())
     }
 }
 

@@ -4,9 +4,10 @@
 use serde::Serialize;
 
 use super::{Prediction, Rates, Source, predict};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::preparation::Loaded;
-use crate::model::{Activation, ModelConfig, Softmax, Variant};
+use crate::model::variant::Reshaping;
+use crate::model::{Activation, ModelConfig, Softmax};
 use crate::net::shape::Profile;
 use crate::plan::memory::owner_words;
 use crate::plan::{self, Bounds, Ranges};
@@ -17,24 +18,31 @@ struct Technique {
     name: &'static str,
     /// Private layers: all of them over this.
     frozen: usize,
+    reshaping: Reshaping,
+}
+
+const fn technique(
+    name: &'static str,
+    frozen: usize,
     merged: usize,
     softmax: Softmax,
     activation: Activation,
+) -> Technique {
+    Technique { name, frozen, reshaping: Reshaping { merged, softmax, activation } }
 }
 
-const FULL: Technique =
-    Technique { name: "full fine-tune", frozen: 1, merged: 1, softmax: Softmax::Exact, activation: Activation::Silu };
+const FULL: Technique = technique("full fine-tune", 1, 1, Softmax::Exact, Activation::Silu);
 
 const TECHNIQUES: [Technique; 9] = [
-    Technique { name: "freeze 1/2", frozen: 2, ..FULL },
-    Technique { name: "freeze 3/4", frozen: 4, ..FULL },
-    Technique { name: "merge 2 heads", merged: 2, ..FULL },
-    Technique { name: "merge 4 heads", merged: 4, ..FULL },
-    Technique { name: "2ReLU softmax", softmax: Softmax::TwoRelu, ..FULL },
-    Technique { name: "ReLU", activation: Activation::Relu, ..FULL },
-    Technique { name: "freeze 1/2, merge 2", frozen: 2, merged: 2, ..FULL },
-    Technique { name: "freeze 1/2, merge 4", frozen: 2, merged: 4, ..FULL },
-    Technique { name: "freeze 1/2, merge 4, 2ReLU", frozen: 2, merged: 4, softmax: Softmax::TwoRelu, ..FULL },
+    technique("freeze 1/2", 2, 1, Softmax::Exact, Activation::Silu),
+    technique("freeze 3/4", 4, 1, Softmax::Exact, Activation::Silu),
+    technique("merge 2 heads", 1, 2, Softmax::Exact, Activation::Silu),
+    technique("merge 4 heads", 1, 4, Softmax::Exact, Activation::Silu),
+    technique("2ReLU softmax", 1, 1, Softmax::TwoRelu, Activation::Silu),
+    technique("ReLU", 1, 1, Softmax::Exact, Activation::Relu),
+    technique("freeze 1/2, merge 2", 2, 2, Softmax::Exact, Activation::Silu),
+    technique("freeze 1/2, merge 4", 2, 4, Softmax::Exact, Activation::Silu),
+    technique("freeze 1/2, merge 4, 2ReLU", 2, 4, Softmax::TwoRelu, Activation::Silu),
 ];
 
 /// What a technique would cost.
@@ -67,32 +75,15 @@ pub struct Advice {
 /// Below this a technique is not worth what it does to a model.
 const PAYS: f64 = 1.1;
 
-fn variant(c: &ModelConfig, t: Technique) -> std::result::Result<Option<Variant>, String> {
-    let own = c.layer(c.num_layers - 1);
-    if !own.num_kv_heads.is_multiple_of(t.merged) {
-        return Err(format!("{} key/value heads do not merge by {}", own.num_kv_heads, t.merged));
-    }
-    let changed = Variant {
-        from_layer: c.num_layers - c.num_layers.div_ceil(t.frozen),
-        num_attention_heads: own.num_heads / t.merged,
-        num_key_value_heads: own.num_kv_heads / t.merged,
-        head_dim: own.head_dim * t.merged,
-        softmax: t.softmax,
-        activation: t.activation,
-    };
-    let plain = (t.merged, t.softmax, t.activation) == (1, Softmax::Exact, Activation::Silu);
-    Ok(if plain { None } else { Some(changed) })
-}
-
 /// The model as a technique would leave it: its plan from the ranges of the model as it is.
 fn source(loaded: &Loaded, bounds: &Bounds, ranges: &Ranges, t: Technique) -> Result<Source> {
     let c = &loaded.weights.config;
-    let variant = variant(c, t).map_err(Error::Config)?;
-    let config = ModelConfig { variant, ..c.clone() };
     let first = c.num_layers - c.num_layers.div_ceil(t.frozen);
+    let variant = t.reshaping.of(c.layer(c.num_layers - 1), first)?;
+    let config = ModelConfig { variant, ..c.clone() };
     let mut bounds = Bounds { layers: bounds.layers[first..].to_vec(), ..bounds.clone() };
     // The sum of several heads' scores over the root of their number.
-    bounds.layers.iter_mut().for_each(|b| b.score *= (t.merged as f64).sqrt());
+    bounds.layers.iter_mut().for_each(|b| b.score *= (t.reshaping.merged as f64).sqrt());
     let ranges = Ranges { layers: ranges.layers[first..].to_vec(), ..ranges.clone() };
     let plan = plan::plan(&config, first, t.frozen == 1, &bounds, &ranges)?;
     let owner_bytes = 2 * owner_words(&config, &plan);
