@@ -146,9 +146,12 @@ fn plots_have_their_series() {
 fn a_table_for_people() {
     let out = bench("--preset h768 --test tg2 --net 1,1");
     let stdout = String::from_utf8_lossy(&out.stdout);
-    for part in
-        ["| h768 | tg2 | 0 | 1 ms round trip, 1 Gbit/s | 1 |", "GFLOP/s", "fewer than 64 tokens", "| mlp function |"]
-    {
+    for part in [
+        "| h768 | none | tg2 | 0 | 1 ms round trip, 1 Gbit/s | 1 |",
+        "GFLOP/s",
+        "fewer than 64 tokens",
+        "| mlp function |",
+    ] {
         assert!(stdout.contains(part), "{part} in {stdout}");
     }
 }

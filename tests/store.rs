@@ -12,7 +12,8 @@ use trefoil::generate::{Client, Grant, Local, LocalOptions, helper, owner};
 use trefoil::model::preparation::Options;
 use trefoil::model::secure::SecureModel;
 use trefoil::model::store::{ClientModel, HelperStore, OwnerPreparation, PublicManifest};
-use trefoil::model::{Checkpoint, Weights};
+use trefoil::model::variant::{Record, Reshaping};
+use trefoil::model::{Activation, Checkpoint, ModelConfig, Softmax, Weights};
 use trefoil::party::Role;
 use trefoil::plan::FW_LEAST;
 use trefoil::world::{Keys, Setup, World};
@@ -108,6 +109,37 @@ fn a_public_head_is_the_clients_own() {
         let o = Options { base: Some(dir.clone()), ..options(private) };
         as_in_one_process(&dir, &o);
     }
+}
+
+/// Two and two heads merged, 2ReLU and ReLU, from layer `from` on.
+fn reshaped(from: usize) -> TempDir {
+    let dir = smaller("llama-plain", &[]);
+    let reshaping = Reshaping { merged: 2, softmax: Softmax::TwoRelu, activation: Activation::Relu };
+    let own = ModelConfig::open(dir.path()).unwrap().layer(0);
+    let record = Record { version: 1, variant: reshaping.of(own, from).unwrap(), ..Record::default() };
+    std::fs::write(dir.path().join("trefoil.json"), serde_json::to_vec(&record).unwrap()).unwrap();
+    dir
+}
+
+#[test]
+fn what_was_done_to_a_model_is_known_to_all_three() {
+    // In the private layer alone, and in a public one too.
+    for from in [1, 0] {
+        as_in_one_process(reshaped(from).path(), &options(Some(1)));
+    }
+}
+
+/// The base itself knows nothing of it.
+#[test]
+fn the_base_serves_as_the_public_part_of_a_reshaped_model() {
+    let (model, tmp) = (reshaped(1), tempfile::tempdir().unwrap());
+    let base = smaller("llama-plain", &[]);
+    let prep = tmp.path().join("prep");
+    prepare(model.path(), &prep, &options(Some(1)));
+    std::fs::copy(prep.join("public/manifest.json"), base.path().join("manifest.json")).unwrap();
+    let client = ClientModel::open(base.path()).unwrap();
+    assert_eq!(client.config().layer(1).num_heads, 2);
+    assert_eq!(client.config().layer(0).num_heads, 4);
 }
 
 /// A copy of a fixture, the tensors whose names end so divided.
