@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::prepare::Prepared;
 use super::rounding::Choice;
-use super::{Checkpoint, ModelConfig, TextCodec, Weights, calibrate};
+use super::{Adapter, Checkpoint, ModelConfig, TextCodec, Weights, calibrate};
 use crate::error::{Error, Result};
 use crate::plan::{self, Plan};
 use crate::prf::PreparationSeed;
@@ -19,6 +19,8 @@ pub struct Options {
     pub max_positions: Option<usize>,
     /// The public base: where its final norm and head are this model's bit for bit, they are public.
     pub base: Option<PathBuf>,
+    /// An adapter over the model, which is then its public base.
+    pub adapter: Option<PathBuf>,
     /// Text for calibration instead of the built-in one.
     pub calibration_text: Option<String>,
 }
@@ -49,6 +51,35 @@ pub fn split_layers(c: &ModelConfig, private_layers: Option<usize>) -> Result<(u
     }
 }
 
+/// As [`split_layers`], of these weights: with an adapter the embedding is the base's, hence public, and every adapted layer private.
+///
+/// # Errors
+/// [`Error::Config`] if the model has fewer layers, or an adapter in a layer that would be public.
+pub fn split_weights(w: &Weights, private_layers: Option<usize>) -> Result<(usize, bool)> {
+    let (first_private, private_embedding) = split_layers(&w.config, private_layers)?;
+    match w.first_adapted() {
+        None => Ok((first_private, private_embedding)),
+        Some(adapted) if first_private > adapted => Err(Error::Config(format!(
+            "--private-layers {}: layer {adapted} has an adapter, which is private: give {} or more, or leave the option out",
+            w.config.num_layers - first_private,
+            w.config.num_layers - adapted
+        ))),
+        Some(_) => Ok((first_private, false)),
+    }
+}
+
+/// All weights of the checkpoint in `dir`, with the adapter in the directory `adapter` beside them.
+///
+/// # Errors
+/// [`Error::Model`] for either.
+pub fn adapted(checkpoint: &Checkpoint, dir: &Path, adapter: Option<&Path>) -> Result<Weights> {
+    // First the adapter, which is small: what is wrong with it need not wait for the weights.
+    let adapter = adapter.map(|a| Adapter::open(a, dir, checkpoint.config())).transpose()?;
+    let mut weights = Weights::load(checkpoint)?;
+    adapter.map_or(Ok(()), |a| a.attach(&mut weights))?;
+    Ok(weights)
+}
+
 /// The option `--private-layers`: a number, `all` (`None`), or half of the layers where it is left out.
 ///
 /// # Errors
@@ -60,6 +91,21 @@ pub fn parse_private_layers(text: Option<&str>, c: &ModelConfig) -> Result<Optio
         Some(n) => n.parse().map(Some).map_err(|_| {
             Error::Config(format!("--private-layers {n}: give a number from 0 to {} or 'all'", c.num_layers))
         }),
+    }
+}
+
+/// As [`parse_private_layers`], of a model with an adapter: where the option is left out, the layers from the first with one on.
+///
+/// # Errors
+/// As [`parse_private_layers`] and [`Adapter::open`].
+pub fn private_layers(
+    text: Option<&str>,
+    c: &ModelConfig,
+    (base, adapter): (&Path, Option<&Path>),
+) -> Result<Option<usize>> {
+    match (text, adapter) {
+        (None, Some(dir)) => Ok(Some(c.num_layers - Adapter::open(dir, base, c)?.first_layer())),
+        _ => parse_private_layers(text, c),
     }
 }
 
@@ -91,7 +137,7 @@ impl Loaded {
             None if !dir.join("tokenizer.json").exists() => None,
             None => Some(TextCodec::open(dir)?.encode(calibrate::DEFAULT_TEXT)?),
         };
-        Loaded::new(Weights::load(&checkpoint)?, text, options)
+        Loaded::new(adapted(&checkpoint, dir, options.adapter.as_deref())?, text, options)
     }
 
     /// From weights in memory; `text` is what calibration reads.
@@ -103,16 +149,18 @@ impl Loaded {
         if let Some(n) = options.max_positions {
             weights.config.max_positions = weights.config.max_positions.min(n.max(2));
         }
-        let (first_private, private_embedding) = split_layers(&weights.config, options.private_layers)?;
+        let (first_private, private_embedding) = split_weights(&weights, options.private_layers)?;
         let public_head = match &options.base {
-            None => false,
+            // Of an adapter's base it is.
+            None => weights.first_adapted().is_some(),
             Some(dir) => {
                 let base = Checkpoint::open(dir)?;
                 same_shape(&weights.config, base.config(), dir)?;
                 same_head(&weights, &Weights::load(&base)?)
             }
         };
-        Ok(Loaded { weights, text, context, split: Split { first_private, private_embedding, public_head } })
+        let split = Split { first_private, private_embedding, public_head };
+        Ok(Loaded { weights, text, context, split })
     }
 
     /// The plan that weights and calibration give.
@@ -128,7 +176,7 @@ impl Loaded {
         let bounds = calibrate::bounds(w, first, &choice.fractions)?;
         let mut plan = plan::propose(&w.config, first, self.split.private_embedding, &bounds, &ranges)
             .map_err(|misfits| plan::refused(&misfits, |m| choice.explain(m)))?;
-        plan.head.public = self.split.public_head;
+        plan.head.public |= self.split.public_head;
         Ok(plan)
     }
 
