@@ -1,13 +1,16 @@
 //! LoRA adapters that the Python package `peft` has written, over public bases: the float twin and the private run against
 //! the logits that peft gave, what an adapter may not be, and what it costs.
 
+#[path = "support/adapters.rs"]
+mod adapters;
 #[path = "support/models.rs"]
 mod models;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use models::{fixture, largest_difference, options};
+use adapters::adapt;
+use models::{fixture, largest_difference, options, quill};
 use ndarray::Array2;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
@@ -294,4 +297,62 @@ fn the_split_of_the_scale_between_the_factors_does_not_matter() {
         let plan = |w: &Weights| Loaded::new(w.clone(), None, &o).unwrap().plan().unwrap();
         assert_eq!(plan(&other), plan(&w));
     }
+}
+
+/// An adapter of the bundled model, as peft lays it out: q and v of the upper three layers.
+fn quill_adapter(dir: &Path) {
+    let config = ModelConfig::open(&quill()).unwrap();
+    let json = json!({
+        "peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"],
+        "layers_to_transform": [5, 6, 7], "base_model_name_or_path": quill(),
+    });
+    std::fs::write(dir.join("adapter_config.json"), json.to_string()).unwrap();
+    let mut l = Weights::random(config, 5).unwrap().layers.swap_remove(0);
+    adapt(&mut l, &[Module::QProj, Module::VProj], 4);
+    let mut all = Tensors::new();
+    for (layer, module) in (5..8).flat_map(|i| [(i, Module::QProj), (i, Module::VProj)]) {
+        let factors = l.linear(module).adapter.as_ref().unwrap();
+        for (half, m) in [("lora_A", &factors.a), ("lora_B", &factors.b)] {
+            let name = format!("base_model.model.model.layers.{layer}.{}.{half}.weight", module.path());
+            all.insert(name, (m.shape().to_vec(), m.iter().flat_map(|v| v.to_le_bytes()).collect()));
+        }
+    }
+    let views = all.iter().map(|(n, (s, d))| (n.clone(), TensorView::new(Dtype::F32, s.clone(), d).unwrap()));
+    safetensors::serialize_to_file(views, None, &dir.join("adapter_model.safetensors")).unwrap();
+}
+
+fn trefoil(args: &[&str]) -> Value {
+    let out = assert_cmd::Command::cargo_bin("trefoil").unwrap().args(args).args(["--json"]).assert().success();
+    serde_json::from_slice(&out.get_output().stdout).unwrap()
+}
+
+#[test]
+fn every_command_takes_an_adapter() {
+    let dir = tempfile::tempdir().unwrap();
+    quill_adapter(dir.path());
+    let (base, adapter) = (quill(), dir.path().to_str().unwrap().to_owned());
+    let base = base.to_str().unwrap();
+    let prompt = ["--prompt", "The old man", "--max-new-tokens", "5", "--context", "16"];
+    let given = trefoil(&[&["generate", "--model", base, "--adapter", &adapter, "--check"][..], &prompt].concat());
+    assert_eq!((&given["private_layers"], &given["private_head"]), (&json!(3), &json!(false)));
+    assert_eq!((&given["check"]["agree"], &given["check"]["of"]), (&json!(5), &json!(5)), "{}", given["check"]);
+    assert!(given["check"]["max_logit_error"].as_f64().unwrap() < 0.1, "{}", given["check"]);
+    let named = trefoil(&[&["generate", "--model", &adapter][..], &prompt].concat());
+    assert_eq!(named["tokens"], given["tokens"], "the base that the adapter names");
+    let without = trefoil(&[&["generate", "--model", base, "--private-layers", "0"][..], &prompt].concat());
+    assert_ne!(without["tokens"], given["tokens"], "or there is nothing to see here");
+
+    let request = ["--prefill", "3", "--decode", "5"];
+    let cost = trefoil(&[&["cost", "--model", base, "--adapter", &adapter, "--context", "16"][..], &request].concat());
+    assert_eq!(cost["messages_per_private_layer"], given["messages_per_private_layer"]);
+    let prep = dir.path().join("prep");
+    let prep = prep.to_str().unwrap();
+    trefoil(&["prepare", "--model", base, "--adapter", &adapter, "--context", "16", "--out", prep]);
+    let of_it = trefoil(&[&["cost", "--model", prep][..], &request].concat());
+    assert_eq!(of_it["request_links"], cost["request_links"]);
+    let text = dir.path().join("text");
+    std::fs::write(&text, "The old man looked at the sea and said nothing. ".repeat(20)).unwrap();
+    let text = text.to_str().unwrap();
+    let calibrated = trefoil(&["calibrate", "--model", base, "--adapter", &adapter, "--text", text, "--context", "16"]);
+    assert_eq!((&calibrated["fits"], &calibrated["plan"]["public_base"]), (&json!(true), &json!(true)));
 }

@@ -1,7 +1,7 @@
 //! LoRA adapters (Hu et al. 2021) as the Python package `peft` writes them: `adapter_config.json` and
 //! `adapter_model.safetensors`, kept apart from the base that they were trained on: `y = W x + (alpha / r) B (A x)`.
 //!
-//! Under MPC the base is public and the factors are private (MARILL; `docs/protocols.md`). Everybody knows the base, which layers
+//! Under MPC the base is public and the factors are private (MARILL, §5.2; `docs/protocols.md`). Everybody knows the base, which layers
 //! and projections have an adapter, and its rank; `A` and `B` only the Owner. Read strictly: whatever in the
 //! configuration would change the function and is not implemented is refused by its name.
 
@@ -59,9 +59,8 @@ struct Settings {
 }
 
 /// Fields that do not change what a trained adapter computes, whatever their value.
-const NEUTRAL: [&str; 16] = [
+const NEUTRAL: [&str; 14] = [
     "auto_mapping",
-    "base_model_name_or_path",
     "corda_config",
     "ensure_weight_tying",
     "eva_config",
@@ -75,11 +74,12 @@ const NEUTRAL: [&str; 16] = [
     "revision",
     "runtime_config",
     "task_type",
-    "peft_type",
 ];
 
 /// Fields that are read, each in its place.
-const READ: [&str; 9] = [
+const READ: [&str; 11] = [
+    "peft_type",
+    "base_model_name_or_path",
     "r",
     "lora_alpha",
     "use_rslora",

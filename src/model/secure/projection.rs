@@ -1,6 +1,6 @@
 //! A group of projections that read the same, with or without adapters: `y = W x + B (A x)`.
 //!
-//! Without an adapter: one linear map, no online message. With one (LoRA, Hu et al. 2021, kept apart from `W` as MARILL has it):
+//! Without an adapter: one linear map, no online message. With one (LoRA, Hu et al. 2021, kept apart from `W` as in MARILL, §5.2):
 //! `W` is public, so that each side multiplies what it holds and nothing is sent; `A` and `B` are owner linear, which sends
 //! ahead only. Their few middle values are lifted in between ([`crate::plan::AdapterPlan`] says why): 2 messages, of `rank`
 //! elements per projection and token. All projections of a group share this exchange.
@@ -23,7 +23,7 @@ use crate::share::Masked;
 ///
 /// # Errors
 /// [`crate::Error::Shape`], [`crate::Error::Peer`], [`crate::Error::Reuse`].
-pub(super) fn projection(s: &mut Session, scope: &Scope, x: &Masked, w: &Projection) -> Result<Masked> {
+pub fn projection(s: &mut Session, scope: &Scope, x: &Masked, w: &Projection) -> Result<Masked> {
     let mut y = truncate(&owner_linear(s, scope, x, &w.base)?, w.base.f())?;
     let Some(adapters) = &w.adapters else { return Ok(y) };
     let middle = truncate(&owner_linear(s, &scope.at("lora_a"), x, &adapters.a)?, adapters.a.f())?;
