@@ -141,6 +141,7 @@ fn a_plan_and_a_proposal_are_the_same() {
         up: 20.0,
         mlp: 90.0,
         mlp_slope: 1.0,
+        ..LayerBounds::default()
     };
     let range = LayerRanges {
         input_sum: (3.0, 400.0),

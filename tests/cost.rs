@@ -1,9 +1,14 @@
 //! What a private layer costs: bytes and messages, asserted; declared costs against the meter.
 
+#[path = "support/adapters.rs"]
+mod adapters;
+
+use adapters::adapt;
 use trefoil::Role;
 use trefoil::bench::{Harness, Measured, Pace, Part, Preset, count};
-use trefoil::model::{Arch, ModelConfig};
+use trefoil::model::{Arch, ModelConfig, Weights};
 use trefoil::net::FRAME_HEADER;
+use trefoil::plan::Module;
 use trefoil::world::Setup;
 
 /// One layer of a preset.
@@ -65,6 +70,32 @@ fn a_whole_layer_costs_what_it_declares() {
     let m = layer.run(20, &[1, 1, 1]).unwrap();
     declared_is_metered(&m, &[(64, k); 3]);
     assert!(m.depth <= 40, "{} messages in sequence", m.depth);
+}
+
+/// What an adapted group of projections adds: its base sends nothing any more, its factors and the lift between them what they
+/// declare, and an exchange for each group.
+#[test]
+fn a_layer_with_adapters_costs_what_it_declares() {
+    let plain = Weights::random(ModelConfig { num_kv_heads: 2, qkv_bias: true, ..tiny() }, 3).unwrap();
+    let setup = || Setup { ahead_capacity: 1 << 30, ..Setup::default() };
+    let without = Harness::prepare(&plain, false, setup()).unwrap();
+    let depth = without.run(20, &[1]).unwrap().depth;
+    let groups: [(&[Module], u32); 4] = [
+        (&[Module::QProj, Module::VProj], 1),
+        (&[Module::OProj], 1),
+        (&[Module::KProj, Module::GateProj, Module::UpProj, Module::DownProj], 3),
+        (&Module::ALL, 4),
+    ];
+    for (modules, groups) in groups {
+        let mut weights = plain.clone();
+        weights.layers.iter_mut().for_each(|l| adapt(l, modules, 3));
+        let layer = Harness::prepare(&weights, false, setup()).unwrap();
+        let k = layer.plan().residual_k;
+        declared_is_metered(&layer.run(0, &[5]).unwrap(), &[(5 * 64, k)]);
+        let m = layer.run(20, &[1]).unwrap();
+        declared_is_metered(&m, &[(64, k)]);
+        assert_eq!(m.depth, depth + 2 * groups, "{modules:?}");
+    }
 }
 
 /// Llama: 32, and 2 more for each norm whose range takes two windows. A norm on queries and keys adds 6 (8), or 2 less where its

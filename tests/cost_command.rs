@@ -3,7 +3,12 @@
 #[path = "support/models.rs"]
 mod models;
 
+#[path = "support/adapters.rs"]
+mod adapters;
+
 use std::sync::Arc;
+
+use adapters::adapt;
 
 use assert_cmd::Command;
 use serde_json::Value;
@@ -13,6 +18,7 @@ use trefoil::model::preparation::{Loaded, Options};
 use trefoil::model::{Arch, ModelConfig, Weights};
 use trefoil::net::Lane;
 use trefoil::net::meter::LinkTotals;
+use trefoil::plan::Module;
 use trefoil::predict::Source;
 use trefoil::predict::walk::{bytes, walk};
 
@@ -50,6 +56,15 @@ fn exact(weights: &Weights, text: Option<Vec<u32>>, private: Option<usize>, prom
     }
     assert_eq!(walked.prefill.depth + walked.decode.depth, depth, "messages in sequence");
     assert_eq!(walked.layer_messages.iter().max(), report.layer_messages.iter().max());
+}
+
+#[test]
+fn adapters_over_a_public_base() {
+    let mut w = random(shape(64, 4, 2, 160, 3));
+    // Public below them; private without an adapter above.
+    adapt(&mut w.layers[1], &[Module::QProj, Module::KProj, Module::VProj, Module::DownProj], 4);
+    exact(&w, None, Some(2), &[1, 2, 3, 4, 5], 4);
+    exact(&w, None, None, &[7], 2);
 }
 
 fn shape(hidden: usize, heads: usize, kv_heads: usize, intermediate: usize, layers: usize) -> ModelConfig {
@@ -127,6 +142,7 @@ fn a_large_model_in_seconds() {
         up: 40.0,
         mlp: 900.0,
         mlp_slope: 1.0,
+        ..LayerBounds::default()
     };
     let range = |i: usize| LayerRanges {
         input_sum: (2.0, 4000.0 * (i + 1) as f64),

@@ -95,11 +95,11 @@ fn parts(role: Role, c: &ModelConfig, plan: &Plan) -> Prepared {
             };
             let (h, i) = (c.hidden_size, c.intermediate_size);
             let layer = |_| PreparedLayer {
-                qkv: m(c.layer(0).q_size() + 2 * c.layer(0).kv_size(), h),
+                qkv: m(c.layer(0).q_size() + 2 * c.layer(0).kv_size(), h).into(),
                 qk_gain: None,
-                o: m(h, c.layer(0).q_size()),
-                gate_up: m(2 * i, h),
-                down: m(h, i),
+                o: m(h, c.layer(0).q_size()).into(),
+                gate_up: m(2 * i, h).into(),
+                down: m(h, i).into(),
             };
             Prepared {
                 layers: plan.layers.iter().enumerate().map(layer).collect(),

@@ -115,6 +115,7 @@ fn of_plan(p: &Plan) -> Fractions {
         o: l.attention.f_o,
         gate_up: l.mlp.f_gate_up,
         down: l.mlp.f_down,
+        ..LayerFractions::default()
     };
     Fractions { layers: p.layers.iter().map(one).collect(), head: p.head.f_weight }
 }
@@ -196,7 +197,7 @@ fn the_integers_have_the_plans_fraction() {
     // Layer 1, the fifth of its matrices.
     let mut b = vec![0; down.len()];
     seed.matrix_words(8 + 4, 0, &mut b);
-    let a = parts.layers[1].down.helper_words(&seed).unwrap();
+    let a = parts.layers[1].down.base.helper_words(&seed).unwrap();
     for ((a, b), w) in a.iter().zip(&b).zip(down) {
         let integer = (f64::from(*w) * f64::from(f).exp2()).round() as i64;
         assert_eq!(a.wrapping_add(*b) as i64, integer);

@@ -80,8 +80,8 @@ fn as_in_one_process(dir: &Path, o: &Options) {
     std::fs::rename(prep.join("public"), &public).unwrap();
     let prompt: Vec<u32> = vec![3, 1, 4, 1, 5, 9];
     let got = tokens(&prep, &store, &public, &prompt, 5);
-    let local =
-        LocalOptions { max_positions: o.max_positions, base: o.base.clone(), ..LocalOptions::new(o.private_layers) };
+    let (base, adapter) = (o.base.clone(), o.adapter.clone());
+    let local = LocalOptions { max_positions: o.max_positions, base, adapter, ..LocalOptions::new(o.private_layers) };
     let mut local = Local::open(dir, local).unwrap();
     let want = local.generate(&prompt, 5, 0.0, 0, false, &mut |_| true).unwrap().tokens;
     local.finish().unwrap();
@@ -140,6 +140,34 @@ fn the_base_serves_as_the_public_part_of_a_reshaped_model() {
     let client = ClientModel::open(base.path()).unwrap();
     assert_eq!(client.config().layer(1).num_heads, 2);
     assert_eq!(client.config().layer(0).num_heads, 4);
+}
+
+/// Of an adapter the Client gets the base and the plan: all matrices but the adapter's are its own.
+#[test]
+fn an_adapters_base_is_the_clients_own() {
+    for (name, base, private) in [
+        ("lora-all", "llama-plain", Some(2)),
+        ("lora-grouped", "llama-linear", Some(2)),
+        ("lora-some", "llama-plain", Some(1)),
+        ("lora-some", "llama-plain", None),
+        ("lora-qknorm", "qwen3-qknorm", Some(2)),
+    ] {
+        let o = Options { adapter: Some(fixture(name)), ..options(private) };
+        as_in_one_process(&fixture(base), &o);
+    }
+    let tmp = tempfile::tempdir().unwrap();
+    let o = Options { adapter: Some(fixture("lora-all")), ..options(Some(2)) };
+    prepare(&fixture("llama-plain"), &tmp.path().join("prep"), &o);
+    let public = tmp.path().join("prep/public");
+    let names: Vec<String> =
+        public.read_dir().unwrap().map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
+    assert!(!names.iter().any(|n| n.contains("adapter")), "{names:?}");
+    let of = |dir: &Path| {
+        let bytes = std::fs::read(dir.join("model.safetensors")).unwrap();
+        let read = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        read.iter().map(|(n, t)| (n.to_owned(), t.data().to_vec())).collect::<std::collections::BTreeMap<_, _>>()
+    };
+    assert_eq!(of(&public), of(&fixture("llama-plain")), "the base, and nothing else");
 }
 
 /// A copy of a fixture, the tensors whose names end so divided.

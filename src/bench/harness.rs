@@ -8,6 +8,8 @@ use crate::error::{Error, Result};
 use crate::generate::{MAX_BATCH, next_batch};
 use crate::ledger::{self, Spent};
 use crate::model::prepare::Prepared;
+use crate::model::rounding::Choice;
+use crate::model::sections::sections;
 use crate::model::secure::{ClientPorts, KvCache, PassOptions, SecureModel};
 use crate::model::{ModelConfig, Weights, calibrate};
 use crate::net::meter::LinkTotals;
@@ -106,14 +108,19 @@ impl Harness {
         Harness::prepare(&random_weights(config)?, false, setup)
     }
 
-    /// Calibrates and prepares `weights`, all layers private, all matrices with the fewest fraction bits.
+    /// Calibrates and prepares `weights`, all layers private, all matrices with the fewest fraction bits. With adapters the base is
+    /// public, and fraction bits are as a preparation has them.
     ///
     /// # Errors
     /// [`Error::Model`] for weights that no plan fits.
     pub fn prepare(weights: &Weights, private_embedding: bool, setup: Setup) -> Result<Harness> {
         let config = &weights.config;
         let ranges = calibrate::ranges(weights, 0, &calibrate::inputs(config, config.max_positions, None));
-        let bounds = calibrate::bounds(weights, 0, &Fractions::least(config.num_layers))?;
+        let fractions = match weights.first_adapted().is_some() {
+            true => Choice::new(weights, 0, private_embedding)?.fractions,
+            false => Fractions::least(config.num_layers),
+        };
+        let bounds = calibrate::bounds(weights, 0, &fractions)?;
         let plan = plan(config, 0, private_embedding, &bounds, &ranges)?;
         let seed = PreparationSeed::from_bytes([3; 32]);
         let owner = Prepared::owner(weights, &plan, &seed)?;
@@ -124,7 +131,10 @@ impl Harness {
             index += 1;
             Packed::from_bytes(Arc::new(bytes), 0, n, n, s.bits()).ok_or_else(none)
         })?;
-        let client = Prepared::client(config, &plan, &seed, &mut |_| Err(none()))?;
+        let client = {
+            let mut known = owner.matrices().zip(sections(config, &plan)?).filter(|(_, s)| s.public).map(|(m, _)| m);
+            Prepared::client(config, &plan, &seed, &mut |_| known.next().ok_or_else(none)?.helper_words(&seed))?
+        };
         let rows = calibrate::stress(config, ROWS);
         let encode = |&id: &u32| {
             let row = weights.embed.row(id as usize);

@@ -5,10 +5,9 @@ use std::path::{Path, PathBuf};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use trefoil::error::{Error, Result};
-use trefoil::generate::split_layers;
-use trefoil::model::preparation::private_layers;
+use trefoil::model::preparation::{adapted, private_layers, split_layers, split_weights};
 use trefoil::model::rounding::Choice;
-use trefoil::model::{Checkpoint, TextCodec, Weights, calibrate};
+use trefoil::model::{Adapter, Checkpoint, TextCodec, calibrate};
 use trefoil::plan::headroom::{Headroom, headroom};
 use trefoil::plan::{Misfit, Plan, propose};
 
@@ -18,6 +17,11 @@ pub struct Args {
     /// A Hugging Face directory: config.json, model.safetensors (or a sharded index), tokenizer.json.
     #[arg(long, default_value = "models/quill-4m")]
     model: PathBuf,
+    /// A LoRA adapter over --model, its public base: a directory that peft has saved (adapter_config.json,
+    /// adapter_model.safetensors). Its factors are private, and the layers from the first with one on are computed in private.
+    /// A --model that is an adapter itself is taken with the base that it names.
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
     /// Text like the prompts to come, UTF-8.
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
@@ -69,11 +73,14 @@ fn read(file: &Path) -> Result<String> {
 /// Whatever the options, the text or the checkpoint got wrong; [`Error::Model`] if the model does not fit.
 pub fn run(a: &Args) -> Result<()> {
     let text = read(&a.text)?;
-    let checkpoint = Checkpoint::open(&a.model)?;
-    let private_layers = private_layers(a.private_layers.as_deref(), &a.model, checkpoint.config())?;
-    let (first, private_embedding) = split_layers(checkpoint.config(), private_layers)?;
-    let ids = TextCodec::open(&a.model)?.encode(&text)?;
-    let mut weights = Weights::load(&checkpoint)?;
+    let (model, adapter) = Adapter::resolve(&a.model, a.adapter.as_deref())?;
+    let (checkpoint, adapter) = (Checkpoint::open(&model)?, adapter.as_deref());
+    let private_layers = private_layers(a.private_layers.as_deref(), checkpoint.config(), (&model, adapter))?;
+    // Before the weights are read, which takes a while.
+    split_layers(checkpoint.config(), private_layers)?;
+    let ids = TextCodec::open(&model)?.encode(&text)?;
+    let mut weights = adapted(&checkpoint, &model, adapter)?;
+    let (first, private_embedding) = split_weights(&weights, private_layers)?;
     weights.check()?;
     if let Some(n) = a.context {
         if n < 2 {

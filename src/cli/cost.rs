@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use trefoil::error::{Error, Result};
-use trefoil::model::Checkpoint;
 use trefoil::model::preparation::{Options, private_layers};
+use trefoil::model::{Adapter, Checkpoint};
 use trefoil::net::shape::Profile;
 use trefoil::predict::{NamedLinks, Phase, Prediction, Rates, Source, predict};
 
@@ -17,6 +17,11 @@ pub struct Args {
     /// The public base that the model was fine-tuned from.
     #[arg(long, value_name = "DIR")]
     base: Option<PathBuf>,
+    /// A LoRA adapter over --model, its public base: a directory that peft has saved (adapter_config.json,
+    /// adapter_model.safetensors). Its factors are private, and the layers from the first with one on are computed in private.
+    /// A --model that is an adapter itself is taken with the base that it names.
+    #[arg(long, value_name = "DIR", conflicts_with = "base")]
+    adapter: Option<PathBuf>,
     /// How many layers, from the top, are private: a number, or 'all', which includes the embedding. Default: what the model's trefoil.json says, else half.
     #[arg(long, value_name = "N|all", allow_negative_numbers = true)]
     private_layers: Option<String>,
@@ -61,6 +66,7 @@ fn source(a: &Args) -> Result<Source> {
     if Source::is_preparation(&a.model) {
         let chosen = [
             ("--base", a.base.is_some()),
+            ("--adapter", a.adapter.is_some()),
             ("--private-layers", a.private_layers.is_some()),
             ("--context", a.context.is_some()),
         ];
@@ -72,7 +78,8 @@ fn source(a: &Args) -> Result<Source> {
         }
         return Source::preparation(&a.model);
     }
-    let config = Checkpoint::open(&a.model)?.config().clone();
+    let (model, adapter) = Adapter::resolve(&a.model, a.adapter.as_deref())?;
+    let config = Checkpoint::open(&model)?.config().clone();
     let request = a.prefill.saturating_add(a.decode);
     let most = a.context.unwrap_or(usize::MAX).min(config.max_positions);
     if request - 1 > most {
@@ -83,9 +90,10 @@ fn source(a: &Args) -> Result<Source> {
             request - 1
         )));
     }
-    let private_layers = private_layers(a.private_layers.as_deref(), &a.model, &config)?;
-    let options = Options { private_layers, max_positions: a.context, base: a.base.clone(), calibration_text: None };
-    Source::checkpoint(&a.model, &options)
+    let private_layers = private_layers(a.private_layers.as_deref(), &config, (&model, adapter.as_deref()))?;
+    let base = a.base.clone();
+    let options = Options { private_layers, max_positions: a.context, base, adapter, calibration_text: None };
+    Source::checkpoint(&model, &options)
 }
 
 fn text(p: &Prediction) -> String {

@@ -13,8 +13,8 @@ use trefoil::error::{Error, Result};
 use trefoil::generate::{
     Check, Draft, Drafts, Generation, LinkReport, Local, LocalOptions, Stop, check, check_draft_tokens,
 };
-use trefoil::model::preparation::private_layers;
-use trefoil::model::{Checkpoint, TextCodec, TextStream, Weights, calibrate};
+use trefoil::model::preparation::{adapted, private_layers};
+use trefoil::model::{Adapter, Checkpoint, TextCodec, TextStream, calibrate};
 use trefoil::net::shape::Profile;
 use trefoil::plan::{MAX_TEMPERATURE, Plan};
 
@@ -26,7 +26,7 @@ pub struct Args {
     prompt: String,
     /// The client of a deployment: its configuration (trefoil init client). Owner and helper run elsewhere. Without it all
     /// three run in this process.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "base", "private_layers", "net", "context", "calibration_text", "check"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "base", "adapter", "private_layers", "net", "context", "calibration_text", "check"])]
     config: Option<PathBuf>,
     /// A Hugging Face directory: config.json, model.safetensors (or a sharded index), tokenizer.json.
     #[arg(long, default_value = "models/quill-4m")]
@@ -35,6 +35,11 @@ pub struct Args {
     /// for bit.
     #[arg(long, value_name = "DIR")]
     base: Option<PathBuf>,
+    /// A LoRA adapter over --model, its public base: a directory that peft has saved (adapter_config.json,
+    /// adapter_model.safetensors). Its factors are private, and the layers from the first with one on are computed in private.
+    /// A --model that is an adapter itself is taken with the base that it names.
+    #[arg(long, value_name = "DIR", conflicts_with = "base")]
+    adapter: Option<PathBuf>,
     /// How many layers, from the top, are private: a number, or 'all', which includes the embedding. Default: what the model's trefoil.json says, else half.
     #[arg(long, value_name = "N|all", allow_negative_numbers = true)]
     private_layers: Option<String>,
@@ -297,11 +302,12 @@ fn remote(a: &Args, path: &Path) -> Result<Report> {
 /// All three parties here.
 fn local(a: &Args) -> Result<Report> {
     let profile: Profile = a.net.parse()?;
-    let checkpoint = Checkpoint::open(&a.model)?;
+    let (model, adapter) = Adapter::resolve(&a.model, a.adapter.as_deref())?;
+    let checkpoint = Checkpoint::open(&model)?;
     let config = checkpoint.config().clone();
     drop(checkpoint);
-    let private_layers = private_layers(a.private_layers.as_deref(), &a.model, &config)?;
-    let codec = TextCodec::open(&a.model)?;
+    let private_layers = private_layers(a.private_layers.as_deref(), &config, (&model, adapter.as_deref()))?;
+    let codec = TextCodec::open(&model)?;
     let prompt = encode(&codec, &a.prompt)?;
     let limit = a.context.unwrap_or(usize::MAX).min(config.max_positions);
     if prompt.len() > limit {
@@ -311,18 +317,19 @@ fn local(a: &Args) -> Result<Report> {
             config.max_positions
         )));
     }
-    let draft = draft(a, &a.model)?;
+    let draft = draft(a, &model)?;
     let mut options = LocalOptions::new(private_layers).net(profile);
     // Nothing of the request: the plan is the model's, and tells nobody how long a prompt is.
     options.max_positions = a.context;
     options.base = a.base.clone();
+    options.adapter = adapter.clone();
     if let Some(file) = &a.calibration_text {
         options.calibration_text = Some(calibrate::read_text(file)?);
     }
     if !a.json {
         eprintln!("preparing {} (calibration, fixed point, shares of the weights) ...", a.model.display());
     }
-    let mut local = Local::open(&a.model, options)?;
+    let mut local = Local::open(&model, options)?;
     draft.map_or(Ok(()), |d| local.draft_with(d))?;
     if let (Some(base), false) = (&a.base, local.plan().head.public) {
         eprintln!(
@@ -347,7 +354,10 @@ fn local(a: &Args) -> Result<Report> {
     let owner = local.finish()?;
     let check = match a.check {
         false => None,
-        true => Some(check(&Weights::load(&Checkpoint::open(&a.model)?)?, &prompt, &g, a.temperature > 0.0)),
+        true => {
+            let weights = adapted(&Checkpoint::open(&model)?, &model, adapter.as_deref())?;
+            Some(check(&weights, &prompt, &g, a.temperature > 0.0))
+        }
     };
     let mut report = Report::new(a, text, prompt.len(), g, &plan, links);
     report.net = profile.to_string();

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 use trefoil::error::{Error, Result};
-use trefoil::model::preparation::{Loaded, Options, private_layers, split_layers};
+use trefoil::model::preparation::{Loaded, Options, Split, private_layers};
 use trefoil::model::variant::Record;
-use trefoil::model::{Activation, Checkpoint, LayerWeights, ModelConfig, Softmax};
+use trefoil::model::{Activation, Adapter, Checkpoint, LayerWeights, ModelConfig, Softmax};
 use trefoil::net::shape::Profile;
 use trefoil::predict::{Prediction, Rates, Source, predict};
 
@@ -24,6 +24,9 @@ pub struct Args {
     /// The public base that it was fine-tuned from: layers that are still its own, bit for bit, are found by comparison.
     #[arg(long, value_name = "DIR")]
     base: Option<PathBuf>,
+    /// A LoRA adapter over the model, its public base: a directory that peft has saved.
+    #[arg(long, value_name = "DIR", conflicts_with = "base")]
+    adapter: Option<PathBuf>,
     /// How many layers, from the top, are private: a number, or 'all', which includes the embedding. Default: what the model's trefoil.json says, else half.
     #[arg(long, value_name = "N|all", allow_negative_numbers = true)]
     private_layers: Option<String>,
@@ -63,6 +66,8 @@ struct Report {
     private_parameters: u64,
     /// Layers from the bottom that are the base's, if one was given.
     layers_of_base: Option<usize>,
+    /// Of an adapter: the only private ones.
+    adapter_parameters: Option<u64>,
     /// What trefoil.json says of how the model was made.
     made: serde_json::Map<String, serde_json::Value>,
     cost: Prediction,
@@ -74,25 +79,31 @@ struct Report {
 /// Whatever the options or the checkpoint got wrong.
 pub fn run(a: &Args) -> Result<()> {
     let net: Profile = a.net.parse()?;
-    let checkpoint = Checkpoint::open(&a.model)?;
+    let (model, adapter) = Adapter::resolve(&a.model, a.adapter.as_deref())?;
+    let checkpoint = Checkpoint::open(&model)?;
     let c = checkpoint.config().clone();
-    let private = private_layers(a.private_layers.as_deref(), &a.model, &c)?;
-    let (first, private_embedding) = split_layers(&c, private)?;
+    let private = private_layers(a.private_layers.as_deref(), &c, (&model, adapter.as_deref()))?;
     let layers_of_base = match &a.base {
         Some(dir) => Some(common_layers(&checkpoint, &Checkpoint::open(dir)?)?),
         None => None,
     };
-    let options = Options { private_layers: private, base: a.base.clone(), ..Options::default() };
-    let source = Source::loaded(Loaded::open(&a.model, &options)?)?;
+    let options = Options { private_layers: private, base: a.base.clone(), adapter, ..Options::default() };
+    let loaded = Loaded::open(&model, &options)?;
+    let Split { first_private: first, private_embedding, .. } = loaded.split;
+    let adapters = loaded.weights.adapter_parameters();
+    let source = Source::loaded(loaded)?;
     let prefill = PREFILL.min(c.max_positions.saturating_sub(DECODE).max(1));
     let cost = predict(&source, prefill, DECODE.min(c.max_positions), net, Rates::measure()?)?;
     let private_head = cost.private_head;
     let table = (c.vocab_size * c.hidden_size) as u64;
     let of = |range: std::ops::Range<usize>| range.map(|i| c.layer_parameters(i)).sum::<u64>();
     let head = table + c.hidden_size as u64;
-    let private_parameters = of(first..c.num_layers)
-        + if private_head { head } else { 0 }
-        + if private_embedding && !(c.tie_word_embeddings && private_head) { table } else { 0 };
+    // What an adapter is added to is public.
+    let private_parameters = adapters.unwrap_or_else(|| {
+        of(first..c.num_layers)
+            + if private_head { head } else { 0 }
+            + if private_embedding && !(c.tie_word_embeddings && private_head) { table } else { 0 }
+    });
     let report = Report {
         architecture: c.arch.name(),
         hidden_size: c.hidden_size,
@@ -102,9 +113,10 @@ pub fn run(a: &Args) -> Result<()> {
         layers: alike(&c, first),
         private_embedding,
         private_head,
-        public_parameters: c.parameter_count().saturating_sub(private_parameters),
+        public_parameters: c.parameter_count() + adapters.unwrap_or(0) - private_parameters,
         private_parameters,
         layers_of_base,
+        adapter_parameters: adapters,
         made: Record::open(&a.model)?.map(|r| r.made).unwrap_or_default(),
         cost,
     };
@@ -188,6 +200,9 @@ fn text(a: &Args, r: &Report) -> String {
     let _ = writeln!(out, "{:<14}{}", "norm and head", side(r.private_head));
     if let Some(n) = r.layers_of_base {
         let _ = writeln!(out, "{:<14}the lowest {n} layers and the embedding are the base's, bit for bit", "base");
+    }
+    if let Some(n) = r.adapter_parameters {
+        let _ = writeln!(out, "{:<14}{n} parameters, private; what it is added to is public", "adapter");
     }
     let _ = writeln!(out, "\nparameters    {} public, {} private", r.public_parameters, r.private_parameters);
     for (name, value) in &r.made {

@@ -9,7 +9,7 @@ use serde::Serialize;
 use trefoil::error::{Error, Result};
 use trefoil::model::preparation::{Options, private_layers};
 use trefoil::model::store::OwnerPreparation;
-use trefoil::model::{ModelConfig, calibrate};
+use trefoil::model::{Adapter, ModelConfig, calibrate};
 
 /// Options of `trefoil prepare`.
 #[derive(clap::Args)]
@@ -21,6 +21,11 @@ pub struct Args {
     /// for bit.
     #[arg(long, value_name = "DIR")]
     base: Option<PathBuf>,
+    /// A LoRA adapter over --model, its public base: a directory that peft has saved (adapter_config.json,
+    /// adapter_model.safetensors). Its factors are private, and the layers from the first with one on are computed in private.
+    /// A --model that is an adapter itself is taken with the base that it names.
+    #[arg(long, value_name = "DIR", conflicts_with = "base")]
+    adapter: Option<PathBuf>,
     /// How many layers, from the top, are private: a number, or 'all', which includes the embedding. Default: what the model's trefoil.json says, else half.
     #[arg(long, value_name = "N|all", allow_negative_numbers = true)]
     private_layers: Option<String>,
@@ -59,12 +64,14 @@ struct Report {
 /// # Errors
 /// Whatever is wrong with options or checkpoint.
 pub fn run(a: &Args) -> Result<()> {
-    let config = ModelConfig::open(&a.model)?;
+    let (model, adapter) = Adapter::resolve(&a.model, a.adapter.as_deref())?;
+    let config = ModelConfig::open(&model)?;
     let calibration_text = a.calibration_text.as_deref().map(calibrate::read_text).transpose()?;
     let options = Options {
-        private_layers: private_layers(a.private_layers.as_deref(), &a.model, &config)?,
+        private_layers: private_layers(a.private_layers.as_deref(), &config, (&model, adapter.as_deref()))?,
         max_positions: a.context,
         base: a.base.clone(),
+        adapter,
         calibration_text,
     };
     let begun = Instant::now();
@@ -77,7 +84,7 @@ pub fn run(a: &Args) -> Result<()> {
     }
     let style = ProgressStyle::with_template("helper's half {wide_bar} {bytes} of {total_bytes}, {eta}");
     bar.set_style(style.map_err(|e| Error::Internal(format!("progress bar: {e}")))?);
-    let made = OwnerPreparation::create(&a.model, &a.out, &options, &mut |done, total| {
+    let made = OwnerPreparation::create(&model, &a.out, &options, &mut |done, total| {
         bar.set_length(total);
         bar.set_position(done);
     });

@@ -36,6 +36,8 @@ pub struct LocalOptions {
     pub max_positions: Option<usize>,
     /// The public base: where its final norm and head are this model's bit for bit, they are public.
     pub base: Option<PathBuf>,
+    /// An adapter over the model, which is then its public base.
+    pub adapter: Option<PathBuf>,
     /// Text for calibration instead of the built-in one.
     pub calibration_text: Option<String>,
     /// Channels and what watches them.
@@ -54,6 +56,7 @@ impl LocalOptions {
             private_layers,
             max_positions: None,
             base: None,
+            adapter: None,
             calibration_text: None,
             setup: Setup { ahead_capacity: 256 << 20, timeout: Duration::from_secs(600), ..Setup::default() },
             keys: None,
@@ -66,6 +69,7 @@ impl LocalOptions {
             private_layers: self.private_layers,
             max_positions: self.max_positions,
             base: self.base.clone(),
+            adapter: self.adapter.clone(),
             calibration_text: self.calibration_text.clone(),
         }
     }
@@ -164,8 +168,11 @@ impl Local {
             let step = prepare_scope().address(0, "prepare.seed");
             let seed = session.links().recv(Role::Owner, Lane::Online, &step, 32)?;
             let seed = seed.try_into().map_err(|_| lost("the seed"))?;
+            let mut index = 0;
             let parts = Prepared::client(&config, &plan, &PreparationSeed::from_bytes(seed), &mut |n| {
-                crate::session::recv_words(session.links(), Role::Owner, Lane::Online, &words_step(0), n, 64)
+                let step = words_step(index);
+                index += 1;
+                crate::session::recv_words(session.links(), Role::Owner, Lane::Online, &step, n, 32)
             })?;
             Ok(Client::new(session, SecureModel::new(config, plan, parts), public))
         });
@@ -316,13 +323,14 @@ fn prepare_owner(s: &crate::session::Session, loaded: Loaded) -> Result<SecureMo
         links.send(to, Lane::Online, &at("prepare.plan"), json.clone())?;
     }
     links.send(Role::Client, Lane::Online, &at("prepare.seed"), seed.to_bytes().to_vec())?;
-    if plan.head.public {
-        let words = parts.head.helper_words(&seed)?;
-        links.send(Role::Client, Lane::Online, &words_step(0), pack::pack(&words, 64))?;
-    }
+    let mut public = 0;
     // Packed as the Helper keeps them: nobody ever has a matrix in words of 8 bytes.
     for (i, section) in sections(&loaded.weights.config, &plan)?.iter().enumerate() {
         let bytes = parts.helper_bytes(&seed, (i, section), 0..section.rows * section.cols)?;
+        if section.public {
+            links.send(Role::Client, Lane::Online, &words_step(public), bytes.clone())?;
+            public += 1;
+        }
         links.send(Role::Helper, Lane::Online, &words_step(i as u64), bytes)?;
     }
     Ok(SecureModel::new(loaded.weights.config, plan, parts))

@@ -1,15 +1,20 @@
 //! Bounds and ranges of a checkpoint: what its weights prove for every input, and what the float twin shows over text.
 
+use std::borrow::Cow;
 use std::path::Path;
 
-use ndarray::{Array1, Array2, ArrayView2, ArrayView3, s};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayView3, s};
 
+use super::adapter::LowRank;
 use super::float::{self, FloatCache};
 use super::observe::{Norm, Observer};
 use super::secure::F_QK;
 use super::{LayerWeights, Linear, ModelConfig, Weights, files, rounding};
 use crate::error::{Error, Result};
-use crate::plan::{Bounds, F, Fractions, LayerBounds, LayerFractions, LayerRanges, Ranges, reach};
+use crate::plan::{
+    AdapterBounds, Bounds, F, Fractions, Group, Grouped, LayerBounds, LayerFractions, LayerRanges, Module, Ranges,
+    reach,
+};
 
 /// Text that calibration reads when the provider gives none: prose, dialogue, numbers, code.
 pub const DEFAULT_TEXT: &str = include_str!("calibration.txt");
@@ -36,6 +41,9 @@ const ROTATION: f64 = 1.003;
 /// A softmax weight sum `sum e_i / sum e_i` as the engine normalises it, its reciprocal's constant not counted, which depends on the
 /// plan: the reciprocal's table errs by at most 1.1e-3, its slope's rounding moves it by at most `2 / 32`.
 const SOFTMAX: f64 = 1.065;
+
+/// How far the activation's table may be off in any plan.
+const OFF: f64 = 1.1;
 
 /// An upper bound of the spectral norm: the Frobenius norm of a power of the Gram matrix.
 #[must_use]
@@ -88,8 +96,26 @@ fn head_norms(l: &Linear, dim: usize, radius: f64) -> Vec<f64> {
         .collect()
 }
 
+/// `W + B A` for the bounds of both. Their outputs are truncated apart, and the middle values too, which `B` passes on: that slack is in
+/// the bias, of which bounds look at the size alone.
+fn merged(l: &Linear) -> Linear {
+    let Some(LowRank { a, b }) = &l.adapter else { return l.clone() };
+    // Rounded up for the f32 that it is put into.
+    let slack =
+        |row: ArrayView1<'_, f32>| (1.001 * ULP * (1.0 + row.iter().map(|v| f64::from(v.abs())).sum::<f64>())) as f32;
+    let slack = b.rows().into_iter().map(slack).collect::<Array1<f32>>();
+    let bias = l.bias.as_ref().map_or_else(|| slack.clone(), |bias| bias.abs() + &slack);
+    Linear { w: &l.w + &b.dot(a), bias: Some(bias), adapter: None }
+}
+
 /// `l` as it is multiplied ([`rounding::layer`]): gains folded in, rounded to `f` fraction bits.
 fn layer_bounds(c: &ModelConfig, index: usize, l: &LayerWeights, f: LayerFractions) -> LayerBounds {
+    let apart = l;
+    let mut whole = Cow::Borrowed(l);
+    for module in apart.adapted() {
+        *whole.to_mut().linear_mut(module) = merged(apart.linear(module));
+    }
+    let l = &*whole;
     let shape = c.layer(index);
     let radius = (c.hidden_size as f64).sqrt() * NORM;
     let (dim, scale) = (shape.head_dim, (shape.head_dim as f64).sqrt());
@@ -118,23 +144,49 @@ fn layer_bounds(c: &ModelConfig, index: usize, l: &LayerWeights, f: LayerFractio
     let (gr, ur) = (row_norm(l.gate.w.view()), row_norm(l.up.w.view()));
     let g_at = |i: usize| gr[i] * radius + bias_at(&l.gate, i) + ULP;
     let u_at = |i: usize| ur[i] * radius + bias_at(&l.up, i) + ULP;
-    let sums = |each: &dyn Fn(usize) -> f64| {
-        let row = |row: ndarray::ArrayView1<'_, f32>| {
+    let sums_of = |w: ArrayView2<'_, f32>, each: &dyn Fn(usize) -> f64| {
+        let row = |row: ArrayView1<'_, f32>| {
             row.iter().enumerate().fold(0.0, |sum, (i, w)| sum + f64::from(w.abs()) * each(i))
         };
-        l.down.w.rows().into_iter().map(row).fold(0.0f64, f64::max)
+        w.rows().into_iter().map(row).fold(0.0f64, f64::max)
     };
+    let sums = |each: &dyn Fn(usize) -> f64| sums_of(l.down.w.view(), each);
     let bias_norm =
         |l: &Linear| l.bias.as_ref().map_or(0.0, |b| b.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt());
     let steepest = l.down.w.iter().fold(0.0f64, |m, w| m.max(f64::from(w.abs())));
     let width = (c.intermediate_size as f64).sqrt();
     let norm_of = |l: &Linear| spectral_bound(l.w.view()) * radius + bias_norm(l) + width * ULP;
-    let up_norm = norm_of(&l.up);
-    let by_norms = steepest * (slope * norm_of(&l.gate) + least * width) * up_norm;
+    let (gate_norm, up_norm) = (norm_of(&l.gate), norm_of(&l.up));
+    let by_norms = steepest * (slope * gate_norm + least * width) * up_norm;
     let bias_max =
         |l: &Linear| l.bias.as_ref().map_or(0.0, |b| b.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs()))));
     let down_sum = sums(&|_| 1.0);
+    // Of the first factors, each of what its group reads; the activation may be off by OFF.
+    let middle = |a: ArrayView2<'_, f32>, group| {
+        let longest = row_norm(a).into_iter().fold(0.0, f64::max);
+        let most = match group {
+            Group::Qkv | Group::GateUp => longest * radius,
+            Group::O => longest * context,
+            Group::Down => {
+                let largest = f64::from(a.iter().fold(0.0f32, |m, v| m.max(v.abs())));
+                let by_norms = largest * (gate_norm + OFF * width) * up_norm;
+                sums_of(a, &|i| (g_at(i) + OFF) * u_at(i)).min(by_norms) + sums_of(a, &|_| ULP)
+            }
+        };
+        most * SLACK + ULP
+    };
+    let mut adapters = Grouped::default();
+    for (group, f) in f.adapters.iter() {
+        let modules: Vec<Module> = apart.adapted().filter(|m| m.group() == group).collect();
+        let factors = || modules.iter().filter_map(|m| apart.linear(*m).adapter.as_ref());
+        let (rank, middle) = (
+            factors().map(|f| f.a.nrows()).max().unwrap_or(0),
+            factors().map(|f| middle(f.a.view(), group)).fold(0.0, f64::max),
+        );
+        *adapters.place(group) = Some(AdapterBounds { modules, rank, f: *f, middle });
+    }
     LayerBounds {
+        adapters,
         f,
         qk,
         qk_raw: largest_qk,
@@ -210,11 +262,7 @@ impl Observer for Watch<'_> {
             }
             let range = self.layers[layer].qk_sum.get_or_insert((f64::INFINITY, 0.0));
             for l in [&w.q, &w.k] {
-                let mut y = x.dot(&l.w.t());
-                if let Some(b) = &l.bias {
-                    y += b;
-                }
-                for row in y.rows() {
+                for row in float::linear(l, &x).rows() {
                     let row: Vec<f32> = row.to_vec();
                     row.chunks(c.head_dim).for_each(|head| stretch(range, sum_squares(head)));
                 }

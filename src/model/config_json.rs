@@ -103,6 +103,16 @@ impl Json {
         value.as_str().ok_or_else(|| self.expected(name, "a string", value))
     }
 
+    /// All fields, null ones too.
+    pub(super) fn fields(&self) -> &Map<String, Value> {
+        &self.fields
+    }
+
+    /// The value of a field, of whatever kind, unless left out or null.
+    pub(super) fn value(&self, name: &str) -> Option<&Value> {
+        self.get(name)
+    }
+
     /// The first of a list of strings.
     pub(super) fn first_text(&self, name: &str) -> Result<&str> {
         let value = self.get(name).ok_or_else(|| self.missing(name))?;

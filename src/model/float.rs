@@ -6,6 +6,7 @@
 use ndarray::{Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut1, Axis, Zip, s};
 use rayon::prelude::*;
 
+use super::adapter::LowRank;
 use super::config::{Activation, LayerShape, ModelConfig, RopeScaling, Softmax};
 use super::matmul::{self, matmul_transposed};
 use super::observe::{Norm, Observer};
@@ -331,10 +332,14 @@ fn weighted_sum(weights: ArrayView2<'_, f32>, values: ArrayView2<'_, f32>) -> Ar
     sum
 }
 
-fn linear(layer: &Linear, x: &Array2<f32>) -> Array2<f32> {
+/// `x w^T + bias + (x a^T) b^T`.
+pub(super) fn linear(layer: &Linear, x: &Array2<f32>) -> Array2<f32> {
     let mut y = matmul_transposed(x.view(), layer.w.view());
     if let Some(bias) = &layer.bias {
         y += bias;
+    }
+    if let Some(LowRank { a, b }) = &layer.adapter {
+        y += &matmul_transposed(matmul_transposed(x.view(), a.view()).view(), b.view());
     }
     y
 }

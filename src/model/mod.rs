@@ -2,6 +2,7 @@
 //! checkpoint; the float twin, an ordinary f32 forward pass that says what the secure one should come out at; calibration,
 //! preparation, and the private model itself.
 
+pub mod adapter;
 pub mod calibrate;
 pub mod checkpoint;
 pub mod config;
@@ -22,6 +23,7 @@ pub mod text;
 pub mod variant;
 pub mod weights;
 
+pub use adapter::{Adapter, LowRank};
 pub use checkpoint::Checkpoint;
 pub use config::{Activation, Arch, LayerShape, ModelConfig, Rope, RopeScaling, Softmax, Variant};
 pub use float::FloatCache;

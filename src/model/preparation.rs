@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::prepare::Prepared;
 use super::rounding::Choice;
 use super::variant::Record;
-use super::{Checkpoint, ModelConfig, TextCodec, Weights, calibrate};
+use super::{Adapter, Checkpoint, ModelConfig, TextCodec, Weights, calibrate};
 use crate::error::{Error, Result};
 use crate::plan::{self, Bounds, Plan, Ranges};
 use crate::prf::PreparationSeed;
@@ -20,6 +20,8 @@ pub struct Options {
     pub max_positions: Option<usize>,
     /// The public base: where its final norm and head are this model's bit for bit, they are public.
     pub base: Option<PathBuf>,
+    /// An adapter over the model, which is then its public base.
+    pub adapter: Option<PathBuf>,
     /// Text for calibration instead of the built-in one.
     pub calibration_text: Option<String>,
 }
@@ -50,17 +52,33 @@ pub fn split_layers(c: &ModelConfig, private_layers: Option<usize>) -> Result<(u
     }
 }
 
-/// [`parse_private_layers`] for the model in `dir`: where the option is left out, as many layers as its `trefoil.json` says.
+/// As [`split_layers`], of these weights: with an adapter the embedding is the base's, hence public, and every adapted layer private.
 ///
 /// # Errors
-/// As [`parse_private_layers`], and for a `trefoil.json` that is none.
-pub fn private_layers(text: Option<&str>, dir: &Path, c: &ModelConfig) -> Result<Option<usize>> {
-    if text.is_none()
-        && let Some(n) = Record::open(dir)?.and_then(|r| r.private_layers)
-    {
-        return Ok(Some(n));
+/// [`Error::Config`] if the model has fewer layers, or an adapter in a layer that would be public.
+pub fn split_weights(w: &Weights, private_layers: Option<usize>) -> Result<(usize, bool)> {
+    let (first_private, private_embedding) = split_layers(&w.config, private_layers)?;
+    match w.first_adapted() {
+        None => Ok((first_private, private_embedding)),
+        Some(adapted) if first_private > adapted => Err(Error::Config(format!(
+            "--private-layers {}: layer {adapted} has an adapter, which is private: give {} or more, or leave the option out",
+            w.config.num_layers - first_private,
+            w.config.num_layers - adapted
+        ))),
+        Some(_) => Ok((first_private, false)),
     }
-    parse_private_layers(text, c)
+}
+
+/// All weights of the checkpoint in `dir`, with the adapter in the directory `adapter` beside them.
+///
+/// # Errors
+/// [`Error::Model`] for either.
+pub fn adapted(checkpoint: &Checkpoint, dir: &Path, adapter: Option<&Path>) -> Result<Weights> {
+    // First the adapter, which is small: what is wrong with it need not wait for the weights.
+    let adapter = adapter.map(|a| Adapter::open(a, dir, checkpoint.config())).transpose()?;
+    let mut weights = Weights::load(checkpoint)?;
+    adapter.map_or(Ok(()), |a| a.attach(&mut weights))?;
+    Ok(weights)
 }
 
 /// The option `--private-layers`: a number, `all` (`None`), or half of the layers where it is left out.
@@ -74,6 +92,26 @@ pub fn parse_private_layers(text: Option<&str>, c: &ModelConfig) -> Result<Optio
         Some(n) => n.parse().map(Some).map_err(|_| {
             Error::Config(format!("--private-layers {n}: give a number from 0 to {} or 'all'", c.num_layers))
         }),
+    }
+}
+
+/// As [`parse_private_layers`], of the model in `dir`, perhaps with an adapter: where the option is left out, the layers from the
+/// first with an adapter on, or as many as the model's `trefoil.json` says.
+///
+/// # Errors
+/// As [`parse_private_layers`] and [`Adapter::open`], and for a `trefoil.json` that is none.
+pub fn private_layers(
+    text: Option<&str>,
+    c: &ModelConfig,
+    (dir, adapter): (&Path, Option<&Path>),
+) -> Result<Option<usize>> {
+    match (text, adapter) {
+        (None, Some(adapter)) => Ok(Some(c.num_layers - Adapter::open(adapter, dir, c)?.first_layer())),
+        (None, None) => match Record::open(dir)?.and_then(|r| r.private_layers) {
+            Some(n) => Ok(Some(n)),
+            None => parse_private_layers(None, c),
+        },
+        _ => parse_private_layers(text, c),
     }
 }
 
@@ -105,7 +143,7 @@ impl Loaded {
             None if !dir.join("tokenizer.json").exists() => None,
             None => Some(TextCodec::open(dir)?.encode(calibrate::DEFAULT_TEXT)?),
         };
-        Loaded::new(Weights::load(&checkpoint)?, text, options)
+        Loaded::new(adapted(&checkpoint, dir, options.adapter.as_deref())?, text, options)
     }
 
     /// From weights in memory; `text` is what calibration reads.
@@ -117,16 +155,18 @@ impl Loaded {
         if let Some(n) = options.max_positions {
             weights.config.max_positions = weights.config.max_positions.min(n.max(2));
         }
-        let (first_private, private_embedding) = split_layers(&weights.config, options.private_layers)?;
+        let (first_private, private_embedding) = split_weights(&weights, options.private_layers)?;
         let public_head = match &options.base {
-            None => false,
+            // Of an adapter's base it is.
+            None => weights.first_adapted().is_some(),
             Some(dir) => {
                 let base = Checkpoint::open(dir)?;
                 same_shape(&weights.config, base.config(), dir)?;
                 same_head(&weights, &Weights::load(&base)?)
             }
         };
-        Ok(Loaded { weights, text, context, split: Split { first_private, private_embedding, public_head } })
+        let split = Split { first_private, private_embedding, public_head };
+        Ok(Loaded { weights, text, context, split })
     }
 
     /// What weights prove and calibration shows of the private layers.
@@ -152,7 +192,7 @@ impl Loaded {
         let (c, first) = (&self.weights.config, self.split.first_private);
         let mut plan = plan::propose(c, first, self.split.private_embedding, &bounds, &ranges)
             .map_err(|misfits| plan::refused(&misfits, |m| choice.explain(m)))?;
-        plan.head.public = self.split.public_head;
+        plan.head.public |= self.split.public_head;
         Ok(plan)
     }
 

@@ -12,28 +12,59 @@ use std::ops::Range;
 
 use ndarray::{Array1, Array2, Axis, concatenate};
 
+use super::adapter;
 use super::calibrate::folded;
 use super::sections::{Section, Slot};
 use super::{LayerWeights, Linear, ModelConfig, Weights};
 use crate::error::{Error, Result};
-use crate::plan::{F, Plan};
+use crate::plan::{AdapterPlan, F, Group, Grouped, Module, Plan};
 use crate::prf::PreparationSeed;
 use crate::protocol::embedding::TableShare;
 use crate::protocol::linear::OwnerMatrix;
 use crate::ring::{Packed, fixed, pack_range};
 
+/// One party's part of the projections that read the same: `W`, and the adapters of some of them.
+pub struct Projection {
+    /// The matrices one under the other.
+    pub base: OwnerMatrix,
+    /// What is added to their outputs.
+    pub adapters: Option<Adapters>,
+}
+
+impl From<OwnerMatrix> for Projection {
+    /// Without adapters.
+    fn from(base: OwnerMatrix) -> Self {
+        Projection { base, adapters: None }
+    }
+}
+
+/// One party's part of adapters that read the same.
+pub struct Adapters {
+    /// The first factors one under the other, `rank` rows each.
+    pub a: OwnerMatrix,
+    /// The second factor of each, and where its outputs are among those of `W`.
+    pub b: Vec<(Range<usize>, OwnerMatrix)>,
+}
+
+impl Projection {
+    fn matrices(&self) -> impl Iterator<Item = &OwnerMatrix> {
+        let adapters = self.adapters.iter();
+        std::iter::once(&self.base).chain(adapters.flat_map(|a| std::iter::once(&a.a).chain(a.b.iter().map(|b| &b.1))))
+    }
+}
+
 /// One party's part of a layer.
 pub struct PreparedLayer {
     /// Queries, keys, values.
-    pub qkv: OwnerMatrix,
+    pub qkv: Projection,
     /// Gains of the queries' and keys' own norm, a diagonal.
     pub qk_gain: Option<OwnerMatrix>,
     /// Output projection.
-    pub o: OwnerMatrix,
+    pub o: Projection,
     /// Gate and up.
-    pub gate_up: OwnerMatrix,
+    pub gate_up: Projection,
     /// Down.
-    pub down: OwnerMatrix,
+    pub down: Projection,
 }
 
 /// One party's part of a prepared model.
@@ -95,8 +126,23 @@ pub(super) fn layer_matrix(
             (stack(&w)?, stack_bias(&[(&l.gate, 1.0), (&l.up, 1.0)]))
         }
         Slot::Down => (l.down.w.clone(), stack_bias(&[(&l.down, 1.0)])),
+        Slot::AdapterA(group) => (stack(&adapter::first_factors(l, group))?, None),
+        Slot::AdapterB(module) => {
+            let by = if module == Module::QProj { q_scale } else { 1.0 };
+            let b = adapter::second_factor(l, module);
+            (b.ok_or_else(|| Error::Internal(format!("no adapter of {}", module.name())))? * by, None)
+        }
         Slot::Head | Slot::Embedding => return Err(Error::Internal(format!("{slot:?} of a layer"))),
     })
+}
+
+/// The integers of a layer's matrix: of a public base the same at the Owner and at the Client.
+///
+/// # Errors
+/// [`Error::Model`] for a weight that cannot be represented.
+pub(super) fn quantised(c: &ModelConfig, s: &Section, l: &LayerWeights) -> Result<OwnerMatrix> {
+    let (w, bias) = layer_matrix(c, s.layer, l, s.slot)?;
+    OwnerMatrix::quantise(s.id(), &s.name(), w.view(), bias.as_deref(), s.f)
 }
 
 /// The head's integers, the final norm's gain folded in: the same at the Owner and, from a public base, at the Client.
@@ -105,6 +151,24 @@ pub(super) fn layer_matrix(
 /// [`Error::Model`] for a weight that cannot be represented.
 pub fn quantised_head(s: &Section, head: &Array2<f32>, norm: &Array1<f32>) -> Result<OwnerMatrix> {
     OwnerMatrix::quantise(s.id(), &s.name(), folded(head, norm).view(), None, s.f)
+}
+
+/// A group of projections of a layer, its matrices from `one` in the order of their sections.
+fn projection(
+    c: &ModelConfig,
+    (layer, adapters): (usize, &Grouped<AdapterPlan>),
+    group: Group,
+    one: &mut dyn FnMut(usize, Slot) -> Result<OwnerMatrix>,
+) -> Result<Projection> {
+    let base = one(layer, group.into())?;
+    let Some(plan) = adapters.get(group) else { return Ok(base.into()) };
+    let a = one(layer, Slot::AdapterA(group))?;
+    let second = |m: &Module| {
+        let (from, b) = (m.offset(c, layer), one(layer, Slot::AdapterB(*m))?);
+        Ok((from..from + b.dim().0, b))
+    };
+    let b = plan.modules.iter().map(second).collect::<Result<_>>()?;
+    Ok(Projection { base, adapters: Some(Adapters { a, b }) })
 }
 
 impl Prepared {
@@ -122,13 +186,14 @@ impl Prepared {
             Ok(m.within(s.ring))
         };
         let mut layers = Vec::new();
-        for i in plan.first_private..c.num_layers {
+        for (i, l) in (plan.first_private..c.num_layers).zip(&plan.layers) {
+            let adapters = &l.adapters;
             layers.push(PreparedLayer {
-                qkv: one(i, Slot::Qkv)?,
+                qkv: projection(c, (i, adapters), Group::Qkv, &mut one)?,
                 qk_gain: if c.qk_norm { Some(one(i, Slot::QkGain)?) } else { None },
-                o: one(i, Slot::O)?,
-                gate_up: one(i, Slot::GateUp)?,
-                down: one(i, Slot::Down)?,
+                o: projection(c, (i, adapters), Group::O, &mut one)?,
+                gate_up: projection(c, (i, adapters), Group::GateUp, &mut one)?,
+                down: projection(c, (i, adapters), Group::Down, &mut one)?,
             });
         }
         let head = one(c.num_layers, Slot::Head)?;
@@ -147,16 +212,11 @@ impl Prepared {
     /// [`Error::Model`] for a weight that cannot be represented.
     pub fn owner(w: &Weights, plan: &Plan, seed: &PreparationSeed) -> Result<Prepared> {
         let mut matrix = |s: &Section| -> Result<OwnerMatrix> {
-            match w.layers.get(s.layer) {
-                Some(l) => {
-                    let (w, bias) = layer_matrix(&w.config, s.layer, l, s.slot)?;
-                    OwnerMatrix::quantise(s.id(), &s.name(), w.view(), bias.as_deref(), s.f)
-                }
-                None => {
-                    let head = quantised_head(s, &w.head_matrix().to_owned(), &w.norm)?;
-                    Ok(if plan.head.public { head.into_public() } else { head })
-                }
-            }
+            let m = match w.layers.get(s.layer) {
+                Some(l) => quantised(&w.config, s, l)?,
+                None => quantised_head(s, &w.head_matrix().to_owned(), &w.norm)?,
+            };
+            Ok(if s.public { m.into_public() } else { m })
         };
         let mut table = |s: &Section| -> Result<TableShare> {
             let all = w.embed.as_slice().ok_or_else(|| Error::Internal("an embedding of another layout".into()))?;
@@ -172,7 +232,7 @@ impl Prepared {
         Prepared::assemble(&w.config, plan, &mut matrix, &mut table)
     }
 
-    /// The Client's part: nothing but the seed; and the head if it is public, from the words that `next` yields.
+    /// The Client's part: nothing but the seed; and what is public, from the words that `next` yields in the order of the sections.
     ///
     /// # Errors
     /// Those of `next`.
@@ -236,7 +296,8 @@ impl Prepared {
     pub(crate) fn matrices(&self) -> impl Iterator<Item = &OwnerMatrix> {
         let layer = |l| {
             let PreparedLayer { qkv, qk_gain, o, gate_up, down }: &PreparedLayer = l;
-            [Some(qkv), qk_gain.as_ref(), Some(o), Some(gate_up), Some(down)].into_iter().flatten()
+            let rest = [o, gate_up, down].into_iter().flat_map(Projection::matrices);
+            qkv.matrices().chain(qk_gain).chain(rest)
         };
         self.layers.iter().flat_map(layer).chain([&self.head])
     }

@@ -1,19 +1,21 @@
 //! The public part of a checkpoint: what the Client computes with in plaintext.
 
+use std::collections::BTreeMap;
+
 use ndarray::{Array1, Array2};
 
-use super::prepare::quantised_head;
-use super::sections::{Section, Slot};
-use super::{Checkpoint, LayerWeights, Linear, ModelConfig, Weights};
+use super::prepare::{quantised, quantised_head};
+use super::sections::sections;
+use super::{Checkpoint, LayerWeights, ModelConfig, Weights};
 use crate::error::{Error, Result};
-use crate::plan::Plan;
+use crate::plan::{Module, Plan};
 use crate::protocol::linear::OwnerMatrix;
 
 /// A tensor: its name in the checkpoint, its shape, its values.
 pub(super) type Tensor<'a> = (String, Vec<usize>, &'a [f32]);
 
 /// The public tensors under a plan: the embedding and the layers below the first private one unless the embedding is
-/// private; final norm and head if the head is public.
+/// private; final norm and head if the head is public; all of it where only adapters are private.
 pub(super) struct PublicPart {
     embed: Option<Array2<f32>>,
     layers: Vec<LayerWeights>,
@@ -39,7 +41,11 @@ impl PublicPart {
         let table = [c.vocab_size, c.hidden_size];
         let (head, tied) = (plan.head.public, c.tie_word_embeddings);
         let matrix = |name: &str, wanted: bool| wanted.then(|| checkpoint.tensor2(name, table)).transpose();
-        let layers = if plan.private_embedding { 0 } else { plan.first_private };
+        let layers = match (plan.public_base, plan.private_embedding) {
+            (true, _) => c.num_layers,
+            (false, true) => 0,
+            (false, false) => plan.first_private,
+        };
         Ok(PublicPart {
             embed: matrix(EMBED, !plan.private_embedding || head && tied)?,
             layers: (0..layers).map(|i| LayerWeights::load(checkpoint, i)).collect::<Result<_>>()?,
@@ -67,16 +73,8 @@ impl PublicPart {
                     all.push(vector(name(&format!("{part}.weight")), g)?);
                 }
             }
-            let linears: [(&str, &Linear); 7] = [
-                ("self_attn.q_proj", &l.q),
-                ("self_attn.k_proj", &l.k),
-                ("self_attn.v_proj", &l.v),
-                ("self_attn.o_proj", &l.o),
-                ("mlp.gate_proj", &l.gate),
-                ("mlp.up_proj", &l.up),
-                ("mlp.down_proj", &l.down),
-            ];
-            for (part, l) in linears {
+            for module in Module::ALL {
+                let (part, l) = (module.path(), l.linear(module));
                 all.push(matrix(name(&format!("{part}.weight")), &l.w)?);
                 if let Some(b) = &l.bias {
                     all.push(vector(name(&format!("{part}.bias")), b)?);
@@ -92,20 +90,28 @@ impl PublicPart {
         Ok(all)
     }
 
-    /// The head's integers, if the head is public.
-    pub(super) fn quantised_head(&self, c: &ModelConfig, plan: &Plan) -> Result<Option<OwnerMatrix>> {
-        let (Some(norm), Some(head)) = (&self.norm, self.head.as_ref().or(self.embed.as_ref())) else {
-            return Ok(None);
-        };
-        let section = Section::new(c, plan, c.num_layers, Slot::Head)?;
-        Ok(Some(quantised_head(&section, head, norm)?.into_public()))
+    /// The integers of the public matrices, by the number of their section: what the Owner multiplies by. Their biases are
+    /// the Owner's to add.
+    pub(super) fn quantised(&self, c: &ModelConfig, plan: &Plan) -> Result<BTreeMap<u64, OwnerMatrix>> {
+        let mut all = BTreeMap::new();
+        for s in sections(c, plan)?.iter().filter(|s| s.public) {
+            let none = || Error::Internal(format!("{} is not among the public tensors", s.name()));
+            let m = match (self.layers.get(s.layer), &self.norm, self.head.as_ref().or(self.embed.as_ref())) {
+                (Some(l), ..) => quantised(c, s, l)?,
+                (None, Some(norm), Some(head)) => quantised_head(s, head, norm)?,
+                (None, ..) => return Err(none()),
+            };
+            all.insert(s.id(), m.into_public());
+        }
+        Ok(all)
     }
 
     /// What the Client runs in plaintext; `None` when the embedding is private.
     pub(super) fn into_weights(self, c: &ModelConfig, plan: &Plan) -> Option<Weights> {
         let embed = self.embed.filter(|_| !plan.private_embedding)?;
         let config = ModelConfig { num_layers: plan.first_private, ..c.clone() };
-        Some(Weights { config, embed, layers: self.layers, norm: Array1::zeros(0), head: None })
+        let layers = self.layers.into_iter().take(plan.first_private).collect();
+        Some(Weights { config, embed, layers, norm: Array1::zeros(0), head: None })
     }
 }
 

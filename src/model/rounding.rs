@@ -8,13 +8,16 @@ use std::fmt;
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, CowArray, Ix2, s};
 
+use super::adapter::LowRank;
 use super::calibrate::folded;
 use super::prepare::layer_matrix;
 use super::sections::Slot;
 use super::secure::F_QK;
 use super::{LayerWeights, Linear, ModelConfig, Weights};
 use crate::error::{Error, Result};
-use crate::plan::{F, FW_LEAST, FW_MOST, Fractions, LayerFractions, Misfit};
+use crate::plan::{
+    AdapterFractions, F, F_A_MOST, F_B_MOST, FW_LEAST, FW_MOST, Fractions, Group, LayerFractions, Misfit,
+};
 
 /// To `f` fraction bits, as [`OwnerMatrix::quantise`](crate::protocol::linear::OwnerMatrix::quantise) does it.
 fn round(w: &Array2<f32>, f: u32) -> Array2<f32> {
@@ -35,25 +38,38 @@ pub(super) fn layer(c: &ModelConfig, index: usize, l: &LayerWeights, f: &LayerFr
     let part = |w: &Array2<f32>, from: usize, n: usize, old: &Linear, by: f32| Linear {
         w: w.slice(s![from..from + n, ..]).to_owned(),
         bias: old.bias.as_ref().map(|b| b * by),
+        adapter: None,
     };
     let scale = shape.score_scale();
     let q_scale = if c.qk_norm { 1.0 } else { scale };
     let gain = |g: &Option<Array1<f32>>, by: f32| {
         g.as_ref().map(|g| round(&(g * by).insert_axis(Axis(0)), f.qk_gain).remove_axis(Axis(0)))
     };
-    Ok(LayerWeights {
+    let mut out = LayerWeights {
         input_norm: Array1::ones(c.hidden_size),
         q: part(&qkv, 0, nq, &l.q, q_scale),
         k: part(&qkv, nq, nk, &l.k, 1.0),
         v: part(&qkv, nq + nk, nk, &l.v, 1.0),
-        o: Linear { w: rounded(Slot::O, f.o)?, bias: l.o.bias.clone() },
+        o: Linear { w: rounded(Slot::O, f.o)?, bias: l.o.bias.clone(), adapter: None },
         q_norm: gain(&l.q_norm, scale),
         k_norm: gain(&l.k_norm, 1.0),
         post_norm: Array1::ones(c.hidden_size),
         gate: part(&gate_up, 0, m, &l.gate, 1.0),
         up: part(&gate_up, m, m, &l.up, 1.0),
-        down: Linear { w: rounded(Slot::Down, f.down)?, bias: l.down.bias.clone() },
-    })
+        down: Linear { w: rounded(Slot::Down, f.down)?, bias: l.down.bias.clone(), adapter: None },
+    };
+    for group in Group::ALL {
+        let mut from = 0;
+        for module in l.adapted().filter(|m| m.group() == group) {
+            let none = || Error::Internal(format!("no fraction for the adapters of layer {index}"));
+            let f = f.adapters.get(group).ok_or_else(none)?;
+            let (all, b) = (rounded(Slot::AdapterA(group), f.a)?, rounded(Slot::AdapterB(module), f.b)?);
+            let a = all.slice(s![from..from + b.ncols(), ..]).to_owned();
+            from += b.ncols();
+            out.linear_mut(module).adapter = Some(LowRank { a, b });
+        }
+    }
+    Ok(out)
 }
 
 /// The head likewise.
@@ -83,6 +99,7 @@ pub fn as_multiplied(
             None => {
                 l.q.w *= back;
                 l.q.bias.iter_mut().for_each(|b| *b *= back);
+                l.q.adapter.iter_mut().for_each(|a| a.b *= back);
             }
         }
         Ok(l)
@@ -325,6 +342,38 @@ fn weighed<'a>(c: &ModelConfig, index: usize, l: &'a LayerWeights) -> Vec<(Slot,
     all
 }
 
+/// Part of a factor of an adapter that its rounding may change, root mean square: of what is a small part of an output itself.
+const FACTOR: f64 = 0.005;
+
+/// The fewest fraction bits that leave enough of the factors of a group's adapters; none without adapters. The most always do:
+/// rows of `A` are scaled to a norm of 1 to 2, and what is lost of a `B` smaller than those can hold is less than the
+/// truncation of what it is added to.
+fn adapter_fractions(
+    c: &ModelConfig,
+    index: usize,
+    l: &LayerWeights,
+    group: Group,
+) -> Result<Option<AdapterFractions>> {
+    let fewest = |slot, most| -> Result<u32> {
+        let (w, _) = layer_matrix(c, index, l, slot)?;
+        let lost = |f: u32| {
+            let (all, lost) = energies(w.view(), f, None).iter().fold((0.0, 0.0), |sum, r| (sum.0 + r.0, sum.1 + r.1));
+            lost > FACTOR * FACTOR * all
+        };
+        Ok((FW_LEAST..most).find(|f| !lost(*f)).unwrap_or(most))
+    };
+    let mut f = None;
+    for module in l.adapted().filter(|m| m.group() == group) {
+        let b = fewest(Slot::AdapterB(module), F_B_MOST)?;
+        let own: &mut AdapterFractions = match &mut f {
+            Some(f) => f,
+            None => f.insert(AdapterFractions { a: fewest(Slot::AdapterA(group), F_A_MOST)?, b }),
+        };
+        own.b = own.b.max(b);
+    }
+    Ok(f)
+}
+
 /// The head likewise.
 fn weighed_head(w: &Weights) -> Weighed<'static> {
     Weighed::new("lm_head", folded(&w.head_matrix().to_owned(), &w.norm))
@@ -394,11 +443,14 @@ impl Choice {
                     Slot::O => &mut f.o,
                     Slot::GateUp => &mut f.gate_up,
                     Slot::Down => &mut f.down,
-                    Slot::Head | Slot::Embedding => {
+                    Slot::Head | Slot::Embedding | Slot::AdapterA(_) | Slot::AdapterB(_) => {
                         return Err(Error::Internal(format!("{slot:?} in layer {i}")));
                     }
                 };
                 raise(&of_layer(i), &m, f)?;
+            }
+            for group in Group::ALL {
+                *f.adapters.place(group) = adapter_fractions(&w.config, i, &w.layers[i], group)?;
             }
         }
         raise(HEAD, &weighed_head(w), &mut fractions.head)?;

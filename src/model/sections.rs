@@ -2,12 +2,11 @@
 
 use super::ModelConfig;
 use crate::error::{Error, Result};
-use crate::plan::{F, Plan};
+use crate::plan::{AdapterPlan, F, Group, LayerPlan, Module, Plan};
 use crate::ring::pack;
 
 /// Which matrix of a layer, or of the whole model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u64)]
 pub enum Slot {
     /// Queries, keys and values.
     Qkv,
@@ -23,6 +22,58 @@ pub enum Slot {
     Head,
     /// The embedding.
     Embedding,
+    /// The first factors of the adapters of a group of projections, one under the other.
+    AdapterA(Group),
+    /// The second factor of a projection's adapter.
+    AdapterB(Module),
+}
+
+/// Slots of a layer or of the whole model, an adapter's included: numbers of one layer are apart from those of the next.
+const SLOTS: u64 = 32;
+
+impl Slot {
+    /// Its number within a layer.
+    fn number(self) -> u64 {
+        match self {
+            Slot::Qkv => 0,
+            Slot::QkGain => 1,
+            Slot::O => 2,
+            Slot::GateUp => 3,
+            Slot::Down => 4,
+            Slot::Head => 5,
+            Slot::Embedding => 6,
+            Slot::AdapterA(group) => 8 + group as u64,
+            Slot::AdapterB(module) => 16 + module as u64,
+        }
+    }
+}
+
+impl From<Group> for Slot {
+    /// The base matrix of a group of projections.
+    fn from(group: Group) -> Slot {
+        match group {
+            Group::Qkv => Slot::Qkv,
+            Group::O => Slot::O,
+            Group::GateUp => Slot::GateUp,
+            Group::Down => Slot::Down,
+        }
+    }
+}
+
+/// The slots of a layer, in the order in which the Helper gets them.
+pub(super) fn layer_slots(c: &ModelConfig, l: &LayerPlan) -> Vec<Slot> {
+    let mut all = Vec::new();
+    for group in Group::ALL {
+        all.push(group.into());
+        if let Some(a) = l.adapters.get(group) {
+            all.push(Slot::AdapterA(group));
+            all.extend(a.modules.iter().map(|m| Slot::AdapterB(*m)));
+        }
+        if group == Group::Qkv && c.qk_norm {
+            all.push(Slot::QkGain);
+        }
+    }
+    all
 }
 
 /// One matrix of a preparation.
@@ -54,11 +105,14 @@ impl Section {
         let (n, m, v) = (c.hidden_size, c.intermediate_size, c.vocab_size);
         let shape = c.layer(layer);
         let part = || plan.layers.get(layer.wrapping_sub(plan.first_private)).ok_or_else(none);
-        // A value that was scaled by 2^f and truncated by f bits is left in ring 64 - f.
+        let adapted = |group: Group| -> Result<(&LayerPlan, &AdapterPlan)> {
+            let l = part()?;
+            Ok((l, l.adapters.get(group).ok_or_else(none)?))
+        };
         let (rows, cols, f, ring) = match slot {
             Slot::Qkv => {
-                let l = part()?;
-                (shape.q_size() + 2 * shape.kv_size(), n, l.attention.f_qkv, 64 - l.input_norm.f_gain)
+                let (f, ring) = part()?.multiplied(Group::Qkv);
+                (shape.q_size() + 2 * shape.kv_size(), n, f, ring)
             }
             Slot::QkGain => {
                 let a = &part()?.attention;
@@ -66,27 +120,42 @@ impl Section {
                 (1, shape.q_size() + shape.kv_size(), a.f_qk_gain.ok_or_else(none)?, 64 - norm.f_gain)
             }
             Slot::O => {
-                let a = &part()?.attention;
-                (n, shape.q_size(), a.f_o, 64 - a.f_inverse)
+                let (f, ring) = part()?.multiplied(Group::O);
+                (n, shape.q_size(), f, ring)
             }
             Slot::GateUp => {
-                let l = part()?;
-                (2 * m, n, l.mlp.f_gate_up, 64 - l.post_norm.f_gain)
+                let (f, ring) = part()?.multiplied(Group::GateUp);
+                (2 * m, n, f, ring)
             }
             Slot::Down => {
-                let p = &part()?.mlp;
-                (n, m, p.f_down, 64 - p.f_table)
+                let (f, ring) = part()?.multiplied(Group::Down);
+                (n, m, f, ring)
+            }
+            Slot::AdapterA(group) => {
+                let (l, a) = adapted(group)?;
+                let inputs = a.modules.first().map_or(0, |m| m.dim(c, layer).1);
+                (a.rank * a.modules.len(), inputs, a.f_a, l.multiplied(group).1)
+            }
+            Slot::AdapterB(module) => {
+                let (l, a) = adapted(module.group())?;
+                let (f, ring) = l.multiplied(module.group());
+                (module.dim(c, layer).0, a.rank, a.f_b, a.ring(ring, f))
             }
             Slot::Head => (v, n, plan.head.f_weight, 64 - plan.head.norm.f_gain),
             Slot::Embedding => (v, n, F, plan.residual_k),
         };
-        Ok(Section { layer, slot, rows, cols, f, ring, public: slot == Slot::Head && plan.head.public })
+        let public = match slot {
+            Slot::AdapterA(_) | Slot::AdapterB(_) | Slot::Embedding => false,
+            Slot::Head => plan.head.public,
+            Slot::Qkv | Slot::QkGain | Slot::O | Slot::GateUp | Slot::Down => plan.public_base,
+        };
+        Ok(Section { layer, slot, rows, cols, f, ring, public })
     }
 
     /// Its number within a preparation: the name of its stream `B`.
     #[must_use]
     pub fn id(&self) -> u64 {
-        self.layer as u64 * 8 + self.slot as u64
+        self.layer as u64 * SLOTS + self.slot.number()
     }
 
     /// What errors call it.
@@ -100,6 +169,11 @@ impl Section {
             Slot::O => "o_proj",
             Slot::GateUp => "gate_proj, up_proj",
             Slot::Down => "down_proj",
+            Slot::AdapterA(Group::Qkv) => "lora_A of q_proj, k_proj, v_proj",
+            Slot::AdapterA(Group::O) => "lora_A of o_proj",
+            Slot::AdapterA(Group::GateUp) => "lora_A of gate_proj, up_proj",
+            Slot::AdapterA(Group::Down) => "lora_A of down_proj",
+            Slot::AdapterB(module) => return format!("layer {}: lora_B of {}", self.layer, module.name()),
         };
         format!("layer {}: {what}", self.layer)
     }
@@ -123,11 +197,9 @@ impl Section {
 /// [`Error::Internal`] for a plan that has not passed [`Plan::check`].
 pub fn sections(c: &ModelConfig, plan: &Plan) -> Result<Vec<Section>> {
     let mut all = Vec::new();
-    for layer in plan.first_private..c.num_layers {
-        for slot in [Slot::Qkv, Slot::QkGain, Slot::O, Slot::GateUp, Slot::Down] {
-            if slot != Slot::QkGain || c.qk_norm {
-                all.push(Section::new(c, plan, layer, slot)?);
-            }
+    for (layer, l) in (plan.first_private..c.num_layers).zip(&plan.layers) {
+        for slot in layer_slots(c, l) {
+            all.push(Section::new(c, plan, layer, slot)?);
         }
     }
     all.push(Section::new(c, plan, c.num_layers, Slot::Head)?);
@@ -238,5 +310,19 @@ impl HalfLayout {
     pub fn section(&self, index: usize) -> Option<(usize, usize)> {
         let s = self.sections.get(index)?;
         Some((usize::try_from(self.before[index].1).ok()?, s.chunk_rows() * s.cols))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_matrix_of_a_model_has_a_number_of_its_own() {
+        let plain = [Slot::Qkv, Slot::QkGain, Slot::O, Slot::GateUp, Slot::Down, Slot::Head, Slot::Embedding];
+        let slots = plain.into_iter().chain(Group::ALL.map(Slot::AdapterA)).chain(Module::ALL.map(Slot::AdapterB));
+        let numbers: std::collections::BTreeSet<u64> = slots.map(Slot::number).collect();
+        assert_eq!(numbers.len(), plain.len() + 4 + 7);
+        assert!(numbers.iter().all(|n| *n < SLOTS));
     }
 }

@@ -7,17 +7,21 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
 
+use super::adapter::LowRank;
 use super::checkpoint::Checkpoint;
 use super::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::plan::Module;
 
-/// A linear map with an optional bias: `y = x w^T + bias`.
+/// A linear map with an optional bias and an optional adapter: `y = x w^T + bias + (x a^T) b^T`.
 #[derive(Clone, PartialEq)]
 pub struct Linear {
     /// `[out, in]`, as Hugging Face stores it.
     pub w: Array2<f32>,
     /// `[out]`.
     pub bias: Option<Array1<f32>>,
+    /// What is added to `w`, kept apart from it.
+    pub adapter: Option<LowRank>,
 }
 
 /// The weights of one decoder layer.
@@ -98,7 +102,7 @@ trait Source {
     fn linear(&mut self, name: &str, shape: [usize; 2], has_bias: bool) -> Result<Linear> {
         let w = self.matrix(&format!("{name}.weight"), shape)?;
         let bias = if has_bias { Some(self.bias(&format!("{name}.bias"), shape[0])?) } else { None };
-        Ok(Linear { w, bias })
+        Ok(Linear { w, bias, adapter: None })
     }
 }
 
@@ -161,6 +165,38 @@ impl Source for Gaussian {
 }
 
 impl LayerWeights {
+    /// One of its projections.
+    #[must_use]
+    pub fn linear(&self, module: Module) -> &Linear {
+        match module {
+            Module::QProj => &self.q,
+            Module::KProj => &self.k,
+            Module::VProj => &self.v,
+            Module::OProj => &self.o,
+            Module::GateProj => &self.gate,
+            Module::UpProj => &self.up,
+            Module::DownProj => &self.down,
+        }
+    }
+
+    /// One of its projections.
+    pub fn linear_mut(&mut self, module: Module) -> &mut Linear {
+        match module {
+            Module::QProj => &mut self.q,
+            Module::KProj => &mut self.k,
+            Module::VProj => &mut self.v,
+            Module::OProj => &mut self.o,
+            Module::GateProj => &mut self.gate,
+            Module::UpProj => &mut self.up,
+            Module::DownProj => &mut self.down,
+        }
+    }
+
+    /// The projections that have an adapter, in the order of the layer.
+    pub fn adapted(&self) -> impl Iterator<Item = Module> + Clone {
+        Module::ALL.into_iter().filter(|m| self.linear(*m).adapter.is_some())
+    }
+
     /// Loads layer `index`, from 0.
     ///
     /// # Errors
@@ -238,11 +274,26 @@ impl Weights {
     pub fn check(&self) -> Result<()> {
         let finite = |m: &Array2<f32>| m.iter().all(|v| v.is_finite());
         let gain = |g: &Array1<f32>| g.iter().all(|v| v.is_finite());
-        let linear = |l: &Linear| finite(&l.w) && l.bias.as_ref().is_none_or(gain);
+        let factors = |a: &LowRank| finite(&a.a) && finite(&a.b);
+        let linear =
+            |l: &Linear| finite(&l.w) && l.bias.as_ref().is_none_or(gain) && l.adapter.as_ref().is_none_or(factors);
         let wrong = |what: &str| Err(Error::Model(format!("{what}: a weight is not a finite number")));
         for (i, l) in self.layers.iter().enumerate() {
+            let mut ranks = l.adapted().filter_map(|m| l.linear(m).adapter.as_ref().map(|a| (m, a)));
+            let rank = ranks.clone().next().map_or(0, |(_, a)| a.a.nrows());
+            if let Some((m, a)) = ranks.find(|(m, a)| {
+                let (out, inputs) = l.linear(*m).w.dim();
+                a.a.dim() != (rank, inputs) || a.b.dim() != (out, rank)
+            }) {
+                return Err(Error::Model(format!(
+                    "layer {i}: the adapter of {} is of shapes {:?} and {:?}, which are not those of its projection at rank {rank}, the layer's first",
+                    m.name(),
+                    a.a.shape(),
+                    a.b.shape()
+                )));
+            }
             let gains = [Some(&l.input_norm), Some(&l.post_norm), l.q_norm.as_ref(), l.k_norm.as_ref()];
-            let all = [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].into_iter().all(linear);
+            let all = Module::ALL.map(|m| l.linear(m)).into_iter().all(linear);
             if !all || !gains.into_iter().flatten().all(gain) {
                 return wrong(&format!("layer {i}"));
             }
@@ -254,6 +305,22 @@ impl Weights {
             return wrong("the head");
         }
         Ok(())
+    }
+
+    /// Number of the adapters' weights, if there are adapters.
+    #[must_use]
+    pub fn adapter_parameters(&self) -> Option<u64> {
+        self.first_adapted()?;
+        let of = |l: &LayerWeights| -> usize {
+            l.adapted().filter_map(|m| l.linear(m).adapter.as_ref()).map(|a| a.a.len() + a.b.len()).sum()
+        };
+        Some(self.layers.iter().map(of).sum::<usize>() as u64)
+    }
+
+    /// The first layer with an adapter, if there is one.
+    #[must_use]
+    pub fn first_adapted(&self) -> Option<usize> {
+        self.layers.iter().position(|l| l.adapted().next().is_some())
     }
 
     /// The output head, `[vocab, hidden]`, whether it is tied to the embedding or not.

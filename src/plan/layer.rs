@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::adapter::{AdapterFractions, AdapterPlan, Group, Grouped};
 use crate::model::{Activation, LayerShape, ModelConfig, Softmax};
 
 /// Fraction bits of activations between operations.
@@ -34,12 +35,14 @@ pub struct LayerFractions {
     pub gate_up: u32,
     /// Of down.
     pub down: u32,
+    /// Of the adapters.
+    pub adapters: Grouped<AdapterFractions>,
 }
 
 impl Default for LayerFractions {
     fn default() -> Self {
         let f = FW_LEAST;
-        LayerFractions { qkv: f, qk_gain: f, o: f, gate_up: f, down: f }
+        LayerFractions { qkv: f, qk_gain: f, o: f, gate_up: f, down: f, adapters: Grouped::default() }
     }
 }
 
@@ -147,6 +150,9 @@ pub struct LayerPlan {
     pub post_norm: NormPlan,
     /// MLP.
     pub mlp: MlpPlan,
+    /// Low-rank adapters beside its projections.
+    #[serde(default, skip_serializing_if = "Grouped::is_empty")]
+    pub adapters: Grouped<AdapterPlan>,
 }
 
 /// Final norm, head and choice of the token.
@@ -177,6 +183,9 @@ pub struct Plan {
     pub residual_k: u32,
     /// Largest number of positions.
     pub max_positions: usize,
+    /// All weights but those of the adapters are a public base's: public linear maps, embedding and head too.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub public_base: bool,
     /// One plan per private layer.
     pub layers: Vec<LayerPlan>,
     /// The head.
@@ -184,7 +193,7 @@ pub struct Plan {
 }
 
 /// What is wrong with a received plan.
-type Fault = &'static str;
+pub(super) type Fault = &'static str;
 
 /// Fraction bits of the probabilities before normalisation.
 pub(super) const F_PROB: u32 = 14;
@@ -273,7 +282,7 @@ pub(super) fn radix(vocab_size: usize) -> usize {
 }
 
 /// Signed: no difference of two widths wraps.
-fn within(v: impl Into<i64>, low: impl Into<i64>, high: impl Into<i64>, what: Fault) -> Result<(), Fault> {
+pub(super) fn within(v: impl Into<i64>, low: impl Into<i64>, high: impl Into<i64>, what: Fault) -> Result<(), Fault> {
     let v = v.into();
     if v >= low.into() && v <= high.into() { Ok(()) } else { Err(what) }
 }
@@ -377,6 +386,21 @@ impl MlpPlan {
     }
 }
 
+impl LayerPlan {
+    /// Fraction bits of a group's matrix, and the ring in which it is multiplied: a value that was scaled by `2^f` and
+    /// truncated by `f` bits is left in ring `64 - f`.
+    #[must_use]
+    pub fn multiplied(&self, group: Group) -> (u32, u32) {
+        let (a, m) = (&self.attention, &self.mlp);
+        match group {
+            Group::Qkv => (a.f_qkv, 64 - self.input_norm.f_gain),
+            Group::O => (a.f_o, 64 - a.f_inverse),
+            Group::GateUp => (m.f_gate_up, 64 - self.post_norm.f_gain),
+            Group::Down => (m.f_down, 64 - m.f_table),
+        }
+    }
+}
+
 impl Plan {
     /// Whether a received plan is one that this version could have made for the model: all widths and the relations between
     /// them are as [`plan`](super::plan) makes them, so that nothing in it can make a table too large, a window impossible or a
@@ -392,12 +416,19 @@ impl Plan {
         }
         within(self.residual_k, 28, 40, "the residual stream's ring")?;
         let (n, ring) = (c.hidden_size, i64::from(self.residual_k));
-        for (i, l) in self.layers.iter().enumerate() {
-            let shape = c.layer(self.first_private + i);
+        if self.public_base && (self.private_embedding || !self.head.public) {
+            return Err("a public base with a private embedding or head");
+        }
+        for (index, l) in (self.first_private..).zip(&self.layers) {
+            if !l.adapters.is_empty() && !self.public_base {
+                return Err("an adapter of a private base");
+            }
+            let shape = c.layer(index);
             l.input_norm.check(n, ring, 16)?;
             l.attention.check(c, shape, self, l.input_norm.f_gain)?;
             l.post_norm.check(n, ring, 16)?;
             l.mlp.check(shape.activation, self.residual_k, l.post_norm.f_gain)?;
+            l.adapters.iter().try_for_each(|(group, a)| a.check(c, index, group, l.multiplied(group)))?;
         }
         let h = &self.head;
         h.norm.check(n, ring, 16)?;
@@ -413,7 +444,9 @@ impl Plan {
     pub fn weight_fractions(&self) -> impl Iterator<Item = u32> + Clone + '_ {
         let of = |l: &LayerPlan| {
             let (a, m) = (&l.attention, &l.mlp);
-            [Some(a.f_qkv), a.f_qk_gain, Some(a.f_o), Some(m.f_gate_up), Some(m.f_down)]
+            let factors = Group::ALL.map(|g| l.adapters.get(g).map_or([None; 2], |a| [Some(a.f_a), Some(a.f_b)]));
+            let base = [Some(a.f_qkv), a.f_qk_gain, Some(a.f_o), Some(m.f_gate_up), Some(m.f_down)];
+            base.into_iter().chain(factors.into_iter().flatten())
         };
         self.layers.iter().flat_map(of).flatten().chain([self.head.f_weight])
     }

@@ -2,7 +2,7 @@
 //!
 //! | term | Owner | Client | Helper |
 //! |---|---|---|---|
-//! | weights | integers of 2 bytes (1 or 4 where that fits), `A` of a private embedding in the bits of its ring | public layers and embedding, f32; a public head at 4 | `A` in the bits of its ring; a public head at 4 once more |
+//! | weights | integers of 2 bytes (1 or 4 where that fits), `A` of a private embedding in the bits of its ring | public layers and embedding, f32; a public head, and the matrices under an adapter, at 4 | `A` in the bits of its ring; public matrices at 4 once more |
 //! | tables | the functions of every private layer, the same at all three | | |
 //! | cache | `d`: 8 per key or value element | `r` and a share: 16 | `r` and a share: 16 |
 //! | run-ahead | what both peers have sent and no pass has used yet | none | none |
@@ -12,7 +12,7 @@
 
 use serde::Serialize;
 
-use super::{AttentionPlan, LayerPlan, NormPlan, Plan};
+use super::{AdapterPlan, AttentionPlan, LayerPlan, Module, NormPlan, Plan};
 use crate::generate::{MAX_BATCH, MAX_DRAFTS, MAX_WAITING, next_batch};
 use crate::model::sections::HalfLayout;
 use crate::model::{LayerShape, ModelConfig};
@@ -52,15 +52,29 @@ fn shaped<'a>(c: &'a ModelConfig, plan: &'a Plan) -> impl Iterator<Item = (Layer
     plan.layers.iter().enumerate().map(|(i, l)| (c.layer(plan.first_private + i), l))
 }
 
-/// Words of the private matrices, the head included (public or not), a private embedding not.
+/// Words of the private matrices, adapters and the head included (public or not), a private embedding not.
 #[must_use]
 pub fn owner_words(c: &ModelConfig, plan: &Plan) -> u64 {
+    (base_words(c, plan) + adapter_words(c, plan) + c.vocab_size * c.hidden_size) as u64
+}
+
+/// Words of the matrices of the private layers, adapters apart.
+fn base_words(c: &ModelConfig, plan: &Plan) -> usize {
     let (h, m) = (c.hidden_size, c.intermediate_size);
     let layer = |(shape, _): (LayerShape, &LayerPlan)| {
         let gain = if c.qk_norm { shape.q_size() + shape.kv_size() } else { 0 };
         2 * (shape.q_size() + shape.kv_size()) * h + 3 * m * h + gain
     };
-    (shaped(c, plan).map(layer).sum::<usize>() + c.vocab_size * h) as u64
+    shaped(c, plan).map(layer).sum()
+}
+
+/// Words of the adapters' factors.
+fn adapter_words(c: &ModelConfig, plan: &Plan) -> usize {
+    let layer = |(index, l): (usize, &LayerPlan)| {
+        let of = |a: &AdapterPlan, m: &Module| a.rank * (m.dim(c, index).0 + m.dim(c, index).1);
+        l.adapters.iter().map(|(_, a)| a.modules.iter().map(|m| of(a, m)).sum::<usize>()).sum::<usize>()
+    };
+    (plan.first_private..).zip(&plan.layers).map(layer).sum()
 }
 
 /// Bytes per row of one window of a function of a positive value: three cyclic columns of words.
@@ -104,7 +118,8 @@ pub fn model_bytes(role: Role, c: &ModelConfig, plan: &Plan) -> ModelBytes {
             let below = ModelConfig { num_layers: plan.first_private, ..c.clone() };
             let head = if c.tie_word_embeddings { 0 } else { table };
             let public = if plan.private_embedding { 0 } else { 4 * (below.parameter_count() - head) };
-            public + if plan.head.public { 4 * table } else { 0 }
+            let known = if plan.public_base { 4 * base_words(c, plan) as u64 } else { 0 };
+            public + known + if plan.head.public { 4 * table } else { 0 }
         }
     };
     ModelBytes { weights, tables: table_bytes(plan) }

@@ -1,5 +1,6 @@
 //! What is decided before anything runs: ring widths, tables, guards, and what it costs. All of it is public.
 
+mod adapter;
 pub mod cost;
 pub mod headroom;
 mod layer;
@@ -9,6 +10,7 @@ mod ranges;
 mod tests;
 pub mod work;
 
+pub use adapter::{AdapterBounds, AdapterFractions, AdapterPlan, F_A_MOST, F_B_MOST, Group, Grouped, Module};
 pub use layer::{AttentionPlan, ExpPlan, Fractions, HeadPlan, LayerFractions, LayerPlan, MlpPlan, NormPlan, Plan};
 pub use layer::{F, F_EXP, F_EXP_HI, F_EXP_LO, F_ROPE, FW_LEAST, FW_MOST};
 pub(crate) use ranges::reach;

@@ -11,6 +11,7 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::adapter::{AdapterBounds, AdapterPlan, Group, Grouped};
 use super::layer::{
     AttentionPlan, ExpPlan, F, F_EXP, F_PROB, F_ROPE, FW_LEAST, HeadPlan, LayerFractions, LayerPlan, MlpPlan, NormPlan,
     Plan, RELU_DROPPED, RELU_LEAST, RELU_RANGE, RELU_RINGS, SCORE_PROVEN, exp_lo_bits, f_inverse, gate_lo_bits,
@@ -44,6 +45,21 @@ pub struct LayerBounds {
     pub mlp: f64,
     /// How far it moves for each unit that the activation may be off.
     pub mlp_slope: f64,
+    /// Of the adapters; what they add to an output is in the other bounds.
+    pub adapters: Grouped<AdapterBounds>,
+}
+
+impl LayerBounds {
+    /// What the middle values of a group's adapters take, as if they were outputs of weights of `f` fraction bits; 0 without.
+    fn middle(&self, group: Group, f: u32) -> f64 {
+        self.adapters.get(group).map_or(0.0, |a| a.middle * (f64::from(a.f.a) - f64::from(f)).exp2())
+    }
+
+    fn adapter_plans(&self) -> Grouped<AdapterPlan> {
+        let mut plans = Grouped::default();
+        self.adapters.iter().for_each(|(group, b)| *plans.place(group) = Some(b.into()));
+        plans
+    }
 }
 
 /// Bounds of a model.
@@ -271,13 +287,14 @@ pub fn propose(
         // A query is rotated before it is lifted: F_ROPE more fraction bits, and a factor of sqrt 2. With norms of their
         // own, queries and keys are rotated behind those.
         let rotated = b.qk * f64::from(F_ROPE).exp2() * std::f64::consts::SQRT_2;
-        let qkv = Linear { f: b.f.qkv, output: if r.qk_sum.is_some() { b.qk_raw } else { rotated }.max(b.v) };
+        let qkv = if r.qk_sum.is_some() { b.qk_raw } else { rotated }.max(b.v).max(b.middle(Group::Qkv, b.f.qkv));
+        let qkv = Linear { f: b.f.qkv, output: qkv };
         let input_norm = who.norm(n, at_norm[2 * i], r.input_sum, &qkv, residual_k);
         let attention = attention(&who, (config, shape), b, r, (context, residual_k, input_norm.f_gain));
-        let gate_up = Linear { f: b.f.gate_up, output: b.gate.max(b.up) };
+        let gate_up = Linear { f: b.f.gate_up, output: b.gate.max(b.up).max(b.middle(Group::GateUp, b.f.gate_up)) };
         let post_norm = who.norm(n, at_norm[2 * i + 1], r.post_sum, &gate_up, residual_k);
         let mlp = mlp(&who, shape.activation, b, r, residual_k);
-        layers.push(LayerPlan { input_norm, attention, post_norm, mlp });
+        layers.push(LayerPlan { input_norm, attention, post_norm, mlp, adapters: b.adapter_plans() });
     }
     let who = named("the head".into());
     let largest = bounds.logit + MAX_TEMPERATURE * gumbel::CLIP;
@@ -290,12 +307,16 @@ pub fn propose(
         who.refuse("a logit", largest, 2f64.powi(17));
     }
     let radix = radix(config.vocab_size);
-    let head = HeadPlan { norm, public: false, f_weight: bounds.f_head, logit_k: whole + f_logit, f_logit, radix };
+    // Adapters are over a base that everybody has.
+    let public_base = bounds.layers.iter().any(|b| !b.adapters.is_empty());
+    let head =
+        HeadPlan { norm, public: public_base, f_weight: bounds.f_head, logit_k: whole + f_logit, f_logit, radix };
     let misfits = misfits.into_inner();
     if !misfits.is_empty() {
         return Err(misfits);
     }
-    Ok(Plan { first_private, private_embedding, residual_k, max_positions: config.max_positions, layers, head })
+    let max_positions = config.max_positions;
+    Ok(Plan { first_private, private_embedding, residual_k, max_positions, public_base, layers, head })
 }
 
 /// The largest hidden state that the Client may give; it refuses a larger one by name.
@@ -324,13 +345,11 @@ fn residual(
     let mut at_norm = Vec::new();
     for (shape, (b, r)) in shapes.iter().zip(bounds.layers.iter().zip(&ranges.layers)) {
         at_norm.push(h);
-        // The reciprocal's constant is rounded to f_inverse bits; relative to the reciprocal that is the softmax's sum.
         let mass = match shape.softmax {
             Softmax::Exact => softmax_mass(context, Steps::new(b, r).log),
             Softmax::TwoRelu => PositiveParts::new(r, context).mass(),
         };
-        let rounding = mass * (-1.0 - f64::from(f_inverse(residual_k, b.f.o))).exp2();
-        h = h.min(proven_by_guard(r.input_sum)) + b.attention * (1.0 + rounding);
+        h = h.min(proven_by_guard(r.input_sum)) + b.attention * normalised(mass, f_inverse(residual_k, b.f.o));
         at_norm.push(h);
         let f_table = f_table(shape.activation, b, r, residual_k).unwrap_or(10);
         let error = table_error(shape.activation, gate_window(shape.activation, b, r).1, f_table);
@@ -338,6 +357,12 @@ fn residual(
     }
     at_norm.push(h);
     at_norm
+}
+
+/// How much larger than it should be a context may get: the reciprocal's constant is rounded to `f_inverse` bits; relative to the
+/// reciprocal that is the softmax's sum, `mass` at most.
+fn normalised(mass: f64, f_inverse: u32) -> f64 {
+    1.0 + mass * (-1.0 - f64::from(f_inverse)).exp2()
 }
 
 /// Thermometer thresholds around the calibrated row maxima, a step of 1, or more where the range is wide.
@@ -417,9 +442,18 @@ fn attention(
         Softmax::TwoRelu => positive_parts(who, b, r, context),
     };
     let f_inverse = f_inverse(residual_k, b.f.o);
-    let least = least_inverse(chosen.mass_bits, b.f.o);
+    let least = least_inverse(log2_ceil(chosen.mass), b.f.o);
     let together = "the residual stream, the output projection's fraction and that of a softmax's reciprocal (bits)";
     who.fits(&needing(together, b.f.o), f64::from(residual_k + b.f.o + least), 64.5);
+    if let Some(a) = &b.adapters.o {
+        // With the bit that their lift needs.
+        let room = (62.0 - f64::from(f_inverse + F + a.f.a)).exp2();
+        who.fits(
+            "what an adapter of the output projection makes of a context",
+            a.middle * normalised(chosen.mass, f_inverse),
+            room,
+        );
+    }
     AttentionPlan {
         f_qkv: b.f.qkv,
         f_qk_gain: qk_norm.is_some().then_some(b.f.qk_gain),
@@ -444,8 +478,8 @@ struct Weighing {
     prob_k: u32,
     total_bits: u32,
     total_window: u32,
-    /// Of the largest sum, fraction bits not counted.
-    mass_bits: u32,
+    /// The largest sum.
+    mass: f64,
 }
 
 fn positive_parts(who: &Who<'_>, b: &LayerBounds, r: &LayerRanges, context: usize) -> Weighing {
@@ -468,7 +502,7 @@ fn positive_parts(who: &Who<'_>, b: &LayerBounds, r: &LayerRanges, context: usiz
         prob_k,
         total_bits: p.total_bits,
         total_window: total_window(p.total_bits, least),
-        mass_bits: p.total_bits - 1 - f_prob,
+        mass: p.mass(),
     }
 }
 
@@ -497,7 +531,7 @@ fn exponentials(who: &Who<'_>, b: &LayerBounds, r: &LayerRanges, context: usize,
         prob_k,
         total_bits,
         total_window: total_window(total_bits, f_prob),
-        mass_bits: log2_ceil(mass),
+        mass,
     }
 }
 
@@ -543,7 +577,9 @@ pub(crate) fn reach(activation: Activation, gate: f64) -> f64 {
 fn f_table(activation: Activation, b: &LayerBounds, r: &LayerRanges, residual_k: u32) -> Option<u32> {
     // The activation may be off by one at most, see `table_error`.
     let product = ring_for((reach(activation, b.gate) + 1.1) * b.up, F);
-    let f = 64u32.saturating_sub(product.max(b.f.down + residual_k)).min(20);
+    // The middle values of an adapter are lifted.
+    let middle = b.adapters.down.as_ref().map_or(0, |a| ring_for(a.middle, F + a.f.a) + 1);
+    let f = 64u32.saturating_sub(product.max(b.f.down + residual_k).max(middle)).min(20);
     (f >= least_table(gate_window(activation, b, r).1, b.f.down)).then_some(f)
 }
 
@@ -552,15 +588,16 @@ fn mlp(who: &Who<'_>, activation: Activation, b: &LayerBounds, r: &LayerRanges, 
     let f_table = f_table(activation, b, r, residual_k).unwrap_or_else(|| {
         let least = least_table(gate_lo_bits, b.f.down);
         let bits = residual_k + b.f.down + least;
+        if let Some(a) = &b.adapters.down {
+            let room = (62.0 - f64::from(least + F + a.f.a)).exp2();
+            who.fits("what an adapter of the down projection makes of its input", a.middle, room);
+        }
         if bits > 64 {
             let together = "the residual stream, the down projection's fraction and the activation's (bits)";
             who.refuse(&needing(together, b.f.down), f64::from(bits), 64.0);
         } else {
-            who.refuse(
-                &needing("gate times up", b.f.down),
-                reach(activation, b.gate) * b.up,
-                f64::from(64 - least - F).exp2(),
-            );
+            let room = f64::from(64 - least - F).exp2();
+            who.refuse(&needing("gate times up", b.f.down), reach(activation, b.gate) * b.up, room);
         }
         10
     });

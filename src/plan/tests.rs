@@ -49,15 +49,27 @@ fn fraction() -> impl Strategy<Value = u32> {
 prop_compose! {
     fn fractions()(qkv in fraction(), qk_gain in fraction(), o in fraction(), gate_up in fraction(), down in fraction())
         -> LayerFractions {
-        LayerFractions { qkv, qk_gain, o, gate_up, down }
+        LayerFractions { qkv, qk_gain, o, gate_up, down, ..LayerFractions::default() }
+    }
+}
+
+prop_compose! {
+    fn adapters()(which in 0u32..128, a in FW_LEAST..=F_A_MOST, b in FW_LEAST..=F_B_MOST, middle in size(-6.0, 18.0), any in 0..3)
+        -> Grouped<AdapterBounds> {
+        let mut all = Grouped::default();
+        for module in Module::ALL.into_iter().filter(|m| any == 0 && which >> *m as u32 & 1 == 1) {
+            let empty = || AdapterBounds { modules: Vec::new(), rank: 1, f: AdapterFractions { a, b }, middle };
+            all.place(module.group()).get_or_insert_with(empty).modules.push(module);
+        }
+        all
     }
 }
 
 prop_compose! {
     fn layer_bounds()(f in fractions(), qk in size(-3.0, 14.0), raw in size(-3.0, 14.0), v in size(-3.0, 14.0), score in size(-3.0, 24.0),
         attention in size(-6.0, 20.0), gate in size(-3.0, 18.0), up in size(-3.0, 18.0), mlp in size(-3.0, 26.0),
-        mlp_slope in size(-6.0, 12.0)) -> LayerBounds {
-        LayerBounds { f, qk, qk_raw: raw, v, score, attention, gate, up, mlp, mlp_slope }
+        mlp_slope in size(-6.0, 12.0), adapters in adapters()) -> LayerBounds {
+        LayerBounds { f, qk, qk_raw: raw, v, score, attention, gate, up, mlp, mlp_slope, adapters }
     }
 }
 
@@ -96,7 +108,8 @@ fn made() -> impl Strategy<Value = (ModelConfig, Option<Plan>)> {
                     let last = (r.last().map_or(1.0, |r| r.post_sum.0), r.last().map_or(64.0, |r| r.post_sum.1));
                     let bounds = Bounds { layers: b, f_head, logit, embedding };
                     let ranges = Ranges { layers: r, final_sum: last, logit };
-                    (c.clone(), plan(&c, first, private, &bounds, &ranges).ok())
+                    let public_base = bounds.layers.iter().any(|b| !b.adapters.is_empty());
+                    (c.clone(), plan(&c, first, private && !public_base, &bounds, &ranges).ok())
                 })
         },
     )
@@ -145,6 +158,11 @@ fn fits(p: &Plan) -> bool {
             && (a.exp.is_some() || [16, 20].contains(&(a.score_k + a.f_prob - F)))
             && a.prob_k <= 64
             && a.total_bits < a.prob_k
+            && l.adapters.iter().all(|(group, adapter)| {
+                let (f, ring) = l.multiplied(group);
+                let b = adapter.ring(ring, f);
+                b <= 64 && b - adapter.f_b == ring - f && ring >= adapter.f_a + 3
+            })
     }) && p.weight_fractions().all(|f| (FW_LEAST..=FW_MOST).contains(&f))
         && linear_ring(p) >= p.head.logit_k
 }

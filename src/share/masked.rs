@@ -228,6 +228,26 @@ impl Masked {
         Ok(Masked::reduced(v, self.side, self.k, self.f, Rows::even(tokens, columns.len())))
     }
 
+    /// Adds `o` to the columns from `first` on of a value with equally many elements for each token.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for columns that it has not, or another ring or fraction.
+    pub fn add_columns(mut self, first: usize, o: &Masked) -> Result<Masked> {
+        let tokens = self.rows.tokens().max(1);
+        let (width, added) = (self.v.len() / tokens, o.v.len() / tokens);
+        let even = |rows: &Rows, width: usize| (0..rows.tokens()).all(|t| rows.row(t).len() == width);
+        let fits = first.checked_add(added).is_some_and(|end| end <= width);
+        let alike = self.k == o.k && self.f == o.f && self.side == o.side && self.rows.tokens() == o.rows.tokens();
+        if !fits || !alike || !even(&self.rows, width) || !even(&o.rows, added) {
+            return Err(self.mismatch("add columns", o));
+        }
+        let m = ring::mask(self.k);
+        for (row, more) in self.v.chunks_mut(width.max(1)).zip(o.v.chunks(added.max(1))) {
+            row[first..].iter_mut().zip(more).for_each(|(a, b)| *a = a.wrapping_add(*b) & m);
+        }
+        Ok(self)
+    }
+
     /// Sums groups of `n` neighbours.
     ///
     /// # Errors

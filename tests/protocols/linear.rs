@@ -2,6 +2,8 @@
 
 use ndarray::Array2;
 use proptest::prelude::*;
+use trefoil::model::prepare::{Adapters, Projection};
+use trefoil::model::secure::projection::projection;
 use trefoil::party::Role;
 use trefoil::prf::PreparationSeed;
 use trefoil::protocol::embedding::{self, TableShare, embed};
@@ -40,8 +42,19 @@ impl Matrix {
         Matrix { w, parts: [owner, client, helper] }
     }
 
+    /// Known to all three.
+    fn published(self) -> Matrix {
+        let owner = self.parts[0].clone().into_public();
+        Matrix { parts: [owner.clone(), owner.clone(), owner], ..self }
+    }
+
     fn of(&self, role: Role) -> &OwnerMatrix {
         &self.parts[role.index()]
+    }
+
+    /// `W x`, for `x` of as many elements as there are columns.
+    fn times(&self, x: &[i64]) -> Vec<i64> {
+        self.w.chunks(x.len()).map(|w| w.iter().zip(x).map(|(w, x)| w * x).sum()).collect()
     }
 }
 
@@ -51,11 +64,12 @@ proptest! {
     #[test]
     fn owner_linear_is_exact(
         seed: u64, outputs in 1usize..150, inputs in 1usize..700, k in 1u32..=64, bits in prop::sample::select(&[8u32, 16, 24][..]), with_bias: bool,
-        groups in 1usize..3,
+        groups in 1usize..3, public: bool,
     ) {
         let (mut r, passes) = (Random(seed), [2, 1, 4]);
         let bias: Vec<f32> = (0..outputs).map(|i| i as f32 - 40.5).collect();
         let m = Matrix::new(&mut r, outputs, inputs, bits, 6, with_bias.then_some(&bias));
+        let m = if public { m.published() } else { m };
         let x = r.words(7 * groups * inputs, k);
         let given = Given::even(&x, &passes, k, 4);
         let ran = run(&passes, |s| {
@@ -77,9 +91,10 @@ proptest! {
     }
 
     #[test]
-    fn a_diagonal_scales_every_element(seed: u64, width in 1usize..300, k in 1u32..=64, bits in prop::sample::select(&[8u32, 16, 24][..])) {
+    fn a_diagonal_scales_every_element(seed: u64, width in 1usize..300, k in 1u32..=64, bits in prop::sample::select(&[8u32, 16, 24][..]), public: bool) {
         let (mut r, passes) = (Random(seed), [2, 1, 4]);
         let m = Matrix::new(&mut r, 1, width, bits, 6, None);
+        let m = if public { m.published() } else { m };
         let parts = m.parts.clone().map(|p| p.into_diagonal().unwrap());
         let x = r.words(7 * width, k);
         let given = Given::even(&x, &passes, k, 4);
@@ -90,6 +105,52 @@ proptest! {
         let want: Vec<u64> =
             x.iter().zip(m.w.iter().cycle()).map(|(x, w)| x.wrapping_mul(*w as u64) & ring::mask(k)).collect();
         prop_assert_eq!(ran.only(), want);
+    }
+
+    /// `W x + B (A x)` to within the truncations: a unit for each of the two sums, and one of each middle value through `B`.
+    #[test]
+    fn a_projection_adds_its_adapters(
+        seed: u64, inputs in 1usize..40, outputs in proptest::array::uniform3(1usize..20), adapted in 0u32..8, rank in 1usize..5,
+        k in 42u32..=48, f in 12u32..=16, f_a in 12u32..=16, f_b in 12u32..=18, public: bool,
+    ) {
+        let (mut r, passes) = (Random(seed), [2, 1]);
+        let (all, x) = (outputs.iter().sum(), r.signed(3 * inputs, 14, k));
+        let bias: Vec<f32> = (0..all).map(|i| i as f32 - 4.5).collect();
+        let w = Matrix::new(&mut r, all, inputs, 12, f, Some(&bias));
+        let w = if public { w.published() } else { w };
+        let which: Vec<usize> = (0..3).filter(|i| adapted >> i & 1 == 1).collect();
+        let a = Matrix::new(&mut r, rank * which.len().max(1), inputs, 12, f_a, None);
+        let b: Vec<Matrix> = which.iter().map(|&i| Matrix::new(&mut r, outputs[i], rank, 12, f_b, None)).collect();
+        let from = |i: usize| outputs[..i].iter().sum::<usize>();
+        let parts = Role::ALL.map(|role| {
+            let second = |(&i, b): (&usize, &Matrix)| (from(i)..from(i + 1), b.of(role).clone().within(k - f + f_b));
+            let adapters = Adapters { a: a.of(role).clone(), b: which.iter().zip(&b).map(second).collect() };
+            Projection { base: w.of(role).clone(), adapters: (!which.is_empty()).then_some(adapters) }
+        });
+        let given = Given::even(&x, &passes, k, 12);
+        let ran = run(&passes, |s| {
+            let x = given.share(s, "x")?;
+            Ok(vec![projection(s, &Scope::layer(1).at("w"), &x, &parts[s.role().index()])?])
+        });
+        prop_assert_eq!((ran.k[0], ran.f[0]), (k - f, 12));
+        let got = ran.signed(0);
+        for (x, got) in x.chunks(inputs).zip(got.chunks(all)) {
+            let x: Vec<i64> = x.iter().map(|&v| ring::signed(v, k)).collect();
+            let unit = |v: i64, f: u32| v as f64 / f64::from(f).exp2();
+            let mut want: Vec<(f64, f64)> =
+                w.times(&x).iter().zip(&bias).map(|(v, b)| (unit(*v, f) + f64::from(b * 4096.0), 1.0)).collect();
+            let middle: Vec<f64> = a.times(&x).iter().map(|v| unit(*v, f_a)).collect();
+            for (nth, (&i, b)) in which.iter().zip(&b).enumerate() {
+                let own = &middle[nth * rank..][..rank];
+                for (want, row) in want[from(i)..from(i + 1)].iter_mut().zip(b.w.chunks(rank)) {
+                    want.0 += row.iter().zip(own).map(|(b, u)| unit(*b, f_b) * u).sum::<f64>();
+                    want.1 += 1.0 + row.iter().map(|b| unit(b.abs(), f_b)).sum::<f64>();
+                }
+            }
+            for ((want, slack), got) in want.iter().zip(got) {
+                prop_assert!((want - *got as f64).abs() <= slack + 1e-6, "{} instead of {} within {}", got, want, slack);
+            }
+        }
     }
 
     #[test]

@@ -15,6 +15,8 @@
 //!
 //! Messages about public facts (request, control byte, plan) are compared between prompts and weights in `facts.rs`.
 
+#[path = "../support/adapters.rs"]
+mod adapters;
 mod base;
 mod facts;
 mod model;

@@ -3,19 +3,21 @@
 use std::sync::Mutex;
 use std::sync::mpsc::channel;
 
-use trefoil::generate::split_layers;
 use trefoil::model::calibrate::{bounds, inputs, ranges};
+use trefoil::model::preparation::split_weights;
 use trefoil::model::prepare::Prepared;
+use trefoil::model::rounding::Choice;
 use trefoil::model::sections::{Section, sections};
 use trefoil::model::secure::{ClientPorts, PassOptions, SecureModel, logit_format};
 use trefoil::model::{Arch, ModelConfig, Weights};
 use trefoil::party::Role;
-use trefoil::plan::{F, Fractions, Plan};
+use trefoil::plan::{F, Fractions, Module, Plan};
 use trefoil::prf::{Address, AddressLog, PreparationSeed};
 use trefoil::protocol::embedding::source;
 use trefoil::ring::{self, fixed, pack};
 use trefoil::world::Keys;
 
+use crate::adapters::adapt;
 use crate::tally::{Message, Residues, Tally};
 use crate::{Draw, Got, Names, combined, named, observe, others};
 
@@ -37,9 +39,13 @@ pub fn qwen3() -> ModelConfig {
 
 /// The public plan of weights, as the Owner makes it.
 pub fn plan_of(w: &Weights, private_layers: Option<usize>) -> Plan {
-    let (first, private_embedding) = split_layers(&w.config, private_layers).unwrap();
+    let (first, private_embedding) = split_weights(w, private_layers).unwrap();
+    let fractions = match w.first_adapted().is_some() {
+        true => Choice::new(w, first, private_embedding).unwrap().fractions,
+        false => Fractions::least(w.config.num_layers - first),
+    };
     let ranges = ranges(w, first, &inputs(&w.config, w.config.max_positions, None));
-    let bounds = bounds(w, first, &Fractions::least(w.config.num_layers - first)).unwrap();
+    let bounds = bounds(w, first, &fractions).unwrap();
     trefoil::plan::plan(&w.config, first, private_embedding, &bounds, &ranges).unwrap()
 }
 
@@ -63,8 +69,9 @@ impl Trio {
     fn new(w: &Weights, plan: &Plan, seed: &PreparationSeed) -> Trio {
         let owner = Prepared::owner(w, plan, seed).unwrap();
         let words = helper_words(&owner, seed);
-        // The Client gets words only of a public head, which this one is not.
-        let client = Prepared::client(&w.config, plan, seed, &mut |_| unreachable!()).unwrap();
+        let all = sections(&w.config, plan).unwrap();
+        let mut known = words.iter().zip(&all).filter(|(_, s)| s.public).map(|(w, _)| w.clone());
+        let client = Prepared::client(&w.config, plan, seed, &mut |_| Ok(known.next().unwrap())).unwrap();
         let mut next = words.iter();
         let helper = Prepared::helper(&w.config, plan, &mut |_| Ok(next.next().unwrap().clone())).unwrap();
         let model = |parts| SecureModel::new(w.config.clone(), plan.clone(), parts);
@@ -137,18 +144,19 @@ fn preparation_shows_nothing(what: &str, weights: &Weights, plan: &Plan) {
             bytes: pack::pack(words, section.bits()),
             k: Some(section.bits()),
         };
-        tally.add(&words.iter().zip(&sections).enumerate().map(message).collect::<Vec<_>>());
+        // Of an adapter's base the Helper gets what everybody has.
+        let private = words.iter().zip(&sections).enumerate().filter(|(_, (_, section))| !section.public);
+        tally.add(&private.map(message).collect::<Vec<_>>());
     }
     tally.assert_uniform(&format!("{what}, helper, preparation"));
 }
 
 /// The views of Owner and Helper of one model. In its sessions the Helper's part of the preparation is fixed, and with the
 /// weights the seed; what its seed hides is looked at apart.
-fn nothing_to_see(what: &str, config: ModelConfig, private_layers: Option<usize>) {
-    let weights = Weights::random(config, 3).unwrap();
-    let plan = plan_of(&weights, private_layers);
-    preparation_shows_nothing(what, &weights, &plan);
-    let trio = Trio::new(&weights, &plan, &Draw::new(29).seed());
+fn nothing_to_see(what: &str, weights: &Weights, private_layers: Option<usize>) {
+    let plan = plan_of(weights, private_layers);
+    preparation_shows_nothing(what, weights, &plan);
+    let trio = Trio::new(weights, &plan, &Draw::new(29).seed());
     for receiver in [Role::Owner, Role::Helper] {
         let (keys, mut draw, log) = (Keys::seeded(20), Draw::new(30), AddressLog::default());
         let (mut tally, mut codes, mut names): (_, Vec<Residues>, _) = (Tally::default(), Vec::new(), Names::default());
@@ -177,12 +185,19 @@ fn nothing_to_see(what: &str, config: ModelConfig, private_layers: Option<usize>
 
 #[test]
 fn llama_shows_nothing() {
-    nothing_to_see("Llama", llama(2, 2), Some(2));
+    nothing_to_see("Llama", &Weights::random(llama(2, 2), 3).unwrap(), Some(2));
+}
+
+#[test]
+fn adapters_over_a_public_base_show_nothing() {
+    let mut weights = Weights::random(llama(1, 1), 3).unwrap();
+    adapt(&mut weights.layers[0], &Module::ALL, 2);
+    nothing_to_see("Llama, adapters", &weights, Some(1));
 }
 
 #[test]
 fn qwen3_with_a_private_embedding_shows_nothing() {
-    nothing_to_see("Qwen3, private embedding", qwen3(), None);
+    nothing_to_see("Qwen3, private embedding", &Weights::random(qwen3(), 3).unwrap(), None);
 }
 
 /// With its masks fixed, what is opened to the Client is the output and nothing else: between any two sets of weights the

@@ -10,6 +10,7 @@
 use std::sync::Arc;
 
 use super::norm::Norm;
+use super::projection::projection;
 use super::{Context, Tables};
 use crate::approx::{PositiveTable, exp_tables};
 use crate::error::Result;
@@ -99,7 +100,7 @@ fn rotate(x: &Masked, first: usize, dim: usize, frequencies: &[f64]) -> Masked {
 }
 
 /// To ring `k`: a lift, or nothing to send where the value's ring is wide enough.
-fn to_ring(s: &mut Session, scope: &Scope, x: &Masked, k: u32) -> Result<Pending<'static, Masked>> {
+pub(super) fn to_ring(s: &mut Session, scope: &Scope, x: &Masked, k: u32) -> Result<Pending<'static, Masked>> {
     if x.k() >= k { Ok(Pending::ready(x.narrow(k)?)) } else { lift(s, scope, x, k) }
 }
 
@@ -148,7 +149,7 @@ pub(super) fn attention(
     let tokens = x.rows().tokens();
     let count_bits = c.flags.count_bits();
 
-    let qkv = truncate(&owner_linear(c.s, &scope.at("qkv"), x, &parts.qkv)?, p.f_qkv)?;
+    let qkv = projection(c.s, &scope.at("qkv"), x, &parts.qkv)?;
     let v = to_ring(c.s, &scope.at("lift_v"), &qkv.columns(nq + nk..nq + 2 * nk)?, p.prob_k)?;
     let qk = qkv.columns(0..nq + nk)?;
     let qk = match (&t.qk_norm, &p.qk_norm, &parts.qk_gain) {
@@ -199,5 +200,5 @@ pub(super) fn attention(
     let (o, inverse) = (o.finish(c.s)?, inverse.value.finish(c.s)?);
     let o = product(c.s, &scope.at("normalise"), &o, &inverse, Arc::new(Scale { width: dim }))?;
     let o = truncate(&o.finish(c.s)?, p.f_inverse)?;
-    truncate(&owner_linear(c.s, &scope.at("o"), &o, &parts.o)?, p.f_o)
+    projection(c.s, &scope.at("o"), &o, &parts.o)
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::Context;
+use super::projection::projection;
 use crate::approx::{Activation, SignedTable};
 use crate::error::Result;
 use crate::model::prepare::PreparedLayer;
@@ -10,7 +11,6 @@ use crate::plan::{F, MlpPlan};
 use crate::protocol::evaluate::{Lines, Table, line};
 use crate::protocol::guard::guard;
 use crate::protocol::lift::lift;
-use crate::protocol::linear::owner_linear;
 use crate::protocol::product::{Elementwise, product};
 use crate::protocol::truncate::truncate;
 use crate::protocol::window::Window;
@@ -41,7 +41,7 @@ pub(super) fn mlp(
 ) -> Result<Masked> {
     let scope = c.scope.at("mlp");
     let m = c.config.intermediate_size;
-    let both = truncate(&owner_linear(c.s, &scope.at("gate_up"), x, &parts.gate_up)?, p.f_gate_up)?;
+    let both = projection(c.s, &scope.at("gate_up"), x, &parts.gate_up)?;
     let (gate, up) = (both.columns(0..m)?.narrow(p.gate_proven)?, both.columns(m..2 * m)?);
     let count_bits = c.flags.count_bits();
     let g = guard(c.s, &scope.at("guard"), &gate, p.gate_k, true, count_bits)?;
@@ -55,5 +55,5 @@ pub(super) fn mlp(
     };
     let y = product(c.s, &scope.at("product"), activated, &up, Arc::new(Elementwise))?;
     let y = truncate(&y.finish(c.s)?, p.f_table)?;
-    truncate(&owner_linear(c.s, &scope.at("down"), &y, &parts.down)?, p.f_down)
+    projection(c.s, &scope.at("down"), &y, &parts.down)
 }

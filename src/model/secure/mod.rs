@@ -7,6 +7,7 @@ mod attention;
 mod head;
 mod mlp;
 mod norm;
+pub mod projection;
 
 use std::sync::Mutex;
 use std::sync::mpsc::Sender;

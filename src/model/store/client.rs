@@ -1,5 +1,6 @@
 //! The Client's model: the public part on its own disk, and the seed from the Owner.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::manifest::{Digest, PublicManifest, facts, public_hash};
@@ -21,7 +22,8 @@ pub struct ClientModel {
     config: ModelConfig,
     public_hash: Digest,
     public: Option<Weights>,
-    head: Option<OwnerMatrix>,
+    /// The public matrices that are multiplied under MPC, by the number of their section.
+    known: BTreeMap<u64, OwnerMatrix>,
 }
 
 impl std::fmt::Debug for ClientModel {
@@ -59,9 +61,9 @@ impl ClientModel {
                 manifest.public_hash
             )));
         }
-        let head = part.quantised_head(&config, plan)?;
+        let known = part.quantised(&config, plan)?;
         let public = part.into_weights(&config, plan);
-        Ok(ClientModel { dir: dir.to_path_buf(), manifest, config, public_hash, public, head })
+        Ok(ClientModel { dir: dir.to_path_buf(), manifest, config, public_hash, public, known })
     }
 
     /// The directory, in which the tokenizer lies too.
@@ -136,9 +138,9 @@ impl ClientModel {
         let parts = Prepared::assemble(
             &config,
             &plan,
-            &mut |s| match &self.head {
-                Some(head) if s.public => Ok(head.clone()),
-                _ => Ok(OwnerMatrix::client(s.id(), s.rows, s.cols, s.f, seed.clone())),
+            &mut |s| match self.known.get(&s.id()) {
+                Some(m) => Ok(m.clone()),
+                None => Ok(OwnerMatrix::client(s.id(), s.rows, s.cols, s.f, seed.clone())),
             },
             &mut |s| Ok(TableShare::seed((s.rows, s.cols), F, s.id(), seed.clone())),
         )?;

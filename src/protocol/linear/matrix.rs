@@ -91,9 +91,11 @@ pub(super) enum Part {
     Shape {
         public: bool,
     },
-    /// Known to all three: a public linear map, to which each side applies what it holds. Nothing is sent.
+    /// Known to all three: a public linear map, to which each side applies what it holds. Nothing is sent. The bias is the
+    /// Owner's alone to add.
     Public {
         w: Plain,
+        bias: Option<Arc<[f32]>>,
     },
 }
 
@@ -166,8 +168,7 @@ impl OwnerMatrix {
     /// The Owner's integers and biases; `None` at other parties.
     pub(crate) fn integers(&self) -> Option<(&Plain, Option<&[f32]>)> {
         match &self.part {
-            Part::Owner { w, bias } => Some((w, bias.as_deref())),
-            Part::Public { w } => Some((w, None)),
+            Part::Owner { w, bias } | Part::Public { w, bias } => Some((w, bias.as_deref())),
             Part::Client { .. } | Part::Helper { .. } | Part::Shape { .. } => None,
         }
     }
@@ -208,7 +209,7 @@ impl OwnerMatrix {
     #[must_use]
     pub fn into_public(self) -> Self {
         match self.part {
-            Part::Owner { w, bias: None } => OwnerMatrix { part: Part::Public { w }, ..self },
+            Part::Owner { w, bias } => OwnerMatrix { part: Part::Public { w, bias }, ..self },
             _ => self,
         }
     }
@@ -226,7 +227,7 @@ impl OwnerMatrix {
                 out.iter_mut().zip(&row).for_each(|(o, v)| *o = *v as i32);
             }
         });
-        Ok(OwnerMatrix { ring: 64, part: Part::Public { w: Plain::I32(w) }, ..checked })
+        Ok(OwnerMatrix { ring: 64, part: Part::Public { w: Plain::I32(w), bias: None }, ..checked })
     }
 
     /// A matrix of one row, read as the diagonal of a square one.
@@ -266,7 +267,7 @@ impl OwnerMatrix {
                 seed.matrix_words(self.id, range.start as u64, &mut a);
                 w
             }
-            Part::Public { w } => w,
+            Part::Public { w, .. } => w,
             _ => return Err(Error::Internal("only the owner can make the helper's weights".into())),
         };
         w.minus(range, &mut a);
@@ -282,6 +283,17 @@ impl OwnerMatrix {
         }
     }
 
+    /// Fraction bits of its elements.
+    #[must_use]
+    pub fn f(&self) -> u32 {
+        self.f
+    }
+
+    /// The widest ring in which it may multiply.
+    pub(crate) fn ring(&self) -> u32 {
+        self.ring
+    }
+
     /// Output and input dimension.
     #[must_use]
     pub fn dim(&self) -> (usize, usize) {
@@ -292,7 +304,7 @@ impl OwnerMatrix {
     #[must_use]
     pub fn bytes(&self) -> usize {
         match &self.part {
-            Part::Owner { w, .. } | Part::Public { w } => w.bytes(),
+            Part::Owner { w, .. } | Part::Public { w, .. } => w.bytes(),
             Part::Client { .. } => 32,
             Part::Helper { a } => a.bytes(),
             Part::Shape { .. } => 0,

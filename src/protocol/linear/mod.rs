@@ -83,9 +83,12 @@ fn start<'a>(s: &mut Session, scope: &Scope, x: &Masked, w: &'a OwnerMatrix) -> 
         }
         Part::Owner { w: plain, bias } => online(s, scope, x, rows, w, Some(plain), bias.as_deref()),
         Part::Client { .. } | Part::Helper { .. } => masks(s, scope, x, rows, w).map(Pending::ready),
-        Part::Public { w: plain } => {
-            let mut y = vec![0u64; rows.len()];
-            plain.product(x.k(), x.raw(), x.raw().len() / w.inputs, w.outputs, w.inputs, &mut y);
+        Part::Public { w: plain, bias } => {
+            let mut y = local(x, plain, w, rows.len());
+            // A constant known to all is added once: by the party that holds the value, not to the mask.
+            if let (Side::Value, Some(bias)) = (x.side(), bias) {
+                add_bias(&mut y, bias, x.f() + w.f, x.k());
+            }
             Ok(Pending::ready(Masked::new(y, x.side(), x.k(), x.f() + w.f, rows)))
         }
     }
@@ -165,6 +168,22 @@ fn masks(s: &mut Session, scope: &Scope, x: &Masked, rows: Rows, w: &OwnerMatrix
     Ok(Masked::new(ry, Side::Mask, k, x.f() + w.f, rows))
 }
 
+/// `n` elements of `W x`, of what this side holds of `x`.
+fn local(x: &Masked, plain: &Plain, w: &OwnerMatrix, n: usize) -> Vec<u64> {
+    let mut y = vec![0u64; n];
+    if w.diagonal {
+        plain.scale(x.raw(), &mut y);
+    } else {
+        plain.product(x.k(), x.raw(), x.raw().len() / w.inputs, w.outputs, w.inputs, &mut y);
+    }
+    y
+}
+
+fn add_bias(y: &mut [u64], bias: &[f32], f: u32, k: u32) {
+    let bias: Vec<u64> = bias.iter().map(|&b| fixed::encode(f64::from(b), f, k)).collect();
+    y.chunks_mut(bias.len()).for_each(|row| row.iter_mut().zip(&bias).for_each(|(y, b)| *y = y.wrapping_add(*b)));
+}
+
 fn online<'a>(
     s: &mut Session,
     scope: &Scope,
@@ -176,17 +195,9 @@ fn online<'a>(
 ) -> Result<Pending<'a, Masked>> {
     let (k, f, n) = (x.k(), x.f() + w.f, rows.len());
     s.declare(cost(n, k));
-    let (outputs, inputs) = w.dim();
-    let t = x.raw().len() / inputs;
-    let mut y = vec![0u64; n];
-    match plain {
-        Some(plain) if w.diagonal => plain.scale(x.raw(), &mut y),
-        Some(plain) => plain.product(k, x.raw(), t, outputs, inputs, &mut y),
-        None => {}
-    }
+    let mut y = plain.map_or_else(|| vec![0; n], |plain| local(x, plain, w, n));
     if let Some(bias) = bias {
-        let bias: Vec<u64> = bias.iter().map(|&b| fixed::encode(f64::from(b), f, k)).collect();
-        y.chunks_mut(outputs).for_each(|row| row.iter_mut().zip(&bias).for_each(|(y, b)| *y = y.wrapping_add(*b)));
+        add_bias(&mut y, bias, f, k);
     }
     let scope = scope.clone();
     Ok(Pending::new(move |s| {
