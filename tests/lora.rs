@@ -303,7 +303,7 @@ fn the_split_of_the_scale_between_the_factors_does_not_matter() {
 fn quill_adapter(dir: &Path) {
     let config = ModelConfig::open(&quill()).unwrap();
     let json = json!({
-        "peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"],
+        "peft_type": "LORA", "r": 4, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"],
         "layers_to_transform": [5, 6, 7], "base_model_name_or_path": quill(),
     });
     std::fs::write(dir.join("adapter_config.json"), json.to_string()).unwrap();
