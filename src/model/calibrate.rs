@@ -169,8 +169,8 @@ fn layer_bounds(c: &ModelConfig, index: usize, l: &LayerWeights, f: LayerFractio
             Group::O => longest * context,
             Group::Down => {
                 let largest = f64::from(a.iter().fold(0.0f32, |m, v| m.max(v.abs())));
-                let by_norms = largest * (gate_norm + OFF * width) * up_norm;
-                sums_of(a, &|i| (g_at(i) + OFF) * u_at(i)).min(by_norms) + sums_of(a, &|_| ULP)
+                let by_norms = largest * (slope * gate_norm + (least + OFF) * width) * up_norm;
+                sums_of(a, &|i| (reach(g_at(i)) + OFF) * u_at(i)).min(by_norms) + sums_of(a, &|_| ULP)
             }
         };
         most * SLACK + ULP
