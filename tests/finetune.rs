@@ -12,7 +12,8 @@ use trefoil::marill::reshape::{MergeBy, Reshape};
 use trefoil::marill::student::Student;
 use trefoil::marill::tasks::Task;
 use trefoil::marill::train::{Method, Options, Outcome, run};
-use trefoil::model::variant::Record;
+use trefoil::model::preparation::private_layers;
+use trefoil::model::variant::{PrivateLayers, Record};
 use trefoil::model::{Activation, Arch, Checkpoint, ModelConfig, Softmax, Variant, Weights, float};
 
 const BASE: &str = "models/quill-4m";
@@ -149,6 +150,7 @@ fn options(out: &Path) -> Options {
         targets: Target::ALL.map(|t| t.0).to_vec(),
         epochs: 2,
         stage1_epochs: 0,
+        stage1_steps: None,
         steps: Some(7),
         batch_size: 8,
         lr: 1e-3,
@@ -189,6 +191,12 @@ fn an_interrupted_run_ends_with_the_same_weights() {
         assert!(read(&whole, file) == read(&broken, file), "{file}");
     }
     assert!(!broken.path().join("training.safetensors").exists());
+    // All of it may have changed, so all of it is private wherever it is served.
+    let record = Record::open(whole.path()).unwrap().unwrap();
+    assert_eq!(record.private_layers, Some(PrivateLayers::All));
+    let config = ModelConfig::open(whole.path()).unwrap();
+    assert_eq!(private_layers(None, whole.path(), &config).unwrap(), None);
+    assert_eq!(private_layers(Some("2"), whole.path(), &config).unwrap(), Some(2));
     // Once more does nothing; other options are not mixed up with these.
     let again = finish(&options(broken.path()));
     assert!(again.finished_before && again.score == outcome.score);
@@ -199,6 +207,16 @@ fn an_interrupted_run_ends_with_the_same_weights() {
     let o = options(broken.path());
     let data = Dataset::load(&o.data, &o.base, &base.config, &o.sampling).unwrap();
     assert!(outcome.score.loss < 0.8 * score(&base, &data.held_out, true).loss);
+}
+
+#[test]
+fn another_number_of_threads_does_not_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let pool = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
+    pool(3).install(|| kill_at(&options(dir.path()), 3));
+    let e = pool(1).install(|| refused(&options(dir.path())));
+    assert!(e.contains("--threads 3") && e.contains("remove it"), "{e}");
+    assert_eq!(pool(3).install(|| finish(&options(dir.path()))).resumed_at, 2);
 }
 
 #[test]
@@ -236,7 +254,7 @@ fn frozen_layers_are_the_bases_bit_for_bit() {
         assert_eq!(same, frozen, "{name}");
     }
     let record = Record::open(dir.path()).unwrap().unwrap();
-    assert_eq!((record.private_layers, record.variant), (Some(3), None));
+    assert_eq!((record.private_layers, record.variant), (Some(PrivateLayers::Top(3)), None));
 }
 
 #[test]

@@ -22,7 +22,7 @@ use super::{curve, disk, output};
 use crate::error::{Error, Result};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::preparation::split_layers;
-use crate::model::variant::Record;
+use crate::model::variant::{PrivateLayers, Record};
 use crate::model::{ModelConfig, Weights};
 
 /// What is trained.
@@ -64,6 +64,8 @@ pub struct Options {
     pub epochs: usize,
     /// How many of them are the first stage of a distillation.
     pub stage1_epochs: usize,
+    /// At most as many steps of that.
+    pub stage1_steps: Option<usize>,
     /// At most as many steps.
     pub steps: Option<usize>,
     /// Examples in a step.
@@ -196,6 +198,7 @@ impl Options {
             ("steps", self.steps.map(Value::from)),
             ("teacher", self.teacher.as_ref().map(|t| json!(t))),
             ("stage1_epochs", self.teacher.as_ref().map(|_| self.stage1_epochs.into())),
+            ("stage1_steps", self.stage1_steps.map(Value::from)),
             ("rank", (self.method == Method::Lora).then(|| self.rank.into())),
             ("alpha", (self.method == Method::Lora).then(|| self.alpha.into())),
             ("targets", (self.method == Method::Lora).then(|| self.targets.iter().map(|t| t.name()).collect())),
@@ -276,7 +279,7 @@ pub fn run(options: &Options, watch: &mut dyn FnMut(Progress) -> bool) -> Result
 
     let per_epoch = dataset.train.len().div_ceil(options.batch_size);
     let steps = options.steps.map_or(usize::MAX, |n| n).min(options.epochs * per_epoch);
-    let matching = steps.min(options.stage1_epochs * per_epoch);
+    let matching = steps.min(options.stage1_epochs * per_epoch).min(options.stage1_steps.unwrap_or(usize::MAX));
     let teacher = teacher.as_ref();
     let run = Run {
         options,
@@ -312,13 +315,18 @@ pub fn run(options: &Options, watch: &mut dyn FnMut(Progress) -> bool) -> Result
         "head_groups": groups,
     });
     let Value::Object(made) = made else { return Err(Error::Internal("a map that is none".into())) };
-    // Every weight of a full fine-tune may have changed, so there is no part of it that may be given out.
     let private_layers = match options.method {
-        Method::Full => None,
-        Method::Freeze | Method::Lora => options.private_layers.map(|_| weights.config.num_layers - first),
+        // Every weight may have changed, so there is no part of it that may be given out.
+        Method::Full => PrivateLayers::All,
+        Method::Freeze if options.private_layers.is_none() => PrivateLayers::All,
+        // An adapter leaves the embedding as it is, whatever layers it is on.
+        Method::Freeze | Method::Lora => PrivateLayers::Top(weights.config.num_layers - first),
     };
     let variant = if lora.is_some() { None } else { weights.config.variant };
-    output::write_record(&options.out, &Record { version: Record::VERSION, private_layers, variant, made })?;
+    output::write_record(
+        &options.out,
+        &Record { version: Record::VERSION, private_layers: Some(private_layers), variant, made },
+    )?;
     saved.remove()?;
     Ok(Some(Outcome {
         score,

@@ -50,15 +50,15 @@ pub fn split_layers(c: &ModelConfig, private_layers: Option<usize>) -> Result<(u
     }
 }
 
-/// [`parse_private_layers`] for the model in `dir`: where the option is left out, as many layers as its `trefoil.json` says.
+/// [`parse_private_layers`] for the model in `dir`: where the option is left out, what its `trefoil.json` says.
 ///
 /// # Errors
 /// As [`parse_private_layers`], and for a `trefoil.json` that is none.
 pub fn private_layers(text: Option<&str>, dir: &Path, c: &ModelConfig) -> Result<Option<usize>> {
     if text.is_none()
-        && let Some(n) = Record::open(dir)?.and_then(|r| r.private_layers)
+        && let Some(private) = Record::open(dir)?.and_then(|r| r.private_layers)
     {
-        return Ok(Some(n));
+        return Ok(private.number());
     }
     parse_private_layers(text, c)
 }
