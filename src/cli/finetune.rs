@@ -188,7 +188,11 @@ fn options(a: &Args) -> Result<Options> {
     if a.save_every == 0 {
         return Err(Error::Config("--save-every 0: give 1 or more".into()));
     }
-    let lora = a.method == MethodName::Lora;
+    let method = match a.method {
+        MethodName::Full => Method::Full,
+        MethodName::Freeze => Method::Freeze,
+        MethodName::Lora => Method::Lora,
+    };
     let stage1 = a.stage1_epochs.unwrap_or(if a.teacher.is_some() { a.epochs / 2 } else { 0 });
     Ok(Options {
         base: a.base.clone(),
@@ -199,11 +203,7 @@ fn options(a: &Args) -> Result<Options> {
             seed: a.seed,
         },
         out: a.out.clone(),
-        method: match a.method {
-            MethodName::Full => Method::Full,
-            MethodName::Freeze => Method::Freeze,
-            MethodName::Lora => Method::Lora,
-        },
+        method,
         private_layers: private_layers(a.private_layers.as_deref(), a.method, c.num_layers)?,
         reshape: Reshape {
             merge_heads: a.merge_heads,
@@ -231,7 +231,7 @@ fn options(a: &Args) -> Result<Options> {
         stage1_steps: a.stage1_steps,
         steps: a.steps,
         batch_size: a.batch_size,
-        lr: a.lr.unwrap_or(if lora { 3e-3 } else { 1e-3 }),
+        lr: a.lr.unwrap_or(method.default_lr()),
         teacher: a.teacher.clone(),
         save_every: a.save_every,
     })

@@ -22,6 +22,8 @@ pub const FILE: &str = "training.safetensors";
 pub(super) struct State {
     /// Steps done.
     pub step: usize,
+    /// Seconds that they took.
+    pub seconds: f64,
     /// The loss of every step.
     pub losses: Vec<f32>,
     pub optimiser: AdamW,
@@ -36,6 +38,7 @@ pub(super) struct Checkpoint {
 
 const STEP: &str = "step";
 const SETTINGS: &str = "settings";
+const SECONDS: &str = "seconds";
 const LOSSES: &str = "losses";
 const THREADS: &str = "threads";
 
@@ -63,6 +66,7 @@ impl Checkpoint {
         });
         let metadata = HashMap::from([
             (STEP.to_owned(), state.step.to_string()),
+            (SECONDS.to_owned(), state.seconds.to_string()),
             (SETTINGS.to_owned(), self.settings.to_string()),
             (THREADS.to_owned(), threads()),
         ]);
@@ -113,7 +117,8 @@ impl Checkpoint {
             value.and_then(|v| p.var.set(&v)).map_err(defect)?;
             moments.push(Moments { mean: of("mean")?, square: of("square")? });
         }
-        Ok(Some(State { step, losses: read(LOSSES, None)?, optimiser: AdamW { moments } }))
+        let seconds = metadata.get(SECONDS).and_then(|s| s.parse().ok()).unwrap_or_default();
+        Ok(Some(State { step, seconds, losses: read(LOSSES, None)?, optimiser: AdamW { moments } }))
     }
 
     /// The model is made: the way there is not needed any more.

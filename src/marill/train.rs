@@ -37,6 +37,17 @@ pub enum Method {
     Lora,
 }
 
+impl Method {
+    /// A largest learning rate that learns; adapters start from nothing and take larger steps.
+    #[must_use]
+    pub fn default_lr(self) -> f64 {
+        match self {
+            Method::Full | Method::Freeze => 1e-3,
+            Method::Lora => 3e-3,
+        }
+    }
+}
+
 /// What to do.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -108,6 +119,8 @@ pub struct Outcome {
     pub tokens: usize,
     /// Seconds that the steps of this run took.
     pub seconds: f64,
+    /// Seconds that all steps took, those of earlier runs as far as they were saved included.
+    pub seconds_in_all: f64,
     /// How many examples were longer than the context and cut.
     pub cut: usize,
     /// Whether the model was there already, made by the same options.
@@ -335,6 +348,7 @@ pub fn run(options: &Options, watch: &mut dyn FnMut(Progress) -> bool) -> Result
         trained: student.parameters().iter().map(|p| p.var.elem_count()).sum(),
         tokens: done.tokens,
         seconds: done.seconds,
+        seconds_in_all: done.seconds_in_all,
         cut: dataset.cut,
         finished_before: false,
     }))
@@ -368,8 +382,17 @@ fn made_before(options: &Options, settings: &Value, dataset: &Dataset) -> Result
     let score = held_out.map_err(|e| Error::Model(format!("{}: trefoil.json: {e}", options.out.display())))?;
     let steps = made["steps"].as_u64().unwrap_or_default() as usize;
     let cut = dataset.cut;
-    let seconds = 0.0;
-    Ok(Some(Outcome { score, steps, resumed_at: steps, trained: 0, tokens: 0, seconds, cut, finished_before: true }))
+    Ok(Some(Outcome {
+        score,
+        steps,
+        resumed_at: steps,
+        trained: 0,
+        tokens: 0,
+        seconds: 0.0,
+        seconds_in_all: 0.0,
+        cut,
+        finished_before: true,
+    }))
 }
 
 /// The teacher's weights.
@@ -400,15 +423,16 @@ struct Done {
     resumed_at: usize,
     tokens: usize,
     seconds: f64,
+    seconds_in_all: f64,
 }
 
 impl Run<'_> {
     /// Takes the steps that are left; `None` if `watch` ended it.
     fn steps(&self, saved: &Saved, watch: &mut dyn FnMut(Progress) -> bool) -> Result<Option<Done>> {
         let parameters = self.student.parameters();
-        let fresh = || State { step: 0, losses: Vec::new(), optimiser: AdamW::new(parameters) };
+        let fresh = || State { step: 0, seconds: 0.0, losses: Vec::new(), optimiser: AdamW::new(parameters) };
         let mut state = saved.load(parameters)?.unwrap_or_else(fresh);
-        let (resumed_at, started) = (state.step, Instant::now());
+        let (resumed_at, before, started) = (state.step, state.seconds, Instant::now());
         let mut order: (Option<usize>, Vec<&Example>) = (None, Vec::new());
         let mut tokens = 0;
         while state.step < self.steps {
@@ -427,6 +451,7 @@ impl Run<'_> {
             let loss = self.step(&mut state, &batch)?;
             state.losses.push(loss);
             state.step += 1;
+            state.seconds = before + started.elapsed().as_secs_f64();
             tokens += batch.ids.len();
             let matching = state.step <= self.matching;
             let go_on =
@@ -440,7 +465,8 @@ impl Run<'_> {
         }
         // What follows may fail too, for want of room.
         saved.save(parameters, &state)?;
-        Ok(Some(Done { losses: state.losses, resumed_at, tokens, seconds: started.elapsed().as_secs_f64() }))
+        let seconds = started.elapsed().as_secs_f64();
+        Ok(Some(Done { losses: state.losses, resumed_at, tokens, seconds, seconds_in_all: before + seconds }))
     }
 
     /// One step; returns its loss.
