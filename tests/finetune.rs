@@ -10,6 +10,7 @@ use trefoil::marill::data::{Batch, DataOptions, Dataset, Example, Source};
 use trefoil::marill::evaluate::score;
 use trefoil::marill::reshape::{MergeBy, Reshape};
 use trefoil::marill::student::Student;
+use trefoil::marill::study::{self, Doing, Row};
 use trefoil::marill::tasks::Task;
 use trefoil::marill::train::{Method, Options, Outcome, run};
 use trefoil::model::preparation::private_layers;
@@ -379,4 +380,68 @@ fn text_is_learned_from_the_command_line() {
     let report: serde_json::Value = serde_json::from_slice(&out).unwrap();
     assert!(report["score"]["perplexity"].as_f64().unwrap() < 20.0, "{report}");
     assert!(dir.path().join("out/loss.svg").exists());
+}
+
+fn study_of(out: &Path) -> study::Options {
+    study::Options {
+        base: PathBuf::from(BASE),
+        data: Source::Task(Task::Dates),
+        sampling: DataOptions { context: 64, examples: 40, seed: 0 },
+        out: out.to_path_buf(),
+        seeds: 1,
+        steps: 8,
+        batch_size: 8,
+        rank: 4,
+        rows: Row::chosen(&["2relu-merge4".into()]).unwrap(),
+        net: "none".parse().unwrap(),
+        save_every: 2,
+    }
+}
+
+#[test]
+fn a_study_that_is_interrupted_gives_the_same_table() {
+    let (whole, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let finished = study::run(&study_of(whole.path()), &mut |_| true).unwrap().unwrap();
+    // The teacher that the row needs comes with it.
+    assert_eq!(finished.iter().map(|r| r.name).collect::<Vec<_>>(), ["full", "2relu-merge4"]);
+    let kill = |name: &str, step: usize| {
+        let mut watch = |p: study::Progress| match p.doing {
+            Doing::Training(t) => p.name != name || t.step < step,
+            Doing::Measuring => p.name != name || step > 0,
+        };
+        assert!(study::run(&study_of(broken.path()), &mut watch).unwrap().is_none());
+        assert!(!broken.path().join("results.md").exists());
+    };
+    // While the teacher is trained, while it is measured, while the student is trained.
+    kill("full", 5);
+    kill("full", 0);
+    kill("2relu-merge4", 3);
+    let mut seen = Vec::new();
+    let resumed = study::run(&study_of(broken.path()), &mut |p| {
+        seen.push(p.name);
+        true
+    });
+    let resumed = resumed.unwrap().unwrap();
+    assert!(seen.iter().all(|name| *name == "2relu-merge4"), "{seen:?}");
+    for (a, b) in finished.iter().zip(&resumed) {
+        let (a, b) = (&a.runs[0], &b.runs[0]);
+        assert_eq!((a.score, a.trained), (b.score, b.trained));
+        let (a, b) = (a.cost.unwrap(), b.cost.unwrap());
+        assert_eq!((a.prompts, a.decode_passes), (b.prompts, b.decode_passes));
+        for (a, b) in [(a.prefill, b.prefill), (a.token, b.token)] {
+            assert_eq!(a.messages, b.messages);
+            // A word about the end of the run-ahead may be under way when the answer is there.
+            assert!((a.bytes() - b.bytes()).abs() < 100.0, "{a:?} {b:?}");
+        }
+    }
+    // Once more does nothing, and the table is the same to the last digit; with other options it is refused by name.
+    let table = read(&broken, "results.md");
+    study::run(&study_of(broken.path()), &mut |p| panic!("{p:?}")).unwrap();
+    assert!(read(&broken, "results.md") == table);
+    let table = String::from_utf8(table).unwrap();
+    assert!(table.contains("| 2ReLU, merge 4 | ") && table.contains("| full fine-tune | 1.00 | 1.00"), "{table}");
+    let e = study::run(&study::Options { steps: 12, ..study_of(broken.path()) }, &mut |_| true).unwrap_err();
+    assert!(e.to_string().contains("another `steps`"), "{e}");
+    let e = Row::chosen(&["merge3".into()]).unwrap_err().to_string();
+    assert!(e.contains("merge3") && e.contains("merge4-adjacent"), "{e}");
 }

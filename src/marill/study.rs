@@ -1,4 +1,4 @@
-//! The paper's ablation (MARILL, section 7), at any scale: every technique and every baseline trained on the same data from the same base,
+//! The paper's ablation (MARILL, arXiv:2408.03561), at any scale: every technique and every baseline trained on the same data from the same base,
 //! for several seeds, scored on what was held out, and run by three parties to see what it costs. Interrupted at any moment and
 //! started again, it goes on where it stopped; runs that are finished are not repeated.
 
@@ -136,9 +136,10 @@ pub struct Finished {
     settings: Value,
     /// On held-out data.
     pub score: Score,
-    /// Weights that were trained.
+    /// Weights that were trained; unknown as the seconds.
     pub trained: Option<usize>,
-    /// Seconds that its steps took, teacher included, evaluation not; unknown if it was interrupted between training and here.
+    /// Seconds that its steps took (the teacher's passes are among them, scoring is not); unknown if it was interrupted between its
+    /// last step and this.
     pub seconds: Option<f64>,
     /// What running it by three parties takes.
     pub cost: Option<SecureCost>,
@@ -209,6 +210,9 @@ impl Options {
         }
         if self.steps < 4 {
             return wrong("--steps: give 4 or more, of which those with a teacher take three quarters");
+        }
+        if self.save_every == 0 {
+            return wrong("--save-every 0: give 1 or more");
         }
         let first = |row: &Row| if row.half { c.num_layers / 2 } else { 0 };
         // Before hours of training.
@@ -361,7 +365,9 @@ fn one(
     let base = row.half.then_some(options.base.as_path());
     match cost::measure(&dir, base, &data.held_out, options.net) {
         Ok(cost) => (finished.cost, finished.no_cost) = (Some(cost), None),
-        // An adapter beside a base is opened by another way than a model.
+        // Answers of another length than asked for are a finding about this row, and no reason to end the others.
+        Err(e @ Error::Config(_)) => finished.no_cost = Some(e.to_string()),
+        // An adapter's directory is none of a model.
         Err(e @ (Error::Model(_) | Error::Io { .. })) if row.method == Some(Method::Lora) => {
             finished.no_cost = Some(e.to_string());
         }
@@ -390,8 +396,8 @@ fn train_one(
     };
     let mut training = options.training(row, method, seed, base.config().num_layers);
     if method == Method::Lora && !row.reshape.is_none() {
-        // An adapter adds to a base that stays as it is, so the base is changed first. It is still public: what heads are merged is
-        // seen in the private data, but which ones says little, and every weight is the base's.
+        // An adapter adds to a base that stays as it is, so the base is changed first. Its weights are the public base's in another
+        // order; how heads are grouped is seen in the training data and goes out with it.
         let changed = train::Options {
             out: dir.join("base"),
             method: Method::Full,

@@ -37,7 +37,7 @@ fn times(f: impl Fn(&SecureCost) -> f64) -> impl Fn(&Finished, &Finished) -> Opt
     move |r, full| Some(f(full.cost.as_ref()?) / f(r.cost.as_ref()?))
 }
 
-/// What the paper claims for a row; nothing is known of the others but figures in its plots.
+/// What the paper's abstract claims of its techniques together; of each alone no figure is at hand here.
 fn paper(name: &str) -> &'static str {
     match name {
         "freeze-merge4" | "freeze-merge4-2relu" | "freeze-lora-merge4-2relu" => {
