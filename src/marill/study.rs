@@ -197,7 +197,7 @@ struct Clock {
 impl Clock {
     fn progress(&self, seed: u64, row: &Row, doing: Doing) -> Progress {
         let speed = self.begun.elapsed().as_secs_f64() / self.done;
-        let left = (self.done > 0.0).then_some(self.left * speed);
+        let left = (self.done > 0.0).then_some(self.left.max(0.0) * speed);
         Progress { seed, name: row.name, doing, runs: self.runs, left }
     }
 }
