@@ -30,6 +30,9 @@ mod party;
 mod prepare;
 #[path = "cli/recommend.rs"]
 mod recommend;
+#[cfg(feature = "train")]
+#[path = "cli/study.rs"]
+mod study;
 
 /// Private LLM inference between three parties: the prompt stays with the client, the weights with the provider.
 #[derive(Parser)]
@@ -64,6 +67,9 @@ enum Command {
     /// Train a model to be private and cheap to serve: layers frozen, adapters, merged heads, another softmax.
     #[cfg(feature = "train")]
     Finetune(Box<finetune::Args>),
+    /// Train, score and run every technique that makes a model cheaper, and put them in one table (the paper's ablation).
+    #[cfg(feature = "train")]
+    Study(Box<study::Args>),
     /// Find what keeps a party from serving, with a remedy for each finding; measure its links. Exit code 1 if anything fails.
     Doctor(doctor::Args),
 }
@@ -92,6 +98,8 @@ fn main() -> std::process::ExitCode {
         Command::Bench(args) => bench::run(&args),
         #[cfg(feature = "train")]
         Command::Finetune(args) => finetune::run(&args),
+        #[cfg(feature = "train")]
+        Command::Study(args) => study::run(&args),
         Command::Doctor(args) => match doctor::run(&args) {
             Ok(true) => Ok(()),
             // What fails is in the list.

@@ -10,9 +10,11 @@ use trefoil::marill::data::{Batch, DataOptions, Dataset, Example, Source};
 use trefoil::marill::evaluate::score;
 use trefoil::marill::reshape::{MergeBy, Reshape};
 use trefoil::marill::student::Student;
+use trefoil::marill::study::{self, Doing, Row};
 use trefoil::marill::tasks::Task;
 use trefoil::marill::train::{Method, Options, Outcome, run};
-use trefoil::model::variant::Record;
+use trefoil::model::preparation::private_layers;
+use trefoil::model::variant::{PrivateLayers, Record};
 use trefoil::model::{Activation, Arch, Checkpoint, ModelConfig, Softmax, Variant, Weights, float};
 
 const BASE: &str = "models/quill-4m";
@@ -149,6 +151,7 @@ fn options(out: &Path) -> Options {
         targets: Target::ALL.map(|t| t.0).to_vec(),
         epochs: 2,
         stage1_epochs: 0,
+        stage1_steps: None,
         steps: Some(7),
         batch_size: 8,
         lr: 1e-3,
@@ -189,6 +192,12 @@ fn an_interrupted_run_ends_with_the_same_weights() {
         assert!(read(&whole, file) == read(&broken, file), "{file}");
     }
     assert!(!broken.path().join("training.safetensors").exists());
+    // All of it may have changed, so all of it is private wherever it is served.
+    let record = Record::open(whole.path()).unwrap().unwrap();
+    assert_eq!(record.private_layers, Some(PrivateLayers::All));
+    let config = ModelConfig::open(whole.path()).unwrap();
+    assert_eq!(private_layers(None, &config, (whole.path(), None)).unwrap(), None);
+    assert_eq!(private_layers(Some("2"), &config, (whole.path(), None)).unwrap(), Some(2));
     // Once more does nothing; other options are not mixed up with these.
     let again = finish(&options(broken.path()));
     assert!(again.finished_before && again.score == outcome.score);
@@ -199,6 +208,16 @@ fn an_interrupted_run_ends_with_the_same_weights() {
     let o = options(broken.path());
     let data = Dataset::load(&o.data, &o.base, &base.config, &o.sampling).unwrap();
     assert!(outcome.score.loss < 0.8 * score(&base, &data.held_out, true).loss);
+}
+
+#[test]
+fn another_number_of_threads_does_not_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let pool = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
+    pool(3).install(|| kill_at(&options(dir.path()), 3));
+    let e = pool(1).install(|| refused(&options(dir.path())));
+    assert!(e.contains("--threads 3") && e.contains("remove it"), "{e}");
+    assert_eq!(pool(3).install(|| finish(&options(dir.path()))).resumed_at, 2);
 }
 
 #[test]
@@ -236,7 +255,7 @@ fn frozen_layers_are_the_bases_bit_for_bit() {
         assert_eq!(same, frozen, "{name}");
     }
     let record = Record::open(dir.path()).unwrap().unwrap();
-    assert_eq!((record.private_layers, record.variant), (Some(3), None));
+    assert_eq!((record.private_layers, record.variant), (Some(PrivateLayers::Top(3)), None));
 }
 
 #[test]
@@ -361,4 +380,68 @@ fn text_is_learned_from_the_command_line() {
     let report: serde_json::Value = serde_json::from_slice(&out).unwrap();
     assert!(report["score"]["perplexity"].as_f64().unwrap() < 20.0, "{report}");
     assert!(dir.path().join("out/loss.svg").exists());
+}
+
+fn study_of(out: &Path) -> study::Options {
+    study::Options {
+        base: PathBuf::from(BASE),
+        data: Source::Task(Task::Dates),
+        sampling: DataOptions { context: 64, examples: 40, seed: 0 },
+        out: out.to_path_buf(),
+        seeds: 1,
+        steps: 8,
+        batch_size: 8,
+        rank: 4,
+        rows: Row::chosen(&["2relu-merge4".into()]).unwrap(),
+        net: "none".parse().unwrap(),
+        save_every: 2,
+    }
+}
+
+#[test]
+fn a_study_that_is_interrupted_gives_the_same_table() {
+    let (whole, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let finished = study::run(&study_of(whole.path()), &mut |_| true).unwrap().unwrap();
+    // The teacher that the row needs comes with it.
+    assert_eq!(finished.iter().map(|r| r.name).collect::<Vec<_>>(), ["full", "2relu-merge4"]);
+    let kill = |name: &str, step: usize| {
+        let mut watch = |p: study::Progress| match p.doing {
+            Doing::Training(t) => p.name != name || t.step < step,
+            Doing::Measuring => p.name != name || step > 0,
+        };
+        assert!(study::run(&study_of(broken.path()), &mut watch).unwrap().is_none());
+        assert!(!broken.path().join("results.md").exists());
+    };
+    // While the teacher is trained, while it is measured, while the student is trained.
+    kill("full", 5);
+    kill("full", 0);
+    kill("2relu-merge4", 3);
+    let mut seen = Vec::new();
+    let resumed = study::run(&study_of(broken.path()), &mut |p| {
+        seen.push(p.name);
+        true
+    });
+    let resumed = resumed.unwrap().unwrap();
+    assert!(seen.iter().all(|name| *name == "2relu-merge4"), "{seen:?}");
+    for (a, b) in finished.iter().zip(&resumed) {
+        let (a, b) = (&a.runs[0], &b.runs[0]);
+        assert_eq!((a.score, a.trained), (b.score, b.trained));
+        let (a, b) = (a.cost.unwrap(), b.cost.unwrap());
+        assert_eq!((a.prompts, a.decode_passes), (b.prompts, b.decode_passes));
+        for (a, b) in [(a.prefill, b.prefill), (a.token, b.token)] {
+            assert_eq!(a.messages, b.messages);
+            // A word about the end of the run-ahead may be under way when the answer is there.
+            assert!((a.bytes() - b.bytes()).abs() < 100.0, "{a:?} {b:?}");
+        }
+    }
+    // Once more does nothing, and the table is the same to the last digit; with other options it is refused by name.
+    let table = read(&broken, "results.md");
+    study::run(&study_of(broken.path()), &mut |p| panic!("{p:?}")).unwrap();
+    assert!(read(&broken, "results.md") == table);
+    let table = String::from_utf8(table).unwrap();
+    assert!(table.contains("| 2ReLU, merge 4 | ") && table.contains("| full fine-tune | 1.00 | 1.00"), "{table}");
+    let e = study::run(&study::Options { steps: 12, ..study_of(broken.path()) }, &mut |_| true).unwrap_err();
+    assert!(e.to_string().contains("another `steps`"), "{e}");
+    let e = Row::chosen(&["merge3".into()]).unwrap_err().to_string();
+    assert!(e.contains("merge3") && e.contains("merge4-adjacent"), "{e}");
 }

@@ -66,6 +66,9 @@ pub struct Args {
     /// How many of them match the teacher's attention outputs and hidden states (stage I). Default with a teacher: half.
     #[arg(long, value_name = "EPOCHS")]
     stage1_epochs: Option<usize>,
+    /// At most as many steps of that.
+    #[arg(long, value_name = "STEPS")]
+    stage1_steps: Option<usize>,
     /// At most as many steps.
     #[arg(long)]
     steps: Option<usize>,
@@ -90,7 +93,8 @@ pub struct Args {
     /// Save a checkpoint every so many steps.
     #[arg(long, value_name = "STEPS", default_value_t = 100)]
     save_every: usize,
-    /// Threads to compute with. Default: as many as the machine runs at once.
+    /// Threads to compute with; the same number makes the same bits. Default: RAYON_NUM_THREADS, or as many as the machine runs
+    /// at once.
     #[arg(long)]
     threads: Option<usize>,
     /// Print one JSON object at the end instead of a progress bar.
@@ -151,12 +155,44 @@ fn private_layers(text: Option<&str>, method: MethodName, layers: usize) -> Resu
     }
 }
 
+/// How candle is told how many threads multiply matrices (rayon, the crate, reads it too), and how many do everything else.
+const PRODUCTS: &str = "RAYON_NUM_THREADS";
+const ELEMENTWISE: &str = "CANDLE_NUM_THREADS";
+
+/// Lets `n` threads compute (`None`: what the environment says, else as many as the machine runs at once) by starting this
+/// program anew with that environment, where it is not so already: candle takes the numbers from nowhere else, and a process
+/// cannot safely change its own. For all but products candle's threads wait in a loop that leaves nothing to others
+/// and gain nothing at the sizes that occur here, so one does that, unless the environment says otherwise.
+///
+/// # Errors
+/// [`Error::Config`] for none, [`Error::Io`] if the program cannot be started.
+pub fn threads(n: Option<usize>) -> Result<()> {
+    use std::os::unix::process::CommandExt;
+    if n == Some(0) {
+        return Err(Error::Config("--threads 0: give 1 or more".into()));
+    }
+    let given = |name| std::env::var(name).ok().filter(|v| v.parse::<usize>().is_ok_and(|v| v > 0));
+    let machine = || std::thread::available_parallelism().map_or(1, usize::from);
+    let wanted = n.map(|n| n.to_string()).or_else(|| given(PRODUCTS)).unwrap_or_else(|| machine().to_string());
+    if given(PRODUCTS).as_ref() == Some(&wanted) && given(ELEMENTWISE).is_some() {
+        return Ok(());
+    }
+    let mut again = std::process::Command::new(std::env::current_exe().map_err(|e| Error::io("this program", e))?);
+    again.args(std::env::args_os().skip(1)).env(PRODUCTS, wanted);
+    again.env(ELEMENTWISE, given(ELEMENTWISE).unwrap_or_else(|| "1".into()));
+    Err(Error::io("this program, to start it with --threads", again.exec()))
+}
+
 fn options(a: &Args) -> Result<Options> {
     let c = ModelConfig::open(&a.base)?;
     if a.save_every == 0 {
         return Err(Error::Config("--save-every 0: give 1 or more".into()));
     }
-    let lora = a.method == MethodName::Lora;
+    let method = match a.method {
+        MethodName::Full => Method::Full,
+        MethodName::Freeze => Method::Freeze,
+        MethodName::Lora => Method::Lora,
+    };
     let stage1 = a.stage1_epochs.unwrap_or(if a.teacher.is_some() { a.epochs / 2 } else { 0 });
     Ok(Options {
         base: a.base.clone(),
@@ -167,11 +203,7 @@ fn options(a: &Args) -> Result<Options> {
             seed: a.seed,
         },
         out: a.out.clone(),
-        method: match a.method {
-            MethodName::Full => Method::Full,
-            MethodName::Freeze => Method::Freeze,
-            MethodName::Lora => Method::Lora,
-        },
+        method,
         private_layers: private_layers(a.private_layers.as_deref(), a.method, c.num_layers)?,
         reshape: Reshape {
             merge_heads: a.merge_heads,
@@ -196,9 +228,10 @@ fn options(a: &Args) -> Result<Options> {
         targets: Target::parse_list(&a.targets)?,
         epochs: a.epochs,
         stage1_epochs: stage1,
+        stage1_steps: a.stage1_steps,
         steps: a.steps,
         batch_size: a.batch_size,
-        lr: a.lr.unwrap_or(if lora { 3e-3 } else { 1e-3 }),
+        lr: a.lr.unwrap_or(method.default_lr()),
         teacher: a.teacher.clone(),
         save_every: a.save_every,
     })
@@ -209,13 +242,7 @@ fn options(a: &Args) -> Result<Options> {
 /// # Errors
 /// Whatever options, data, base or teacher got wrong, or what could not be saved.
 pub fn run(a: &Args) -> Result<()> {
-    if let Some(n) = a.threads {
-        if n == 0 {
-            return Err(Error::Config("--threads 0: give 1 or more".into()));
-        }
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build_global();
-        pool.map_err(|e| Error::Config(format!("--threads {n}: {e}")))?;
-    }
+    threads(a.threads)?;
     let options = options(a)?;
     let bar = if a.json { ProgressBar::hidden() } else { ProgressBar::new(0) };
     if let Ok(style) = ProgressStyle::with_template("{prefix} {bar:30} {pos}/{len} steps, {msg}, {eta} left") {

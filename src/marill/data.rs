@@ -112,6 +112,15 @@ impl Source {
     }
 }
 
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Source::Task(task) => write!(f, "task:{}", task.name()),
+            Source::Path(path) => path.display().fmt(f),
+        }
+    }
+}
+
 /// How much of it is taken, and how.
 #[derive(Clone, Copy, Debug)]
 pub struct DataOptions {

@@ -50,7 +50,7 @@ fn tensors(w: &Weights, origin: &[usize]) -> Vec<Named> {
             }
         }
         for (target, _, path) in super::adapter::Target::ALL {
-            let Linear { w, bias } = target.of(layer);
+            let Linear { w, bias, .. } = target.of(layer);
             let (name, from) = names(&format!("{path}.weight"));
             add(name, from, w.shape(), w.iter().copied().collect());
             if let Some(b) = bias {

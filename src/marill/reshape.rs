@@ -213,7 +213,7 @@ impl Seen {
         let shape = c.layer(first);
         let empty = || OfLayer {
             divergence: Array2::zeros((c.num_kv_heads, c.num_kv_heads)),
-            gram: Array2::zeros((c.q_size(), c.q_size())),
+            gram: Array2::zeros((shape.q_size(), shape.q_size())),
             positions: 0.0,
         };
         let layers = (first..c.num_layers).map(|_| empty()).collect();

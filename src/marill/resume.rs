@@ -1,5 +1,6 @@
 //! Where training stands, on disk: parameters, the optimiser's moments, the step, the losses so far. The order of the data follows
-//! from seed and step, so nothing else is needed to go on as if nothing had happened.
+//! from seed and step, so nothing else is needed to go on as if nothing had happened. Only the number of threads has to be the same:
+//! matrix products are cut by it, and where they are cut sums are rounded.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -21,6 +22,8 @@ pub const FILE: &str = "training.safetensors";
 pub(super) struct State {
     /// Steps done.
     pub step: usize,
+    /// Seconds that they took.
+    pub seconds: f64,
     /// The loss of every step.
     pub losses: Vec<f32>,
     pub optimiser: AdamW,
@@ -35,7 +38,9 @@ pub(super) struct Checkpoint {
 
 const STEP: &str = "step";
 const SETTINGS: &str = "settings";
+const SECONDS: &str = "seconds";
 const LOSSES: &str = "losses";
+const THREADS: &str = "threads";
 
 impl Checkpoint {
     pub(super) fn new(dir: &Path, settings: Value) -> Self {
@@ -61,7 +66,9 @@ impl Checkpoint {
         });
         let metadata = HashMap::from([
             (STEP.to_owned(), state.step.to_string()),
+            (SECONDS.to_owned(), state.seconds.to_string()),
             (SETTINGS.to_owned(), self.settings.to_string()),
+            (THREADS.to_owned(), threads()),
         ]);
         disk::write_safetensors(&self.path, views.collect::<Result<_>>()?, Some(metadata))
     }
@@ -84,6 +91,16 @@ impl Checkpoint {
         if let Some(name) = difference(&settings, &self.settings) {
             return Err(wrong(format!("was made with another `{name}`; give the same options to go on")));
         }
+        let made_with =
+            metadata.get(THREADS).ok_or_else(|| wrong("does not say by how many threads it was made".into()))?;
+        if *made_with != threads() {
+            return Err(Error::Config(format!(
+                "--threads: {} was made by {made_with} threads, and {} would end with other weights; go on with --threads {made_with}, \
+                 or remove it to start over",
+                self.path.display(),
+                threads()
+            )));
+        }
         let step = metadata.get(STEP).and_then(|s| s.parse().ok()).ok_or_else(|| wrong("has no step".into()))?;
         let file = SafeTensors::deserialize(&bytes).map_err(broken)?;
         let read = |name: &str, shape: Option<&[usize]>| -> Result<Vec<f32>> {
@@ -100,7 +117,8 @@ impl Checkpoint {
             value.and_then(|v| p.var.set(&v)).map_err(defect)?;
             moments.push(Moments { mean: of("mean")?, square: of("square")? });
         }
-        Ok(Some(State { step, losses: read(LOSSES, None)?, optimiser: AdamW { moments } }))
+        let seconds = metadata.get(SECONDS).and_then(|s| s.parse().ok()).unwrap_or_default();
+        Ok(Some(State { step, seconds, losses: read(LOSSES, None)?, optimiser: AdamW { moments } }))
     }
 
     /// The model is made: the way there is not needed any more.
@@ -109,6 +127,14 @@ impl Checkpoint {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(self.path.display().to_string(), e)),
             _ => Ok(()),
         }
+    }
+}
+
+/// How many threads compute: rayon's, and where candle's products take another number than those, that too.
+fn threads() -> String {
+    match (rayon::current_num_threads(), candle_core::utils::get_num_threads()) {
+        (ours, products) if ours == products => ours.to_string(),
+        (ours, products) => format!("{ours} (products by {products})"),
     }
 }
 

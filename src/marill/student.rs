@@ -49,7 +49,7 @@ impl Map {
         if let Some(d) = &self.delta {
             w.scaled_add(d.scale, &matrix(&d.b)?.dot(&matrix(&d.a)?));
         }
-        Ok(Linear { w, bias: self.bias.as_ref().map(vector).transpose()? })
+        Ok(Linear { w, bias: self.bias.as_ref().map(vector).transpose()?, adapter: None })
     }
 }
 

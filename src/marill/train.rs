@@ -22,7 +22,7 @@ use super::{curve, disk, output};
 use crate::error::{Error, Result};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::preparation::split_layers;
-use crate::model::variant::Record;
+use crate::model::variant::{PrivateLayers, Record};
 use crate::model::{ModelConfig, Weights};
 
 /// What is trained.
@@ -35,6 +35,17 @@ pub enum Method {
     Freeze,
     /// Low-rank additions to the linear maps of the private layers.
     Lora,
+}
+
+impl Method {
+    /// A largest learning rate that learns; adapters start from nothing and take larger steps.
+    #[must_use]
+    pub fn default_lr(self) -> f64 {
+        match self {
+            Method::Full | Method::Freeze => 1e-3,
+            Method::Lora => 3e-3,
+        }
+    }
 }
 
 /// What to do.
@@ -64,6 +75,8 @@ pub struct Options {
     pub epochs: usize,
     /// How many of them are the first stage of a distillation.
     pub stage1_epochs: usize,
+    /// At most as many steps of that.
+    pub stage1_steps: Option<usize>,
     /// At most as many steps.
     pub steps: Option<usize>,
     /// Examples in a step.
@@ -106,6 +119,8 @@ pub struct Outcome {
     pub tokens: usize,
     /// Seconds that the steps of this run took.
     pub seconds: f64,
+    /// Seconds that all steps took, those of earlier runs as far as they were saved included.
+    pub seconds_in_all: f64,
     /// How many examples were longer than the context and cut.
     pub cut: usize,
     /// Whether the model was there already, made by the same options.
@@ -196,6 +211,7 @@ impl Options {
             ("steps", self.steps.map(Value::from)),
             ("teacher", self.teacher.as_ref().map(|t| json!(t))),
             ("stage1_epochs", self.teacher.as_ref().map(|_| self.stage1_epochs.into())),
+            ("stage1_steps", self.stage1_steps.map(Value::from)),
             ("rank", (self.method == Method::Lora).then(|| self.rank.into())),
             ("alpha", (self.method == Method::Lora).then(|| self.alpha.into())),
             ("targets", (self.method == Method::Lora).then(|| self.targets.iter().map(|t| t.name()).collect())),
@@ -276,7 +292,7 @@ pub fn run(options: &Options, watch: &mut dyn FnMut(Progress) -> bool) -> Result
 
     let per_epoch = dataset.train.len().div_ceil(options.batch_size);
     let steps = options.steps.map_or(usize::MAX, |n| n).min(options.epochs * per_epoch);
-    let matching = steps.min(options.stage1_epochs * per_epoch);
+    let matching = steps.min(options.stage1_epochs * per_epoch).min(options.stage1_steps.unwrap_or(usize::MAX));
     let teacher = teacher.as_ref();
     let run = Run {
         options,
@@ -312,13 +328,18 @@ pub fn run(options: &Options, watch: &mut dyn FnMut(Progress) -> bool) -> Result
         "head_groups": groups,
     });
     let Value::Object(made) = made else { return Err(Error::Internal("a map that is none".into())) };
-    // Every weight of a full fine-tune may have changed, so there is no part of it that may be given out.
     let private_layers = match options.method {
-        Method::Full => None,
-        Method::Freeze | Method::Lora => options.private_layers.map(|_| weights.config.num_layers - first),
+        // Every weight may have changed, so there is no part of it that may be given out.
+        Method::Full => PrivateLayers::All,
+        Method::Freeze if options.private_layers.is_none() => PrivateLayers::All,
+        // An adapter leaves the embedding as it is, whatever layers it is on.
+        Method::Freeze | Method::Lora => PrivateLayers::Top(weights.config.num_layers - first),
     };
     let variant = if lora.is_some() { None } else { weights.config.variant };
-    output::write_record(&options.out, &Record { version: Record::VERSION, private_layers, variant, made })?;
+    output::write_record(
+        &options.out,
+        &Record { version: Record::VERSION, private_layers: Some(private_layers), variant, made },
+    )?;
     saved.remove()?;
     Ok(Some(Outcome {
         score,
@@ -327,6 +348,7 @@ pub fn run(options: &Options, watch: &mut dyn FnMut(Progress) -> bool) -> Result
         trained: student.parameters().iter().map(|p| p.var.elem_count()).sum(),
         tokens: done.tokens,
         seconds: done.seconds,
+        seconds_in_all: done.seconds_in_all,
         cut: dataset.cut,
         finished_before: false,
     }))
@@ -360,8 +382,17 @@ fn made_before(options: &Options, settings: &Value, dataset: &Dataset) -> Result
     let score = held_out.map_err(|e| Error::Model(format!("{}: trefoil.json: {e}", options.out.display())))?;
     let steps = made["steps"].as_u64().unwrap_or_default() as usize;
     let cut = dataset.cut;
-    let seconds = 0.0;
-    Ok(Some(Outcome { score, steps, resumed_at: steps, trained: 0, tokens: 0, seconds, cut, finished_before: true }))
+    Ok(Some(Outcome {
+        score,
+        steps,
+        resumed_at: steps,
+        trained: 0,
+        tokens: 0,
+        seconds: 0.0,
+        seconds_in_all: 0.0,
+        cut,
+        finished_before: true,
+    }))
 }
 
 /// The teacher's weights.
@@ -392,15 +423,16 @@ struct Done {
     resumed_at: usize,
     tokens: usize,
     seconds: f64,
+    seconds_in_all: f64,
 }
 
 impl Run<'_> {
     /// Takes the steps that are left; `None` if `watch` ended it.
     fn steps(&self, saved: &Saved, watch: &mut dyn FnMut(Progress) -> bool) -> Result<Option<Done>> {
         let parameters = self.student.parameters();
-        let fresh = || State { step: 0, losses: Vec::new(), optimiser: AdamW::new(parameters) };
+        let fresh = || State { step: 0, seconds: 0.0, losses: Vec::new(), optimiser: AdamW::new(parameters) };
         let mut state = saved.load(parameters)?.unwrap_or_else(fresh);
-        let (resumed_at, started) = (state.step, Instant::now());
+        let (resumed_at, before, started) = (state.step, state.seconds, Instant::now());
         let mut order: (Option<usize>, Vec<&Example>) = (None, Vec::new());
         let mut tokens = 0;
         while state.step < self.steps {
@@ -419,6 +451,7 @@ impl Run<'_> {
             let loss = self.step(&mut state, &batch)?;
             state.losses.push(loss);
             state.step += 1;
+            state.seconds = before + started.elapsed().as_secs_f64();
             tokens += batch.ids.len();
             let matching = state.step <= self.matching;
             let go_on =
@@ -432,7 +465,8 @@ impl Run<'_> {
         }
         // What follows may fail too, for want of room.
         saved.save(parameters, &state)?;
-        Ok(Some(Done { losses: state.losses, resumed_at, tokens, seconds: started.elapsed().as_secs_f64() }))
+        let seconds = started.elapsed().as_secs_f64();
+        Ok(Some(Done { losses: state.losses, resumed_at, tokens, seconds, seconds_in_all: before + seconds }))
     }
 
     /// One step; returns its loss.

@@ -96,7 +96,7 @@ pub fn parse_private_layers(text: Option<&str>, c: &ModelConfig) -> Result<Optio
 }
 
 /// As [`parse_private_layers`], of the model in `dir`, perhaps with an adapter: where the option is left out, the layers from the
-/// first with an adapter on, or as many as the model's `trefoil.json` says.
+/// first with an adapter on, or what the model's `trefoil.json` says.
 ///
 /// # Errors
 /// As [`parse_private_layers`] and [`Adapter::open`], and for a `trefoil.json` that is none.
@@ -108,7 +108,7 @@ pub fn private_layers(
     match (text, adapter) {
         (None, Some(adapter)) => Ok(Some(c.num_layers - Adapter::open(adapter, dir, c)?.first_layer())),
         (None, None) => match Record::open(dir)?.and_then(|r| r.private_layers) {
-            Some(n) => Ok(Some(n)),
+            Some(private) => Ok(private.number()),
             None => parse_private_layers(None, c),
         },
         _ => parse_private_layers(text, c),

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::files;
 use crate::error::{Error, Result};
@@ -224,21 +225,60 @@ impl fmt::Display for Reshaping {
     }
 }
 
+/// How much of a model is meant to be private: a number or `"all"` in `trefoil.json`, as for `--private-layers`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Value", into = "Value")]
+pub enum PrivateLayers {
+    /// So many layers, from the top.
+    Top(usize),
+    /// Every layer and the embedding.
+    All,
+}
+
+impl PrivateLayers {
+    /// As options have it: `None` is all.
+    #[must_use]
+    pub fn number(self) -> Option<usize> {
+        match self {
+            PrivateLayers::Top(n) => Some(n),
+            PrivateLayers::All => None,
+        }
+    }
+}
+
+impl From<PrivateLayers> for Value {
+    fn from(p: PrivateLayers) -> Value {
+        p.number().map_or_else(|| "all".into(), Value::from)
+    }
+}
+
+impl TryFrom<Value> for PrivateLayers {
+    type Error = String;
+
+    fn try_from(v: Value) -> std::result::Result<Self, String> {
+        match v.as_u64() {
+            Some(n) => usize::try_from(n).map(PrivateLayers::Top).map_err(|e| format!("private_layers is {n}: {e}")),
+            None if v == "all" => Ok(PrivateLayers::All),
+            None => Err(format!("private_layers is {v}; it must be a number of layers or \"all\"")),
+        }
+    }
+}
+
 /// `trefoil.json`: what was done to a model, and how to serve it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Record {
     /// Of the format: 1.
     pub version: u32,
-    /// How many of the top layers are meant to be private: what `--private-layers` is where it is not given.
+    /// What is meant to be private: what `--private-layers` is where it is not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub private_layers: Option<usize>,
+    pub private_layers: Option<PrivateLayers>,
     /// Where layers are not as `config.json` says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub variant: Option<Variant>,
     /// How it was made, for people.
     #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
-    pub made: serde_json::Map<String, serde_json::Value>,
+    pub made: serde_json::Map<String, Value>,
 }
 
 impl Record {
@@ -278,7 +318,8 @@ mod tests {
             softmax: Softmax::TwoRelu,
             activation: Activation::Relu,
         };
-        let record = Record { version: 1, private_layers: Some(4), variant: Some(variant), ..Record::default() };
+        let private_layers = Some(PrivateLayers::Top(4));
+        let record = Record { version: 1, private_layers, variant: Some(variant), ..Record::default() };
         let text = serde_json::to_string(&record).unwrap();
         assert!(text.contains(r#""softmax":"2relu","activation":"relu""#), "{text}");
         std::fs::write(dir.path().join(FILE), &text).unwrap();
@@ -287,11 +328,22 @@ mod tests {
             ("\"version\":1", "\"version\":7", "version 7"),
             ("2relu", "softmin", "softmin"),
             ("from_layer", "from", "from"),
+            (
+                "\"private_layers\":4",
+                "\"private_layers\":\"some\"",
+                "\"some\"; it must be a number of layers or \"all\"",
+            ),
+            ("\"private_layers\":4", "\"private_layers\":-1", "-1"),
         ] {
             std::fs::write(dir.path().join(FILE), text.replace(from, to)).unwrap();
             let e = Record::open(dir.path()).unwrap_err().to_string();
             assert!(e.contains(named) && e.contains("trefoil.json"), "{e}");
         }
+        let all = Record { version: 1, private_layers: Some(PrivateLayers::All), ..Record::default() };
+        let text = serde_json::to_string(&all).unwrap();
+        assert_eq!(text, r#"{"version":1,"private_layers":"all"}"#);
+        std::fs::write(dir.path().join(FILE), &text).unwrap();
+        assert_eq!(Record::open(dir.path()).unwrap(), Some(all));
     }
 
     #[test]
