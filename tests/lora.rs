@@ -356,3 +356,29 @@ fn every_command_takes_an_adapter() {
     let calibrated = trefoil(&["calibrate", "--model", base, "--adapter", &adapter, "--text", text, "--context", "16"]);
     assert_eq!((&calibrated["fits"], &calibrated["plan"]["public_base"]), (&json!(true), &json!(true)));
 }
+
+/// What an adapter adds to is given to Helper and Clients: not a model whose record says that it is private.
+#[test]
+fn a_private_base_is_refused() {
+    let base = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(fixture("llama-plain")).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), base.path().join(entry.file_name())).unwrap();
+    }
+    let open = || {
+        let adapter = Some(fixture("lora-all"));
+        Loaded::open(base.path(), &Options { private_layers: Some(2), adapter, ..Options::default() }).map(|_| ())
+    };
+    for (record, refused) in [
+        (r#"{"version": 1}"#, false),
+        (r#"{"version": 1, "private_layers": 0}"#, false),
+        (r#"{"version": 1, "private_layers": 1}"#, true),
+        (r#"{"version": 1, "private_layers": "all"}"#, true),
+    ] {
+        std::fs::write(base.path().join("trefoil.json"), record).unwrap();
+        match open() {
+            Ok(()) => assert!(!refused, "{record}"),
+            Err(e) => assert!(refused && e.to_string().contains("private"), "{record}: {e}"),
+        }
+    }
+}

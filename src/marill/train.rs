@@ -263,6 +263,7 @@ pub fn run(options: &Options, watch: &mut dyn FnMut(Progress) -> bool) -> Result
     options.check(base.config(), first)?;
     let lora = match options.method {
         Method::Lora => {
+            Record::check_public(&options.base)?;
             let (rank, alpha, seed) = (options.rank, options.alpha, options.sampling.seed);
             Some(Lora::fresh(base.config(), first, &options.targets, rank, alpha, seed)?)
         }
@@ -329,17 +330,16 @@ pub fn run(options: &Options, watch: &mut dyn FnMut(Progress) -> bool) -> Result
     });
     let Value::Object(made) = made else { return Err(Error::Internal("a map that is none".into())) };
     let private_layers = match options.method {
+        // Nothing was learned: the weights are the base's in another order, as private as it is.
+        _ if steps == 0 && options.teacher.is_none() => Record::open(&options.base)?.and_then(|r| r.private_layers),
         // Every weight may have changed, so there is no part of it that may be given out.
-        Method::Full => PrivateLayers::All,
-        Method::Freeze if options.private_layers.is_none() => PrivateLayers::All,
+        Method::Full => Some(PrivateLayers::All),
+        Method::Freeze if options.private_layers.is_none() => Some(PrivateLayers::All),
         // An adapter leaves the embedding as it is, whatever layers it is on.
-        Method::Freeze | Method::Lora => PrivateLayers::Top(weights.config.num_layers - first),
+        Method::Freeze | Method::Lora => Some(PrivateLayers::Top(weights.config.num_layers - first)),
     };
     let variant = if lora.is_some() { None } else { weights.config.variant };
-    output::write_record(
-        &options.out,
-        &Record { version: Record::VERSION, private_layers: Some(private_layers), variant, made },
-    )?;
+    output::write_record(&options.out, &Record { version: Record::VERSION, private_layers, variant, made })?;
     saved.remove()?;
     Ok(Some(Outcome {
         score,

@@ -74,6 +74,9 @@ pub fn split_weights(w: &Weights, private_layers: Option<usize>) -> Result<(usiz
 /// # Errors
 /// [`Error::Model`] for either.
 pub fn adapted(checkpoint: &Checkpoint, dir: &Path, adapter: Option<&Path>) -> Result<Weights> {
+    if adapter.is_some() {
+        Record::check_public(dir)?;
+    }
     // First the adapter, which is small: what is wrong with it need not wait for the weights.
     let adapter = adapter.map(|a| Adapter::open(a, dir, checkpoint.config())).transpose()?;
     let mut weights = Weights::load(checkpoint)?;

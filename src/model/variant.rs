@@ -282,6 +282,20 @@ pub struct Record {
 }
 
 impl Record {
+    /// Refuses a base that is private itself: what an adapter adds to becomes public.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a model in `dir` whose `trefoil.json` says so; errors of reading it.
+    pub fn check_public(dir: &Path) -> Result<()> {
+        match Self::open(dir)?.and_then(|r| r.private_layers) {
+            None | Some(PrivateLayers::Top(0)) => Ok(()),
+            Some(_) => Err(Error::Config(format!(
+                "{} was fine-tuned, and its {FILE} says that it is private; the base of an adapter is given to helper and clients as it is: adapt a public model, or take private_layers out of that file if this one may be given away",
+                dir.display()
+            ))),
+        }
+    }
+
     /// Of the format that this version writes.
     pub const VERSION: u32 = 1;
 

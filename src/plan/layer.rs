@@ -258,9 +258,14 @@ pub(super) fn f_inverse(residual_k: u32, f_o: u32) -> u32 {
 }
 
 /// Fewest that more than [`FW_LEAST`] bits of the output projection may leave. A row's sum is below `2^mass_bits`, and an eighth of
-/// that where all positions are alike: there the reciprocal is rounded by at most 0.4 %.
-pub(super) fn least_inverse(mass_bits: u32, f_o: u32) -> u32 {
-    if f_o > FW_LEAST { mass_bits + 4 } else { 12 }
+/// that where all positions are alike: there the reciprocal is rounded by at most 0.4 %. A sum of positive parts has no usual size:
+/// its largest leaves a bit, and what is met, which has the margin of the scores and the mean of a row below it, more.
+pub(super) fn least_inverse(softmax: Softmax, mass_bits: u32, f_o: u32) -> u32 {
+    match softmax {
+        Softmax::TwoRelu => mass_bits + 1,
+        Softmax::Exact if f_o > FW_LEAST => mass_bits + 4,
+        Softmax::Exact => 12,
+    }
 }
 
 /// Fewest fraction bits of the activation's table that more than [`FW_LEAST`] bits of the down projection may leave: the rounding
@@ -329,7 +334,7 @@ impl AttentionPlan {
             None => self.check_relu(plan.max_positions)?,
         }
         equal(self.f_inverse, f_inverse(plan.residual_k, self.f_o), "the reciprocal's fraction")?;
-        let least = least_inverse(self.total_bits - self.f_prob - 1, self.f_o);
+        let least = least_inverse(shape.softmax, self.total_bits - self.f_prob - 1, self.f_o);
         within(self.f_inverse, least, 26, "the output projection's fraction")?;
         equal(self.qk_norm.is_some(), c.qk_norm, "the norm of queries and keys")?;
         equal(self.f_qk_gain.is_some(), c.qk_norm, "the fraction of the queries' and keys' gains")?;

@@ -150,7 +150,7 @@ fn layer(c: &ModelConfig, shape: LayerShape, l: &LayerPlan, first: usize, tokens
     let (exp_rows, code_rows, columns) = match &a.exp {
         Some(e) => (query(a.score_k - e.exp_lo_bits), query(a.score_k - e.step_bits), e.steps as u64 + 1),
         // Signs: five chunks with a word each, and a lookup of at most 216 rows.
-        None => (query(5), 5 * query(4), 5),
+        None => (query(8), 5 * query(4), 5),
     };
     let codes = scores * (code_rows + 8 * 3 * columns);
     let gate = t * m * (query(l.mlp.gate_k - l.mlp.gate_lo_bits) + 8 * 5);

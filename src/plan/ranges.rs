@@ -442,7 +442,7 @@ fn attention(
         Softmax::TwoRelu => positive_parts(who, b, r, context),
     };
     let f_inverse = f_inverse(residual_k, b.f.o);
-    let least = least_inverse(log2_ceil(chosen.mass), b.f.o);
+    let least = least_inverse(shape.softmax, log2_ceil(chosen.mass), b.f.o);
     let together = "the residual stream, the output projection's fraction and that of a softmax's reciprocal (bits)";
     who.fits(&needing(together, b.f.o), f64::from(residual_k + b.f.o + least), 64.5);
     if let Some(a) = &b.adapters.o {

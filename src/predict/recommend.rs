@@ -4,7 +4,7 @@
 use serde::Serialize;
 
 use super::{Prediction, Rates, Source, predict};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::preparation::Loaded;
 use crate::model::variant::Reshaping;
 use crate::model::{Activation, ModelConfig, Softmax};
@@ -107,6 +107,12 @@ pub fn recommend(
     net: Profile,
     rates: Rates,
 ) -> Result<Vec<Advice>> {
+    if loaded.weights.config.variant.is_some() {
+        return Err(Error::Config(
+            "this model's layers were changed already, as its trefoil.json says: ask for the model that it was made of"
+                .into(),
+        ));
+    }
     let evidence = loaded.evidence()?;
     let ask = |t| predict(&source(loaded, &evidence.bounds, &evidence.ranges, t)?, prefill, new_tokens, net, rates);
     let full = ask(FULL)?;

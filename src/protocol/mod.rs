@@ -21,6 +21,7 @@ pub mod open;
 pub mod polynomial;
 pub mod positive;
 pub mod product;
+pub mod relu;
 pub mod replicated;
 pub mod shared_linear;
 pub mod square;

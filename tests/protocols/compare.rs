@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use trefoil::protocol::argmax::{self, argmax};
 use trefoil::protocol::compare::{self, is_negative};
 use trefoil::protocol::gumbel::{CLIP, Gumbel};
+use trefoil::protocol::relu::{self, positive_part};
 use trefoil::ring;
 use trefoil::session::Scope;
 
@@ -46,6 +47,37 @@ fn signs_of_larger_rings() {
         let name = format!("compare of {bits} bits into 33, 1001 values");
         assert_cost(&name, &ran, &[&given], compare::cost(1001, bits as usize / 4, 33));
         assert_eq!(ran.depth, 5);
+    }
+}
+
+/// Every value of a small ring, and the edges of the larger ones: no half of the ring is out of bounds.
+#[test]
+fn positive_parts_of_the_whole_ring() {
+    for (bits, k) in [(8, 20), (16, 45), (20, 64)] {
+        let half = 1u64 << (bits - 1);
+        let mut r = Random(u64::from(bits));
+        let mut x: Vec<u64> = if bits == 8 {
+            (0..256).cycle().take(256 * 40).collect()
+        } else {
+            [0, 1, half / 2 - 1, half / 2, half / 2 + 1, half - 1, half, half + half / 2, 2 * half - 1].repeat(300)
+        };
+        x.extend(r.words(3000, bits));
+        x.truncate(x.len() / 4 * 4);
+        let passes = [1, 2, 1];
+        let given = Given::even(&x, &passes, bits, 5);
+        let ran = run(&passes, |s| {
+            let x = given.share(s, "x")?;
+            Ok(vec![positive_part(s, &Scope::layer(3).at("relu"), &x, k)?.finish(s)?])
+        });
+        let want: Vec<u64> = x.iter().map(|&v| ring::signed(v, bits).max(0) as u64).collect();
+        assert_eq!(ran.only(), want, "{bits} bits into {k}");
+        let given = Given::even(&x[..501], &[1], bits, 5);
+        let ran = run(&[1], |s| {
+            let x = given.share(s, "x")?;
+            Ok(vec![positive_part(s, &Scope::layer(3).at("relu"), &x, k)?.finish(s)?])
+        });
+        let name = format!("positive parts of {bits} bits into {k}, 501 values");
+        assert_cost(&name, &ran, &[&given], relu::cost(501, bits, k));
     }
 }
 

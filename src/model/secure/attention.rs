@@ -20,13 +20,13 @@ use crate::model::{LayerShape, Softmax};
 use crate::plan::{AttentionPlan, ExpPlan, F, F_ROPE};
 use crate::protocol::Pending;
 use crate::protocol::cached::{Cached, Context as PV, Scores, product_cached};
-use crate::protocol::compare::is_negative;
 use crate::protocol::exp::{Exp, exp};
 use crate::protocol::guard::guard;
 use crate::protocol::lift::lift;
 use crate::protocol::linear::owner_linear;
 use crate::protocol::positive::{self, Positive};
-use crate::protocol::product::{Elementwise, Scale, product};
+use crate::protocol::product::{Scale, product};
+use crate::protocol::relu::positive_part;
 use crate::protocol::thermometer::{self, Thermometer, counter_bits};
 use crate::protocol::truncate::truncate;
 use crate::ring::fixed;
@@ -121,16 +121,6 @@ fn exponential(
     exp(c.s, &scope.at("exp"), &thermometer::subtract(s, &reference.m, lengths)?, table)
 }
 
-/// `max(s, 0)` in ring `k`, exact.
-fn positive_part(s: &mut Session, scope: &Scope, scores: &Masked, k: u32) -> Result<Masked> {
-    let scope = scope.at("relu");
-    let lifted = lift(s, &scope.at("lift"), scores, k)?;
-    let negative = is_negative(s, &scope.at("sign"), scores, k)?;
-    let (lifted, negative) = (lifted.finish(s)?, negative.finish(s)?);
-    let positive = negative.map(0, negative.rows().clone(), |v| v.iter().map(|b| 0u64.wrapping_sub(*b)).collect());
-    product(s, &scope.at("product"), &lifted, &positive.offset(1), Arc::new(Elementwise))?.finish(s)
-}
-
 #[allow(clippy::too_many_arguments)] // the cache's two halves are borrowed apart from the model
 pub(super) fn attention(
     c: &mut Context<'_>,
@@ -177,7 +167,7 @@ pub(super) fn attention(
     let lengths: Vec<usize> = (0..tokens).map(|t| first + t + 1).collect();
     let e = match (&p.exp, &t.exp) {
         (Some(plan), Some(table)) => exponential(c, &scope, &s, &lengths, plan, table)?,
-        _ => positive_part(c.s, &scope, &truncate(&s, F - p.f_prob)?, p.prob_k)?,
+        _ => positive_part(c.s, &scope.at("relu"), &truncate(&s, F - p.f_prob)?, p.prob_k)?.finish(c.s)?,
     };
 
     // o = (e v) / sum(e)

@@ -43,14 +43,18 @@ impl ClientModel {
         let manifest = PublicManifest::read(&path)?;
         let plan = &manifest.plan;
         // A base has no variant of its own: what was done to the model, its preparation says.
-        let config =
-            ModelConfig { max_positions: plan.max_positions, variant: manifest.variant, ..ModelConfig::open(dir)? };
+        let own = ModelConfig::open(dir)?;
+        let config = ModelConfig { max_positions: plan.max_positions, variant: manifest.variant, ..own.clone() };
         let wrong = |text: String| {
             let remedy = "get the public directory anew from the provider";
             Error::Model(format!("{}: {text}; {remedy}", dir.display()))
         };
         if let Some((name, here, there)) = difference(&config, &manifest.model_config()?) {
             return Err(wrong(format!("config.json has {name} = {here}, the preparation's manifest.json {there}")));
+        }
+        let read = if plan.public_base { config.num_layers } else { plan.first_private };
+        if let Some(i) = (0..read.min(own.num_layers)).find(|&i| own.layer(i) != config.layer(i)) {
+            return Err(wrong(format!("layer {i} is of another shape by manifest.json than by the files beside it")));
         }
         let part =
             if PublicPart::any(plan) { PublicPart::load(&Checkpoint::open(dir)?, plan)? } else { PublicPart::none() };
