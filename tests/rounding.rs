@@ -194,9 +194,9 @@ fn the_integers_have_the_plans_fraction() {
     assert!(f > FW_LEAST);
     let parts = Prepared::owner(&small, &plan, &seed).unwrap();
     let down = &small.layers[1].down.w;
-    // Layer 1, the fifth of its matrices.
+    // Layer 1, the fifth of its matrices: a layer has 32 numbers.
     let mut b = vec![0; down.len()];
-    seed.matrix_words(8 + 4, 0, &mut b);
+    seed.matrix_words(32 + 4, 0, &mut b);
     let a = parts.layers[1].down.base.helper_words(&seed).unwrap();
     for ((a, b), w) in a.iter().zip(&b).zip(down) {
         let integer = (f64::from(*w) * f64::from(f).exp2()).round() as i64;
