@@ -4,7 +4,7 @@
 //! exact for half of a ring's values only; since negative ones are multiplied by an exact zero, only those from 0 up have to be
 //! lifted rightly: they are moved down by a quarter of the ring before, and back behind it.
 //!
-//! Cost: that of [`compare`](super::compare), a lift and a product of `k` bits. Private: as these.
+//! Cost: that of [`compare`], a lift and a product of `k` bits. Private: as these.
 
 use std::sync::Arc;
 
