@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 use tempfile::TempDir;
-use trefoil::marill::adapter::{self, Lora, Target};
+use trefoil::marill::adapter::{Lora, parse_targets};
 use trefoil::marill::data::{Batch, DataOptions, Dataset, Example, Source};
 use trefoil::marill::evaluate::score;
 use trefoil::marill::reshape::{MergeBy, Reshape};
@@ -13,9 +13,11 @@ use trefoil::marill::student::Student;
 use trefoil::marill::study::{self, Doing, Row};
 use trefoil::marill::tasks::Task;
 use trefoil::marill::train::{Method, Options, Outcome, run};
+use trefoil::model::Adapter;
 use trefoil::model::preparation::private_layers;
 use trefoil::model::variant::{PrivateLayers, Record};
 use trefoil::model::{Activation, Arch, Checkpoint, ModelConfig, Softmax, Variant, Weights, float};
+use trefoil::plan::Module;
 
 const BASE: &str = "models/quill-4m";
 
@@ -98,7 +100,7 @@ fn logits_are_the_float_twins() {
 fn every_trained_weight_has_its_gradient() {
     for variant in variants() {
         let weights = random(config(variant));
-        let mut lora = Lora::fresh(&weights.config, 1, &Target::ALL.map(|t| t.0), 2, 4.0, 1).unwrap();
+        let mut lora = Lora::fresh(&weights.config, 1, &Module::ALL, 2, 4.0, 1).unwrap();
         // As if it had learned something: with b = 0 there is no gradient for a.
         lora.maps.values_mut().for_each(|d| d.b.fill(0.05));
         let student = Student::new(&weights, &|_| true, Some(&lora)).unwrap();
@@ -148,7 +150,7 @@ fn options(out: &Path) -> Options {
         reshape: Reshape::default(),
         rank: 4,
         alpha: 8.0,
-        targets: Target::ALL.map(|t| t.0).to_vec(),
+        targets: Module::ALL.to_vec(),
         epochs: 2,
         stage1_epochs: 0,
         stage1_steps: None,
@@ -237,7 +239,7 @@ fn a_checkpoint_that_cannot_be_saved_leaves_the_earlier_one() {
     assert!(e.contains("another `rank`"), "{e}");
     std::fs::remove_dir(&obstacle).unwrap();
     assert_eq!(finish(&lora(&dir)).resumed_at, 2);
-    assert!(read(&dir, adapter::WEIGHTS) == read(&whole, adapter::WEIGHTS));
+    assert!(read(&dir, "adapter_model.safetensors") == read(&whole, "adapter_model.safetensors"));
 }
 
 #[test]
@@ -264,19 +266,20 @@ fn an_adapter_read_back_is_what_was_trained() {
     let o = Options {
         method: Method::Lora,
         private_layers: Some(2),
-        targets: vec![Target::Q, Target::Down],
+        targets: vec![Module::QProj, Module::DownProj],
         ..options(dir.path())
     };
     let outcome = finish(&o);
     assert_eq!(outcome.trained, 2 * 4 * (192 + 192 + 192 + 512));
     let mut weights = Weights::load(&Checkpoint::open(Path::new(BASE)).unwrap()).unwrap();
-    let lora = Lora::open(dir.path(), &weights.config).unwrap();
-    assert_eq!((lora.rank, lora.maps.len()), (4, 4));
-    assert!(lora.maps.values().all(|d| d.b.iter().any(|b| *b != 0.0)));
-    lora.merge_into(&mut weights.layers);
+    // As the parties read it, and unmerged.
+    let base = Path::new(BASE);
+    Adapter::open(dir.path(), base, &weights.config).unwrap().attach(&mut weights).unwrap();
+    assert_eq!((weights.first_adapted(), weights.adapter_parameters()), (Some(6), Some(outcome.trained as u64)));
     let data = Dataset::load(&o.data, &o.base, &weights.config, &o.sampling).unwrap();
-    assert_eq!(score(&weights, &data.held_out, true), outcome.score);
-    let config: serde_json::Value = serde_json::from_slice(&read(&dir, adapter::CONFIG)).unwrap();
+    let read_back = score(&weights, &data.held_out, true);
+    assert!((read_back.loss - outcome.score.loss).abs() < 1e-5, "{read_back:?}, not {:?}", outcome.score);
+    let config: serde_json::Value = serde_json::from_slice(&read(&dir, "adapter_config.json")).unwrap();
     assert_eq!(config["peft_type"], "LORA");
     assert_eq!(config["layers_to_transform"], serde_json::json!([6, 7]));
     assert_eq!(config["target_modules"], serde_json::json!(["q_proj", "down_proj"]));
@@ -337,7 +340,7 @@ fn what_cannot_be_done_is_refused_with_the_reason() {
         std::fs::write(dir.path().join(name), bytes).unwrap();
         Options { data: Source::Path(dir.path().join(name)), ..o() }
     };
-    let lora = |rank, targets: Vec<Target>| Options { method: Method::Lora, rank, targets, ..o() };
+    let lora = |rank, targets: Vec<Module>| Options { method: Method::Lora, rank, targets, ..o() };
     let reshape = |merge_heads| Reshape { merge_heads, merge_by: MergeBy::Adjacent, ..Reshape::default() };
     for (bad, named) in [
         (file("empty.txt", b" \n"), "is empty"),
@@ -345,9 +348,9 @@ fn what_cannot_be_done_is_refused_with_the_reason() {
         (file("short.txt", b"one"), "cannot be split"),
         (file("chats.jsonl", b"{}\n"), "chat template"),
         (Options { data: Source::Path(dir.path().join("nowhere")), ..o() }, "nowhere"),
-        (lora(193, vec![Target::Q]), "--rank 193"),
-        (lora(0, vec![Target::Q]), "--rank 0"),
-        (Options { reshape: reshape(2), ..lora(4, vec![Target::Q]) }, "--method lora"),
+        (lora(193, vec![Module::QProj]), "--rank 193"),
+        (lora(0, vec![Module::QProj]), "--rank 0"),
+        (Options { reshape: reshape(2), ..lora(4, vec![Module::QProj]) }, "--method lora"),
         (Options { reshape: reshape(3), ..o() }, "8 heads, which 3 does not divide"),
         (Options { private_layers: Some(9), ..o() }, "--private-layers 9"),
         (Options { lr: 0.0, ..o() }, "--lr 0"),
@@ -357,7 +360,7 @@ fn what_cannot_be_done_is_refused_with_the_reason() {
         let e = refused(&bad);
         assert!(e.contains(named), "{named}: {e}");
     }
-    assert!(Target::parse_list("q_proj,head").unwrap_err().to_string().contains("`head`"));
+    assert!(parse_targets("q_proj,head").unwrap_err().to_string().contains("`head`"));
     assert!(Source::parse("task:poems").is_err());
     assert!(!dir.path().join("out").exists());
     // A directory that holds something else is left alone.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use trefoil::error::{Error, Result};
-use trefoil::marill::adapter::Target;
+use trefoil::marill::adapter::parse_targets;
 use trefoil::marill::data::{DataOptions, Source};
 use trefoil::marill::reshape::{MergeBy, Reshape};
 use trefoil::marill::train::{self, Method, Options, Outcome, Progress};
@@ -46,11 +46,11 @@ pub struct Args {
     #[arg(long, value_name = "M", default_value_t = 1)]
     prune_layers: usize,
     /// The softmax of private layers: 2relu needs no exponential.
-    #[arg(long, value_enum, default_value_t = SoftmaxName::Exact)]
-    softmax: SoftmaxName,
+    #[arg(long, default_value = "exact", value_name = "exact|2relu")]
+    softmax: Softmax,
     /// The activation of private layers.
-    #[arg(long, value_enum, default_value_t = ActivationName::Silu)]
-    activation: ActivationName,
+    #[arg(long, default_value = "silu", value_name = "silu|relu|quad")]
+    activation: Activation,
     /// Rank of the adapters.
     #[arg(long, default_value_t = 16)]
     rank: usize,
@@ -113,20 +113,6 @@ enum MethodName {
 enum MergeByName {
     Similarity,
     Adjacent,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum SoftmaxName {
-    Exact,
-    #[value(name = "2relu")]
-    TwoRelu,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum ActivationName {
-    Silu,
-    Relu,
-    Quad,
 }
 
 /// `N`, a fraction, or `all`, which is `None`.
@@ -213,19 +199,12 @@ fn options(a: &Args) -> Result<Options> {
             },
             prune_heads: a.prune_heads,
             prune_layers: a.prune_layers,
-            softmax: match a.softmax {
-                SoftmaxName::Exact => Softmax::Exact,
-                SoftmaxName::TwoRelu => Softmax::TwoRelu,
-            },
-            activation: match a.activation {
-                ActivationName::Silu => Activation::Silu,
-                ActivationName::Relu => Activation::Relu,
-                ActivationName::Quad => Activation::Quad,
-            },
+            softmax: a.softmax,
+            activation: a.activation,
         },
         rank: a.rank,
         alpha: a.alpha.unwrap_or(2.0 * a.rank as f64),
-        targets: Target::parse_list(&a.targets)?,
+        targets: parse_targets(&a.targets)?,
         epochs: a.epochs,
         stage1_epochs: stage1,
         stage1_steps: a.stage1_steps,

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::variant::{self, Record};
 use crate::model::{Linear, Weights};
+use crate::plan::Module;
 
 /// What stands beside the weights and is as the base has it.
 const BESIDE: [&str; 7] = [
@@ -49,8 +50,8 @@ fn tensors(w: &Weights, origin: &[usize]) -> Vec<Named> {
                 add(name, from, g.shape(), g.to_vec());
             }
         }
-        for (target, _, path) in super::adapter::Target::ALL {
-            let Linear { w, bias, .. } = target.of(layer);
+        for module in Module::ALL {
+            let (Linear { w, bias, .. }, path) = (layer.linear(module), module.path());
             let (name, from) = names(&format!("{path}.weight"));
             add(name, from, w.shape(), w.iter().copied().collect());
             if let Some(b) = bias {

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use candle_core::{Device, Result, Tensor, Var};
 use ndarray::{Array1, Array2};
 
-use super::adapter::{Lora, Target};
+use super::adapter::Lora;
 use super::data::Batch;
 use super::ops::{Attention, Gated, Linear as Product, RmsNorm, Rope};
 use crate::error::Error;
 use crate::model::{LayerWeights, Linear, ModelConfig, Weights, float};
+use crate::plan::Module;
 
 /// What candle reports means a defect here: shapes were checked when the model was read.
 pub(super) fn defect(e: candle_core::Error) -> Error {
@@ -133,7 +134,7 @@ impl Maker<'_> {
         self.tensor(name, v.to_vec(), v.shape())
     }
 
-    fn map(&mut self, layer: usize, target: Target, m: &Linear) -> Result<Map> {
+    fn map(&mut self, layer: usize, target: Module, m: &Linear) -> Result<Map> {
         let name = format!("model.layers.{layer}.{}", target.path());
         let w = self.matrix(&format!("{name}.weight"), &m.w)?;
         let bias = m.bias.as_ref().map(|b| self.vector(&format!("{name}.bias"), b)).transpose()?;
@@ -158,16 +159,16 @@ impl Maker<'_> {
         let (q_norm, k_norm) = (gain("self_attn.q_norm", &l.q_norm)?, gain("self_attn.k_norm", &l.k_norm)?);
         Ok(Layer {
             input_norm: self.vector(&name("input_layernorm"), &l.input_norm)?,
-            q: self.map(i, Target::Q, &l.q)?,
-            k: self.map(i, Target::K, &l.k)?,
-            v: self.map(i, Target::V, &l.v)?,
-            o: self.map(i, Target::O, &l.o)?,
+            q: self.map(i, Module::QProj, &l.q)?,
+            k: self.map(i, Module::KProj, &l.k)?,
+            v: self.map(i, Module::VProj, &l.v)?,
+            o: self.map(i, Module::OProj, &l.o)?,
             q_norm,
             k_norm,
             post_norm: self.vector(&name("post_attention_layernorm"), &l.post_norm)?,
-            gate: self.map(i, Target::Gate, &l.gate)?,
-            up: self.map(i, Target::Up, &l.up)?,
-            down: self.map(i, Target::Down, &l.down)?,
+            gate: self.map(i, Module::GateProj, &l.gate)?,
+            up: self.map(i, Module::UpProj, &l.up)?,
+            down: self.map(i, Module::DownProj, &l.down)?,
         })
     }
 }

@@ -8,7 +8,6 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::adapter::Target;
 use super::cost::{self, SecureCost};
 use super::data::{DataOptions, Dataset, Source};
 use super::evaluate::{Score, score};
@@ -20,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::model::variant::Softmax;
 use crate::model::{Checkpoint, ModelConfig, Weights};
 use crate::net::shape::Profile;
+use crate::plan::Module;
 
 /// Of one run, in its directory.
 const RESULT: &str = "result.json";
@@ -265,7 +265,7 @@ impl Options {
             reshape: row.reshape,
             rank: self.rank,
             alpha: 2.0 * self.rank as f64,
-            targets: Target::ALL.map(|t| t.0).to_vec(),
+            targets: Module::ALL.to_vec(),
             // As many as ever needed: the steps say when it ends.
             epochs: steps,
             stage1_epochs: if row.teacher.is_some() { steps } else { 0 },

@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::adapter::{Lora, Target};
+use super::adapter::Lora;
 use super::data::{Batch, DataOptions, Dataset, Example, Source, shuffle};
 use super::evaluate::{Score, score};
 use super::ops::{Loss, with_values};
@@ -24,6 +24,7 @@ use crate::model::checkpoint::Checkpoint;
 use crate::model::preparation::split_layers;
 use crate::model::variant::{PrivateLayers, Record};
 use crate::model::{ModelConfig, Weights};
+use crate::plan::Module;
 
 /// What is trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -70,7 +71,7 @@ pub struct Options {
     /// Additions are scaled by `alpha / rank`.
     pub alpha: f64,
     /// The maps that get adapters.
-    pub targets: Vec<Target>,
+    pub targets: Vec<Module>,
     /// Passes over the data.
     pub epochs: usize,
     /// How many of them are the first stage of a distillation.
@@ -360,7 +361,7 @@ pub fn run(options: &Options, watch: &mut dyn FnMut(Progress) -> bool) -> Result
 /// [`Error::Config`] if it holds another one.
 fn made_before(options: &Options, settings: &Value, dataset: &Dataset) -> Result<Option<Outcome>> {
     let Some(record) = Record::open(&options.out)? else {
-        let taken = ["config.json", super::adapter::CONFIG].into_iter().find(|f| options.out.join(f).exists());
+        let taken = ["config.json", crate::model::adapter::CONFIG].into_iter().find(|f| options.out.join(f).exists());
         // Left by a run that ended while writing its result; its checkpoint is still there.
         let ours = options.out.join(super::resume::FILE).exists();
         return match taken {

@@ -20,11 +20,11 @@ use crate::error::{Error, Result};
 use crate::plan::{Group, Module};
 
 /// The file that tells an adapter's directory from a model's.
-const CONFIG: &str = "adapter_config.json";
-const TENSORS: &str = "adapter_model.safetensors";
+pub(crate) const CONFIG: &str = "adapter_config.json";
+pub(crate) const TENSORS: &str = "adapter_model.safetensors";
 /// The largest `adapter_config.json` that is read, in bytes.
 const CONFIG_LIMIT: u64 = 4 << 20;
-const PREFIX: &str = "base_model.model.model.layers.";
+pub(crate) const PREFIX: &str = "base_model.model.model.layers.";
 
 /// The two factors of what is added to a projection.
 #[derive(Clone, PartialEq)]

@@ -205,10 +205,11 @@ impl ModelConfig {
         }
         let activation = match json.text_or("hidden_act", "silu")? {
             "silu" | "swish" => Activation::Silu,
+            "relu" => Activation::Relu,
             other => {
                 return Err(json.wrong(
                     "hidden_act",
-                    &format!("activation `{other}` is not supported; supported: silu (also called swish)"),
+                    &format!("activation `{other}` is not supported; supported: silu (also called swish), relu"),
                 ));
             }
         };
