@@ -2,18 +2,20 @@
 
 mod adapter;
 pub mod cost;
+mod gate;
 pub mod headroom;
 mod layer;
 pub mod memory;
 mod ranges;
+mod softmax;
 #[cfg(test)]
 mod tests;
 pub mod work;
 
 pub use adapter::{AdapterBounds, AdapterFractions, AdapterPlan, F_A_MOST, F_B_MOST, Group, Grouped, Module};
+pub(crate) use gate::reach;
 pub use layer::{AttentionPlan, ExpPlan, Fractions, HeadPlan, LayerFractions, LayerPlan, MlpPlan, NormPlan, Plan};
 pub use layer::{F, F_EXP, F_EXP_HI, F_EXP_LO, F_ROPE, FW_LEAST, FW_MOST};
-pub(crate) use ranges::reach;
 pub use ranges::{
     Bounds, INPUT_LIMIT, LayerBounds, LayerRanges, MAX_TEMPERATURE, Misfit, Ranges, plan, propose, refused,
 };

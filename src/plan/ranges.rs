@@ -12,14 +12,14 @@ use std::fmt;
 use serde::Serialize;
 
 use super::adapter::{AdapterBounds, AdapterPlan, Group, Grouped};
+use super::gate::{f_table, gate_window, mlp, table_error};
 use super::layer::{
-    AttentionPlan, ExpPlan, F, F_EXP, F_PROB, F_ROPE, FW_LEAST, HeadPlan, LayerFractions, LayerPlan, MlpPlan, NormPlan,
-    Plan, RELU_DROPPED, RELU_LEAST, RELU_RANGE, RELU_RINGS, SCORE_PROVEN, exp_lo_bits, f_inverse, gate_lo_bits,
-    least_gain, least_inverse, least_table, log2_ceil, radix, relu_total, score_room, softmax_mass, total_window,
-    widest_square,
+    F, F_ROPE, FW_LEAST, HeadPlan, LayerFractions, LayerPlan, NormPlan, Plan, f_inverse, least_gain, log2_ceil, radix,
+    softmax_mass, widest_square,
 };
+use super::softmax::{PositiveParts, Steps, attention, normalised};
 use crate::error::{Error, Result};
-use crate::model::config::{Activation, LayerShape, ModelConfig, Softmax};
+use crate::model::config::{LayerShape, ModelConfig, Softmax};
 use crate::protocol::gumbel;
 
 /// Bounds of one layer that hold for every input.
@@ -122,12 +122,12 @@ const WIDEST_ALONE: u32 = 14;
 /// How far beyond its calibrated range a sum of squares may go.
 const SUM_MARGIN: f64 = 8.0;
 /// How far beyond its calibrated range a score or gate may go.
-const MARGIN: f64 = 2.0;
+pub(super) const MARGIN: f64 = 2.0;
 /// Highest sampling temperature that the head's ring reserves room for.
 pub const MAX_TEMPERATURE: f64 = 4.0;
 
 /// Bits of a signed ring for `|x| <= bound` with `f` fraction bits.
-fn ring_for(bound: f64, f: u32) -> u32 {
+pub(super) fn ring_for(bound: f64, f: u32) -> u32 {
     log2_ceil(bound * 1.001 + 1e-3) + f + 1
 }
 
@@ -155,15 +155,15 @@ impl fmt::Display for Misfit {
 }
 
 /// What a norm's output is multiplied by.
-struct Linear {
+pub(super) struct Linear {
     /// Fraction bits of the weights.
-    f: u32,
+    pub(super) f: u32,
     /// Largest output.
-    output: f64,
+    pub(super) output: f64,
 }
 
 /// What a misfit calls a quantity for which weights of `f` fraction bits leave no room.
-fn needing(quantity: &str, f: u32) -> String {
+pub(super) fn needing(quantity: &str, f: u32) -> String {
     match f {
         FW_LEAST => quantity.into(),
         _ => format!("{quantity}, by weights so small that they need {f} fraction bits,"),
@@ -171,19 +171,19 @@ fn needing(quantity: &str, f: u32) -> String {
 }
 
 /// A layer's name and what does not fit so far.
-struct Who<'a> {
+pub(super) struct Who<'a> {
     place: String,
     misfits: &'a RefCell<Vec<Misfit>>,
 }
 
 impl Who<'_> {
-    fn refuse(&self, quantity: &str, reaches: f64, limit: f64) {
+    pub(super) fn refuse(&self, quantity: &str, reaches: f64, limit: f64) {
         let (place, quantity) = (self.place.clone(), quantity.to_string());
         self.misfits.borrow_mut().push(Misfit { place, quantity, reaches, limit });
     }
 
     // A number that is none fits nowhere.
-    fn fits(&self, quantity: &str, reaches: f64, limit: f64) {
+    pub(super) fn fits(&self, quantity: &str, reaches: f64, limit: f64) {
         if !matches!(reaches.partial_cmp(&limit), Some(Ordering::Less)) {
             self.refuse(quantity, reaches, limit);
         }
@@ -192,7 +192,7 @@ impl Who<'_> {
     /// A norm over `n` elements of ring `ring`, `|h| <= bound` proven, squares seen in `sum`; its output must carry the outputs
     /// of the linear map behind it with the bit that a lift needs. Where they do not fit, precision of the gain is given up
     /// for them, down to 13 bits.
-    fn norm(&self, n: usize, bound: f64, sum: (f64, f64), behind: &Linear, ring: u32) -> NormPlan {
+    pub(super) fn norm(&self, n: usize, bound: f64, sum: (f64, f64), behind: &Linear, ring: u32) -> NormPlan {
         let widest = widest_square(n);
         let needed = ring_for(bound, F) + 1;
         self.fits("the input of a norm (bits)", f64::from(needed), f64::from(ring) + 0.5);
@@ -357,249 +357,4 @@ fn residual(
     }
     at_norm.push(h);
     at_norm
-}
-
-/// How much larger than it should be a context may get: the reciprocal's constant is rounded to `f_inverse` bits; relative to the
-/// reciprocal that is the softmax's sum, `mass` at most.
-fn normalised(mass: f64, f_inverse: u32) -> f64 {
-    1.0 + mass * (-1.0 - f64::from(f_inverse)).exp2()
-}
-
-/// Thermometer thresholds around the calibrated row maxima, a step of 1, or more where the range is wide.
-struct Steps {
-    log: u32,
-    base: i64,
-    count: usize,
-}
-
-impl Steps {
-    fn new(b: &LayerBounds, r: &LayerRanges) -> Steps {
-        let spread = (r.row_max.1 - r.row_max.0).max(0.0);
-        let slack = 4.0 + spread / 2.0;
-        let (from, to) = ((r.row_max.0 - slack).max(-b.score - 2.0), (r.row_max.1 + slack).min(b.score + 2.0));
-        let log = u32::from(to - from > 40.0) + u32::from(to - from > 100.0) + u32::from(to - from > 200.0);
-        let step = f64::from(log).exp2();
-        let base = (from / step).floor() as i64 - 1;
-        let count = ((to / step).ceil() as i64).saturating_sub(base).saturating_add(1).clamp(2, 62) as usize;
-        Steps { log, base, count }
-    }
-}
-
-/// Scores as a 2ReLU softmax takes them: the fewest bits dropped with which their range fits a ring whose signs can be taken.
-struct PositiveParts {
-    /// Bits of the scores' ring before some are dropped.
-    score_k: u32,
-    ring: u32,
-    total_bits: u32,
-}
-
-impl PositiveParts {
-    fn new(r: &LayerRanges, context: usize) -> PositiveParts {
-        let needed = ring_for(r.score * MARGIN + 4.0, F).clamp(RELU_RINGS[0], RELU_RINGS[1] + RELU_DROPPED);
-        let ring = if needed <= RELU_RINGS[0] + RELU_DROPPED { RELU_RINGS[0] } else { RELU_RINGS[1] };
-        PositiveParts { score_k: needed.max(ring), ring, total_bits: relu_total(context, ring) }
-    }
-
-    /// Their fraction bits.
-    fn f(&self) -> u32 {
-        F - (self.score_k - self.ring)
-    }
-
-    /// The largest sum.
-    fn mass(&self) -> f64 {
-        (f64::from(self.total_bits) - 1.0 - f64::from(self.f())).exp2()
-    }
-}
-
-fn attention(
-    who: &Who<'_>,
-    (config, shape): (&ModelConfig, LayerShape),
-    b: &LayerBounds,
-    r: &LayerRanges,
-    (context, residual_k, f_gain): (usize, u32, u32),
-) -> AttentionPlan {
-    let score_proven = ring_for(b.score + 1.0, F).max(17);
-    who.fits("a score (bits)", f64::from(score_proven), f64::from(SCORE_PROVEN) + 0.5);
-    let qk_norm = match r.qk_sum {
-        None => None,
-        Some(sum) => {
-            let gain = Linear { f: b.f.qk_gain, output: b.qk };
-            let mut norm = who.norm(config.head_dim, b.qk_raw, sum, &gain, 64 - f_gain - b.f.qkv);
-            // Gain, rotation and the step to the scores' fraction drop 10 bits beside the gain's own; where the rest is as
-            // wide as the scores' product, queries and keys need no lift. 14 bits hold 1 / rms as long as rms is not large.
-            let wide_enough = 64u32.saturating_sub(score_proven + 8 + 10 + b.f.qk_gain);
-            let least = norm.f_gain.min(14.max(least_gain(config.head_dim, norm.bits)));
-            norm.f_gain = norm.f_gain.min(wide_enough).max(least);
-            Some(norm)
-        }
-    };
-    // After the rotation queries and keys have F_ROPE fraction bits more and a factor of sqrt 2, and then a lift to come.
-    let (f_before, f_weight) = qk_norm.as_ref().map_or((f_gain, b.f.qkv), |n| (n.f_gain, b.f.qk_gain));
-    let limit = (62.0 - f64::from(f_before + F + f_weight + F_ROPE)).exp2() / std::f64::consts::SQRT_2;
-    who.fits(&needing("a query or key", f_weight), b.qk, limit);
-    let chosen = match shape.softmax {
-        Softmax::Exact => exponentials(who, b, r, context, score_proven),
-        Softmax::TwoRelu => positive_parts(who, b, r, context),
-    };
-    let f_inverse = f_inverse(residual_k, b.f.o);
-    let least = least_inverse(shape.softmax, log2_ceil(chosen.mass), b.f.o);
-    let together = "the residual stream, the output projection's fraction and that of a softmax's reciprocal (bits)";
-    who.fits(&needing(together, b.f.o), f64::from(residual_k + b.f.o + least), 64.5);
-    if let Some(a) = &b.adapters.o {
-        // With the bit that their lift needs.
-        let room = (62.0 - f64::from(f_inverse + F + a.f.a)).exp2();
-        who.fits(
-            "what an adapter of the output projection makes of a context",
-            a.middle * normalised(chosen.mass, f_inverse),
-            room,
-        );
-    }
-    AttentionPlan {
-        f_qkv: b.f.qkv,
-        f_qk_gain: qk_norm.is_some().then_some(b.f.qk_gain),
-        qk_norm,
-        score_proven: score_proven.max(chosen.score_k),
-        score_k: chosen.score_k,
-        exp: chosen.exp,
-        f_prob: chosen.f_prob,
-        prob_k: chosen.prob_k,
-        total_bits: chosen.total_bits,
-        total_window: chosen.total_window,
-        f_inverse,
-        f_o: b.f.o,
-    }
-}
-
-/// What the kind of softmax decides.
-struct Weighing {
-    score_k: u32,
-    exp: Option<ExpPlan>,
-    f_prob: u32,
-    prob_k: u32,
-    total_bits: u32,
-    total_window: u32,
-    /// The largest sum.
-    mass: f64,
-}
-
-fn positive_parts(who: &Who<'_>, b: &LayerBounds, r: &LayerRanges, context: usize) -> Weighing {
-    let p = PositiveParts::new(r, context);
-    let limit = f64::from(p.score_k - F - 1).exp2();
-    who.fits("a score", b.score.min(r.score * MARGIN), limit);
-    let (f_prob, least) = (p.f(), p.f() - RELU_LEAST);
-    who.fits(
-        "a sum of positive scores (bits above the least)",
-        f64::from(p.total_bits - least),
-        f64::from(RELU_RANGE) + 0.5,
-    );
-    // Weighted, a sign and the bit of a lift.
-    let prob_k = p.total_bits + F + log2_ceil(b.v + 1.0) + 2;
-    who.fits("a weighted sum of values (bits)", f64::from(prob_k), 64.5);
-    Weighing {
-        score_k: p.score_k,
-        exp: None,
-        f_prob,
-        prob_k,
-        total_bits: p.total_bits,
-        total_window: total_window(p.total_bits, least),
-        mass: p.mass(),
-    }
-}
-
-fn exponentials(who: &Who<'_>, b: &LayerBounds, r: &LayerRanges, context: usize, score_proven: u32) -> Weighing {
-    let mut score_k = ring_for(r.score * MARGIN + 4.0, F).clamp(17, 24).min(score_proven);
-    let Steps { log: step_log, base, count: steps } = Steps::new(b, r);
-    let step = f64::from(step_log).exp2();
-    let top = (base as f64 + steps as f64) * step;
-    // x = s - m runs from -R / 2 - top to 2 steps: it must fit the cyclic window of range R but for its two end rows.
-    while score_k <= 26 && f64::from(score_k - F).exp2() / 2.0 < score_room(score_k, top, step) {
-        score_k += 1;
-    }
-    if score_k > 26 {
-        who.refuse("a score", b.score.min(r.score * MARGIN), 4096.0);
-    }
-    let exp_lo_bits = exp_lo_bits(score_k);
-    let mass = softmax_mass(context, step_log);
-    let f_prob = F_PROB;
-    let prob_k = log2_ceil(mass * (b.v + 1.0)) + f_prob + F + 3;
-    who.fits("a weighted sum of values (bits)", f64::from(prob_k), f64::from(64 - F_EXP + f_prob) + 0.5);
-    let total_bits = log2_ceil(mass) + f_prob + 1;
-    Weighing {
-        score_k,
-        exp: Some(ExpPlan { step_bits: F + step_log, base, steps, exp_lo_bits }),
-        f_prob,
-        prob_k,
-        total_bits,
-        total_window: total_window(total_bits, f_prob),
-        mass,
-    }
-}
-
-/// The gate's window and the bits of its low digit.
-fn gate_window(activation: Activation, b: &LayerBounds, r: &LayerRanges) -> (u32, u32) {
-    let gate_k = ring_for(r.gate * MARGIN + 2.0, F).clamp(16, 21).min(gate_proven(b));
-    (gate_k, gate_lo_bits(activation, gate_k))
-}
-
-fn gate_proven(b: &LayerBounds) -> u32 {
-    // The lowest row of the window belongs to the carry: the bound stays above it.
-    ring_for(b.gate * 1.05, F).max(16)
-}
-
-/// How far the activation's table may be off, its slope of `f_table` bits taken up to `2^(lo_bits + 1)` times: measured by
-/// the tests of `approx/signed.rs` before the rounding.
-fn table_error(activation: Activation, gate_lo_bits: u32, f_table: u32) -> f64 {
-    let lines = match activation {
-        Activation::Silu => SILU_ERROR,
-        Activation::Relu => RELU_ERROR,
-        Activation::Quad => QUAD_ERROR,
-    };
-    lines + (f64::from(gate_lo_bits) - f64::from(f_table)).exp2()
-}
-
-/// The largest error of the activation's lines in any window of the plan.
-const SILU_ERROR: f64 = 0.008;
-/// Of a ReLU's: an eighth of the row around zero, twice as wide for the carry.
-const RELU_ERROR: f64 = 0.033;
-/// Of a parabola's.
-const QUAD_ERROR: f64 = 0.0045;
-
-/// The largest absolute value of an activation for gates up to `gate`.
-pub(crate) fn reach(activation: Activation, gate: f64) -> f64 {
-    match activation {
-        Activation::Silu | Activation::Relu => gate,
-        Activation::Quad => (gate / 8.0 + 0.25) * gate + 0.5,
-    }
-}
-
-/// Fraction bits of the activation's table: both the product with `up` (in ring 64) and the down projection's output (less its
-/// weights' fraction bits after its truncation) must fit.
-fn f_table(activation: Activation, b: &LayerBounds, r: &LayerRanges, residual_k: u32) -> Option<u32> {
-    // The activation may be off by one at most, see `table_error`.
-    let product = ring_for((reach(activation, b.gate) + 1.1) * b.up, F);
-    // The middle values of an adapter are lifted.
-    let middle = b.adapters.down.as_ref().map_or(0, |a| ring_for(a.middle, F + a.f.a) + 1);
-    let f = 64u32.saturating_sub(product.max(b.f.down + residual_k).max(middle)).min(20);
-    (f >= least_table(gate_window(activation, b, r).1, b.f.down)).then_some(f)
-}
-
-fn mlp(who: &Who<'_>, activation: Activation, b: &LayerBounds, r: &LayerRanges, residual_k: u32) -> MlpPlan {
-    let (gate_k, gate_lo_bits) = gate_window(activation, b, r);
-    let f_table = f_table(activation, b, r, residual_k).unwrap_or_else(|| {
-        let least = least_table(gate_lo_bits, b.f.down);
-        let bits = residual_k + b.f.down + least;
-        if let Some(a) = &b.adapters.down {
-            let room = (62.0 - f64::from(least + F + a.f.a)).exp2();
-            who.fits("what an adapter of the down projection makes of its input", a.middle, room);
-        }
-        if bits > 64 {
-            let together = "the residual stream, the down projection's fraction and the activation's (bits)";
-            who.refuse(&needing(together, b.f.down), f64::from(bits), 64.0);
-        } else {
-            let room = f64::from(64 - least - F).exp2();
-            who.refuse(&needing("gate times up", b.f.down), reach(activation, b.gate) * b.up, room);
-        }
-        10
-    });
-    MlpPlan { f_gate_up: b.f.gate_up, gate_proven: gate_proven(b), gate_k, gate_lo_bits, f_table, f_down: b.f.down }
 }

@@ -1,0 +1,74 @@
+//! The MLP in the plan: the gate's window, the activation's table and what it may err by.
+
+use super::layer::{F, MlpPlan, gate_lo_bits, least_table};
+use super::ranges::{LayerBounds, LayerRanges, MARGIN, Who, needing, ring_for};
+use crate::model::config::Activation;
+
+/// The gate's window and the bits of its low digit.
+pub(super) fn gate_window(activation: Activation, b: &LayerBounds, r: &LayerRanges) -> (u32, u32) {
+    let gate_k = ring_for(r.gate * MARGIN + 2.0, F).clamp(16, 21).min(gate_proven(b));
+    (gate_k, gate_lo_bits(activation, gate_k))
+}
+
+fn gate_proven(b: &LayerBounds) -> u32 {
+    // The lowest row of the window belongs to the carry: the bound stays above it.
+    ring_for(b.gate * 1.05, F).max(16)
+}
+
+/// How far the activation's table may be off, its slope of `f_table` bits taken up to `2^(lo_bits + 1)` times: measured by
+/// the tests of `approx/signed.rs` before the rounding.
+pub(super) fn table_error(activation: Activation, gate_lo_bits: u32, f_table: u32) -> f64 {
+    let lines = match activation {
+        Activation::Silu => SILU_ERROR,
+        Activation::Relu => RELU_ERROR,
+        Activation::Quad => QUAD_ERROR,
+    };
+    lines + (f64::from(gate_lo_bits) - f64::from(f_table)).exp2()
+}
+
+/// The largest error of the activation's lines in any window of the plan.
+const SILU_ERROR: f64 = 0.008;
+/// Of a ReLU's: an eighth of the row around zero, twice as wide for the carry.
+const RELU_ERROR: f64 = 0.033;
+/// Of a parabola's.
+const QUAD_ERROR: f64 = 0.0045;
+
+/// The largest absolute value of an activation for gates up to `gate`.
+pub(crate) fn reach(activation: Activation, gate: f64) -> f64 {
+    match activation {
+        Activation::Silu | Activation::Relu => gate,
+        Activation::Quad => (gate / 8.0 + 0.25) * gate + 0.5,
+    }
+}
+
+/// Fraction bits of the activation's table: both the product with `up` (in ring 64) and the down projection's output (less its
+/// weights' fraction bits after its truncation) must fit.
+pub(super) fn f_table(activation: Activation, b: &LayerBounds, r: &LayerRanges, residual_k: u32) -> Option<u32> {
+    // The activation may be off by one at most, see `table_error`.
+    let product = ring_for((reach(activation, b.gate) + 1.1) * b.up, F);
+    // The middle values of an adapter are lifted.
+    let middle = b.adapters.down.as_ref().map_or(0, |a| ring_for(a.middle, F + a.f.a) + 1);
+    let f = 64u32.saturating_sub(product.max(b.f.down + residual_k).max(middle)).min(20);
+    (f >= least_table(gate_window(activation, b, r).1, b.f.down)).then_some(f)
+}
+
+pub(super) fn mlp(who: &Who<'_>, activation: Activation, b: &LayerBounds, r: &LayerRanges, residual_k: u32) -> MlpPlan {
+    let (gate_k, gate_lo_bits) = gate_window(activation, b, r);
+    let f_table = f_table(activation, b, r, residual_k).unwrap_or_else(|| {
+        let least = least_table(gate_lo_bits, b.f.down);
+        let bits = residual_k + b.f.down + least;
+        if let Some(a) = &b.adapters.down {
+            let room = (62.0 - f64::from(least + F + a.f.a)).exp2();
+            who.fits("what an adapter of the down projection makes of its input", a.middle, room);
+        }
+        if bits > 64 {
+            let together = "the residual stream, the down projection's fraction and the activation's (bits)";
+            who.refuse(&needing(together, b.f.down), f64::from(bits), 64.0);
+        } else {
+            let room = f64::from(64 - least - F).exp2();
+            who.refuse(&needing("gate times up", b.f.down), reach(activation, b.gate) * b.up, room);
+        }
+        10
+    });
+    MlpPlan { f_gate_up: b.f.gate_up, gate_proven: gate_proven(b), gate_k, gate_lo_bits, f_table, f_down: b.f.down }
+}
