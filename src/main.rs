@@ -28,6 +28,8 @@ mod inspect;
 mod party;
 #[path = "cli/prepare.rs"]
 mod prepare;
+#[path = "cli/private.rs"]
+mod private;
 #[path = "cli/recommend.rs"]
 mod recommend;
 #[cfg(feature = "train")]

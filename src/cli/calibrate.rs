@@ -2,12 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
+use super::private::Chosen;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use trefoil::error::{Error, Result};
-use trefoil::model::preparation::{adapted, private_layers, split_layers, split_weights};
+use trefoil::model::preparation::{adapted, split_layers, split_weights};
 use trefoil::model::rounding::Choice;
-use trefoil::model::{Adapter, Checkpoint, TextCodec, calibrate};
+use trefoil::model::{Checkpoint, TextCodec, calibrate};
 use trefoil::plan::headroom::{Headroom, headroom};
 use trefoil::plan::{Misfit, Plan, propose};
 
@@ -17,17 +18,11 @@ pub struct Args {
     /// A Hugging Face directory: config.json, model.safetensors (or a sharded index), tokenizer.json.
     #[arg(long, default_value = "models/quill-4m")]
     model: PathBuf,
-    /// A LoRA adapter over --model, its public base: a directory that peft has saved (adapter_config.json,
-    /// adapter_model.safetensors). Its factors are private, and the layers from the first with one on are computed in private.
-    /// A --model that is an adapter itself is taken with the base that it names.
-    #[arg(long, value_name = "DIR")]
-    adapter: Option<PathBuf>,
+    #[command(flatten)]
+    private: super::private::Args,
     /// Text like the prompts to come, UTF-8.
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
-    /// How many layers, from the top, are private: a number, or 'all', which includes the embedding. Default: what the model's trefoil.json says, else half.
-    #[arg(long, value_name = "N|all", allow_negative_numbers = true)]
-    private_layers: Option<String>,
     /// Positions to plan for, below the model's own; the text is read in windows of as many tokens.
     #[arg(long, value_name = "TOKENS")]
     context: Option<usize>,
@@ -73,13 +68,11 @@ fn read(file: &Path) -> Result<String> {
 /// Whatever the options, the text or the checkpoint got wrong; [`Error::Model`] if the model does not fit.
 pub fn run(a: &Args) -> Result<()> {
     let text = read(&a.text)?;
-    let (model, adapter) = Adapter::resolve(&a.model, a.adapter.as_deref())?;
-    let (checkpoint, adapter) = (Checkpoint::open(&model)?, adapter.as_deref());
-    let private_layers = private_layers(a.private_layers.as_deref(), checkpoint.config(), (&model, adapter))?;
+    let Chosen { model, adapter, config, private_layers } = a.private.chosen(&a.model)?;
     // Before the weights are read, which takes a while.
-    split_layers(checkpoint.config(), private_layers)?;
+    split_layers(&config, private_layers)?;
     let ids = TextCodec::open(&model)?.encode(&text)?;
-    let mut weights = adapted(&checkpoint, &model, adapter)?;
+    let mut weights = adapted(&Checkpoint::open(&model)?, &model, adapter.as_deref())?;
     let (first, private_embedding) = split_weights(&weights, private_layers)?;
     weights.check()?;
     if let Some(n) = a.context {

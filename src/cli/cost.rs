@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
+use super::private::Chosen;
 use trefoil::error::{Error, Result};
-use trefoil::model::preparation::{Options, private_layers};
-use trefoil::model::{Adapter, Checkpoint};
+use trefoil::model::preparation::Options;
 use trefoil::net::shape::Profile;
 use trefoil::predict::{NamedLinks, Phase, Prediction, Rates, Source, predict};
 
@@ -15,16 +15,10 @@ pub struct Args {
     #[arg(long, default_value = "models/quill-4m")]
     model: PathBuf,
     /// The public base that the model was fine-tuned from.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", conflicts_with = "adapter")]
     base: Option<PathBuf>,
-    /// A LoRA adapter over --model, its public base: a directory that peft has saved (adapter_config.json,
-    /// adapter_model.safetensors). Its factors are private, and the layers from the first with one on are computed in private.
-    /// A --model that is an adapter itself is taken with the base that it names.
-    #[arg(long, value_name = "DIR", conflicts_with = "base")]
-    adapter: Option<PathBuf>,
-    /// How many layers, from the top, are private: a number, or 'all', which includes the embedding. Default: what the model's trefoil.json says, else half.
-    #[arg(long, value_name = "N|all", allow_negative_numbers = true)]
-    private_layers: Option<String>,
+    #[command(flatten)]
+    private: super::private::Args,
     /// Positions to plan for. Default: those of the request, as `trefoil generate` does.
     #[arg(long, value_name = "TOKENS")]
     context: Option<usize>,
@@ -66,8 +60,8 @@ fn source(a: &Args) -> Result<Source> {
     if Source::is_preparation(&a.model) {
         let chosen = [
             ("--base", a.base.is_some()),
-            ("--adapter", a.adapter.is_some()),
-            ("--private-layers", a.private_layers.is_some()),
+            ("--adapter", a.private.adapter.is_some()),
+            ("--private-layers", a.private.private_layers.is_some()),
             ("--context", a.context.is_some()),
         ];
         if let Some((name, _)) = chosen.iter().find(|(_, given)| *given) {
@@ -78,8 +72,7 @@ fn source(a: &Args) -> Result<Source> {
         }
         return Source::preparation(&a.model);
     }
-    let (model, adapter) = Adapter::resolve(&a.model, a.adapter.as_deref())?;
-    let config = Checkpoint::open(&model)?.config().clone();
+    let Chosen { model, adapter, config, private_layers } = a.private.chosen(&a.model)?;
     let request = a.prefill.saturating_add(a.decode);
     let most = a.context.unwrap_or(usize::MAX).min(config.max_positions);
     if request - 1 > most {
@@ -90,7 +83,6 @@ fn source(a: &Args) -> Result<Source> {
             request - 1
         )));
     }
-    let private_layers = private_layers(a.private_layers.as_deref(), &config, (&model, adapter.as_deref()))?;
     let base = a.base.clone();
     let options = Options { private_layers, max_positions: a.context, base, adapter, calibration_text: None };
     Source::checkpoint(&model, &options)

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::private::Chosen;
 use serde::Serialize;
 use trefoil::bench::peak_memory;
 use trefoil::deploy::client::Remote;
@@ -13,8 +14,8 @@ use trefoil::error::{Error, Result};
 use trefoil::generate::{
     Check, Draft, Drafts, Generation, LinkReport, Local, LocalOptions, Stop, check, check_draft_tokens,
 };
-use trefoil::model::preparation::{adapted, private_layers};
-use trefoil::model::{Adapter, Checkpoint, TextCodec, TextStream, calibrate};
+use trefoil::model::preparation::adapted;
+use trefoil::model::{Checkpoint, TextCodec, TextStream, calibrate};
 use trefoil::net::shape::Profile;
 use trefoil::plan::{MAX_TEMPERATURE, Plan};
 
@@ -33,16 +34,10 @@ pub struct Args {
     model: PathBuf,
     /// The public base that the model was fine-tuned from: final norm and head are public where they are its own, bit
     /// for bit.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", conflicts_with = "adapter")]
     base: Option<PathBuf>,
-    /// A LoRA adapter over --model, its public base: a directory that peft has saved (adapter_config.json,
-    /// adapter_model.safetensors). Its factors are private, and the layers from the first with one on are computed in private.
-    /// A --model that is an adapter itself is taken with the base that it names.
-    #[arg(long, value_name = "DIR", conflicts_with = "base")]
-    adapter: Option<PathBuf>,
-    /// How many layers, from the top, are private: a number, or 'all', which includes the embedding. Default: what the model's trefoil.json says, else half.
-    #[arg(long, value_name = "N|all", allow_negative_numbers = true)]
-    private_layers: Option<String>,
+    #[command(flatten)]
+    private: super::private::Args,
     /// Most tokens to generate.
     #[arg(long, default_value_t = 64)]
     max_new_tokens: usize,
@@ -302,11 +297,7 @@ fn remote(a: &Args, path: &Path) -> Result<Report> {
 /// All three parties here.
 fn local(a: &Args) -> Result<Report> {
     let profile: Profile = a.net.parse()?;
-    let (model, adapter) = Adapter::resolve(&a.model, a.adapter.as_deref())?;
-    let checkpoint = Checkpoint::open(&model)?;
-    let config = checkpoint.config().clone();
-    drop(checkpoint);
-    let private_layers = private_layers(a.private_layers.as_deref(), &config, (&model, adapter.as_deref()))?;
+    let Chosen { model, adapter, config, private_layers } = a.private.chosen(&a.model)?;
     let codec = TextCodec::open(&model)?;
     let prompt = encode(&codec, &a.prompt)?;
     let limit = a.context.unwrap_or(usize::MAX).min(config.max_positions);

@@ -3,11 +3,12 @@
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
+use super::private::Chosen;
 use serde::Serialize;
 use trefoil::error::{Error, Result};
-use trefoil::model::preparation::{Loaded, Options, Split, private_layers};
+use trefoil::model::preparation::{Loaded, Options, Split};
 use trefoil::model::variant::Record;
-use trefoil::model::{Activation, Adapter, Checkpoint, LayerWeights, ModelConfig, Softmax};
+use trefoil::model::{Activation, Checkpoint, LayerWeights, ModelConfig, Softmax};
 use trefoil::net::shape::Profile;
 use trefoil::predict::{Prediction, Rates, Source, predict};
 
@@ -22,14 +23,10 @@ pub struct Args {
     #[arg(value_name = "DIR", default_value = "models/quill-4m")]
     model: PathBuf,
     /// The public base that it was fine-tuned from: layers that are still its own, bit for bit, are found by comparison.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", conflicts_with = "adapter")]
     base: Option<PathBuf>,
-    /// A LoRA adapter over the model, its public base: a directory that peft has saved.
-    #[arg(long, value_name = "DIR", conflicts_with = "base")]
-    adapter: Option<PathBuf>,
-    /// How many layers, from the top, are private: a number, or 'all', which includes the embedding. Default: what the model's trefoil.json says, else half.
-    #[arg(long, value_name = "N|all", allow_negative_numbers = true)]
-    private_layers: Option<String>,
+    #[command(flatten)]
+    private: super::private::Args,
     /// Network for the predicted cost: none, lan, wan, or RTT_MS,GBPS.
     #[arg(long, default_value = "none")]
     net: String,
@@ -79,15 +76,12 @@ struct Report {
 /// Whatever the options or the checkpoint got wrong.
 pub fn run(a: &Args) -> Result<()> {
     let net: Profile = a.net.parse()?;
-    let (model, adapter) = Adapter::resolve(&a.model, a.adapter.as_deref())?;
-    let checkpoint = Checkpoint::open(&model)?;
-    let c = checkpoint.config().clone();
-    let private = private_layers(a.private_layers.as_deref(), &c, (&model, adapter.as_deref()))?;
+    let Chosen { model, adapter, config: c, private_layers } = a.private.chosen(&a.model)?;
     let layers_of_base = match &a.base {
-        Some(dir) => Some(common_layers(&checkpoint, &Checkpoint::open(dir)?)?),
+        Some(dir) => Some(common_layers(&Checkpoint::open(&model)?, &Checkpoint::open(dir)?)?),
         None => None,
     };
-    let options = Options { private_layers: private, base: a.base.clone(), adapter, ..Options::default() };
+    let options = Options { private_layers, base: a.base.clone(), adapter, ..Options::default() };
     let loaded = Loaded::open(&model, &options)?;
     let Split { first_private: first, private_embedding, .. } = loaded.split;
     let adapters = loaded.weights.adapter_parameters();

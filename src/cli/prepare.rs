@@ -4,12 +4,13 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use super::private::Chosen;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use trefoil::error::{Error, Result};
-use trefoil::model::preparation::{Options, private_layers};
+use trefoil::model::calibrate;
+use trefoil::model::preparation::Options;
 use trefoil::model::store::OwnerPreparation;
-use trefoil::model::{Adapter, ModelConfig, calibrate};
 
 /// Options of `trefoil prepare`.
 #[derive(clap::Args)]
@@ -19,16 +20,10 @@ pub struct Args {
     model: PathBuf,
     /// The public base that the model was fine-tuned from: final norm and head are public where they are its own, bit
     /// for bit.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", conflicts_with = "adapter")]
     base: Option<PathBuf>,
-    /// A LoRA adapter over --model, its public base: a directory that peft has saved (adapter_config.json,
-    /// adapter_model.safetensors). Its factors are private, and the layers from the first with one on are computed in private.
-    /// A --model that is an adapter itself is taken with the base that it names.
-    #[arg(long, value_name = "DIR", conflicts_with = "base")]
-    adapter: Option<PathBuf>,
-    /// How many layers, from the top, are private: a number, or 'all', which includes the embedding. Default: what the model's trefoil.json says, else half.
-    #[arg(long, value_name = "N|all", allow_negative_numbers = true)]
-    private_layers: Option<String>,
+    #[command(flatten)]
+    private: super::private::Args,
     /// Limit on prompt and answer together, below the model's own (shorter is cheaper).
     #[arg(long, value_name = "TOKENS")]
     context: Option<usize>,
@@ -64,16 +59,9 @@ struct Report {
 /// # Errors
 /// Whatever is wrong with options or checkpoint.
 pub fn run(a: &Args) -> Result<()> {
-    let (model, adapter) = Adapter::resolve(&a.model, a.adapter.as_deref())?;
-    let config = ModelConfig::open(&model)?;
+    let Chosen { model, adapter, private_layers, .. } = a.private.chosen(&a.model)?;
     let calibration_text = a.calibration_text.as_deref().map(calibrate::read_text).transpose()?;
-    let options = Options {
-        private_layers: private_layers(a.private_layers.as_deref(), &config, (&model, adapter.as_deref()))?,
-        max_positions: a.context,
-        base: a.base.clone(),
-        adapter,
-        calibration_text,
-    };
+    let options = Options { private_layers, max_positions: a.context, base: a.base.clone(), adapter, calibration_text };
     let begun = Instant::now();
     // indicatif draws on a terminal only; a log gets none of it.
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
