@@ -391,13 +391,14 @@ fn study_of(out: &Path) -> study::Options {
         data: Source::Task(Task::Dates),
         sampling: DataOptions { context: 64, examples: 40, seed: 0 },
         out: out.to_path_buf(),
-        seeds: 1,
+        seeds: 0..1,
         steps: 8,
         batch_size: 8,
         rank: 4,
         rows: Row::chosen(&["2relu-merge4".into()]).unwrap(),
         net: "none".parse().unwrap(),
         save_every: 2,
+        measure: true,
     }
 }
 

@@ -34,9 +34,22 @@ const fn block(name: &'static str, hidden: usize, heads: usize, intermediate: us
 }
 
 /// All of them.
-pub const PRESETS: [Preset; 6] = [
+pub const PRESETS: [Preset; 7] = [
     block("h768", 768, 12, 2048),
     block("h2048", 2048, 16, 5504),
+    Preset {
+        name: "deep-256",
+        source: "as many layers as openllama-3b at a width that fits anywhere, to see what the number of private layers does",
+        hidden: 256,
+        intermediate: 688,
+        layers: 26,
+        heads: 8,
+        kv_heads: 8,
+        vocabulary: Some(2048),
+        positions: 2048,
+        eps: 1e-6,
+        rope: rope(1e4),
+    },
     Preset {
         name: "tinyllama-1.1b",
         source: "https://huggingface.co/TinyLlama/TinyLlama-1.1B-Chat-v1.0/blob/main/config.json",

@@ -11,7 +11,7 @@ use trefoil::model::{Activation, Softmax};
 /// Options of `trefoil bench`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// h768 and h2048 (a layer by itself), tinyllama-1.1b, deepseek-coder-1.3b, openllama-3b, llama-2-7b.
+    /// h768 and h2048 (a layer by itself), deep-256, tinyllama-1.1b, deepseek-coder-1.3b, openllama-3b, llama-2-7b.
     #[arg(long, value_name = "NAME")]
     preset: String,
     /// ppN: prefill of N tokens; tgN: N tokens decoded, from cold. A list.

@@ -21,9 +21,10 @@ pub struct Args {
     /// interrupted.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Seeds: 0, 1, ..; of data, order and adapters.
-    #[arg(long, default_value_t = 3)]
-    seeds: u64,
+    /// Seeds of data, order and adapters: a number of them from 0 on, or the first and the one after the last, as 1..3, to share
+    /// a study between machines.
+    #[arg(long, default_value = "3", value_parser = seeds)]
+    seeds: std::ops::Range<u64>,
     /// Steps of a run without a teacher; one with a teacher takes three quarters of them.
     #[arg(long, default_value_t = 256)]
     steps: usize,
@@ -52,6 +53,17 @@ pub struct Args {
     /// at once.
     #[arg(long)]
     threads: Option<usize>,
+    /// Train only; the same command without this measures the secure cost later, on a machine with nothing else to do.
+    #[arg(long)]
+    no_cost: bool,
+}
+
+fn seeds(text: &str) -> std::result::Result<std::ops::Range<u64>, String> {
+    let number = |n: &str| n.parse::<u64>().map_err(|_| "give a number, or two as 1..3".to_owned());
+    match text.split_once("..") {
+        Some((first, end)) => Ok(number(first)?..number(end)?),
+        None => Ok(0..number(text)?),
+    }
 }
 
 /// A line at most so often.
@@ -97,13 +109,14 @@ pub fn run(a: &Args) -> Result<()> {
         data: Source::parse(&a.data)?,
         sampling: DataOptions { context: a.context.unwrap_or(c.max_positions.min(256)), examples: a.examples, seed: 0 },
         out: a.out.clone(),
-        seeds: a.seeds,
+        seeds: a.seeds.clone(),
         steps: a.steps,
         batch_size: a.batch_size,
         rank: a.rank,
         rows: Row::chosen(&a.only)?,
         net: a.net.parse()?,
         save_every: a.save_every,
+        measure: !a.no_cost,
     };
     let mut reporter = Reporter { begun: Instant::now(), said: None };
     study::run(&options, &mut |p| {

@@ -112,8 +112,8 @@ pub struct Options {
     pub sampling: DataOptions,
     /// Where every run gets a directory.
     pub out: PathBuf,
-    /// So many seeds, from 0 on.
-    pub seeds: u64,
+    /// Its seeds.
+    pub seeds: std::ops::Range<u64>,
     /// Steps of a run without a teacher; one with a teacher, which starts from what that has learned, takes three quarters of
     /// them, the first third of these in stage I.
     pub steps: usize,
@@ -127,6 +127,8 @@ pub struct Options {
     pub net: Profile,
     /// A checkpoint every so many steps.
     pub save_every: usize,
+    /// Whether to run what was trained by three parties; it can be done later, on a machine with nothing else to do.
+    pub measure: bool,
 }
 
 /// What came out of one run.
@@ -205,8 +207,10 @@ impl Clock {
 impl Options {
     fn check(&self, c: &ModelConfig) -> Result<()> {
         let wrong = |text: &str| Err(Error::Config(text.to_owned()));
-        if self.seeds == 0 {
-            return wrong("--seeds 0: give 1 or more");
+        if self.seeds.is_empty() {
+            return wrong(
+                "--seeds: there are none; give a number of them, or the first and the one after the last as 1..3",
+            );
         }
         if self.steps < 4 {
             return wrong("--steps: give 4 or more, of which those with a teacher take three quarters");
@@ -289,14 +293,14 @@ pub fn run(options: &Options, watch: &mut dyn FnMut(Progress) -> bool) -> Result
     options.check(&c)?;
     let mut clock = Clock { begun: Instant::now(), done: 0.0, left: 0.0, runs: (0, 0) };
     let runs = |seed| options.rows.iter().map(move |row| (seed, row));
-    for (seed, row) in (0..options.seeds).flat_map(runs) {
+    for (seed, row) in options.seeds.clone().flat_map(runs) {
         clock.runs.1 += 1;
         if !options.dir(seed, row.name).join(RESULT).exists() {
             clock.left += options.work(row);
         }
     }
     // Seed by seed: whoever stops early has whole tables of fewer seeds.
-    for seed in 0..options.seeds {
+    for seed in options.seeds.clone() {
         let data = Dataset::load(&options.data, &options.base, &c, &DataOptions { seed, ..options.sampling })?;
         for row in &options.rows {
             if one(options, row, seed, &data, &mut clock, watch)?.is_none() {
@@ -308,7 +312,7 @@ pub fn run(options: &Options, watch: &mut dyn FnMut(Progress) -> bool) -> Result
     let mut rows = Vec::new();
     for row in &options.rows {
         let load = |seed| read(&options.dir(seed, row.name))?.ok_or_else(|| Error::Internal("a run is lost".into()));
-        let runs = (0..options.seeds).map(load).collect::<Result<_>>()?;
+        let runs = options.seeds.clone().map(load).collect::<Result<_>>()?;
         rows.push(Rowed { name: row.name, title: row.title, runs });
     }
     disk::write_json(&options.out.join("results.json"), &rows)?;
@@ -356,7 +360,7 @@ fn one(
             finished
         }
     };
-    if finished.cost.is_some() || row.method.is_none() {
+    if finished.cost.is_some() || row.method.is_none() || !options.measure {
         return Ok(Some(()));
     }
     if !watch(clock.progress(seed, row, Doing::Measuring)) {
