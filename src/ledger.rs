@@ -124,6 +124,8 @@ pub struct Spent {
     pub ns: [[[u64; 4]; 2]; KINDS],
     /// Bytes sent, frame headers included.
     pub bytes: [[u64; 2]; KINDS],
+    /// Messages sent.
+    pub messages: [[u64; 2]; KINDS],
 }
 
 impl Spent {
@@ -139,13 +141,24 @@ impl Spent {
         self.bytes[kind as usize][index(lane)]
     }
 
+    /// Together with `other`.
+    #[must_use]
+    pub fn plus(self, other: &Spent) -> Spent {
+        self.each(other, |a, b| a + b)
+    }
+
+    fn each(mut self, other: &Spent, f: impl Fn(u64, u64) -> u64) -> Spent {
+        let pairs = [(&mut self.bytes, &other.bytes), (&mut self.messages, &other.messages)];
+        let pairs = pairs.into_iter().flat_map(|(a, b)| a.as_flattened_mut().iter_mut().zip(b.as_flattened()));
+        let (ns, other_ns) = (self.ns.as_flattened_mut().as_flattened_mut(), other.ns.as_flattened().as_flattened());
+        pairs.chain(ns.iter_mut().zip(other_ns)).for_each(|(a, b)| *a = f(*a, *b));
+        self
+    }
+
     /// What came after `earlier`.
     #[must_use]
-    pub fn since(mut self, earlier: &Spent) -> Spent {
-        let (ns, bytes) = (earlier.ns.as_flattened().as_flattened(), earlier.bytes.as_flattened());
-        let (own_ns, own_bytes) = (self.ns.as_flattened_mut().as_flattened_mut(), self.bytes.as_flattened_mut());
-        own_ns.iter_mut().zip(ns).chain(own_bytes.iter_mut().zip(bytes)).for_each(|(a, b)| *a = a.saturating_sub(*b));
-        self
+    pub fn since(self, earlier: &Spent) -> Spent {
+        self.each(earlier, u64::saturating_sub)
     }
 }
 
@@ -158,6 +171,7 @@ fn index(lane: Lane) -> usize {
 pub struct Ledger {
     ns: [[[AtomicU64; 4]; 2]; KINDS],
     bytes: [[AtomicU64; 2]; KINDS],
+    messages: [[AtomicU64; 2]; KINDS],
 }
 
 impl Ledger {
@@ -167,6 +181,7 @@ impl Ledger {
         Spent {
             ns: self.ns.each_ref().map(|k| k.each_ref().map(|l| l.each_ref().map(|ns| ns.load(Relaxed)))),
             bytes: self.bytes.each_ref().map(|k| k.each_ref().map(|b| b.load(Relaxed))),
+            messages: self.messages.each_ref().map(|k| k.each_ref().map(|m| m.load(Relaxed))),
         }
     }
 }
@@ -256,9 +271,12 @@ pub(crate) fn streams(share: f64) {
     });
 }
 
-/// This thread has sent so many bytes.
+/// This thread has sent a message of so many bytes.
 pub(crate) fn sent(lane: Lane, bytes: u64) {
-    with(|lap| lap.ledger.bytes[lap.kind as usize][index(lane)].fetch_add(bytes, Relaxed));
+    with(|lap| {
+        lap.ledger.bytes[lap.kind as usize][index(lane)].fetch_add(bytes, Relaxed);
+        lap.ledger.messages[lap.kind as usize][index(lane)].fetch_add(1, Relaxed);
+    });
 }
 
 #[cfg(test)]

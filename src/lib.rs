@@ -42,7 +42,10 @@
 //! marill          models made cheap by training; cargo feature `train`
 //! world           three connected parties in one process
 //! generate        requests: what each party does, and all three in one process
+//! http            an HTTP server that is bounded in connections, time and size
 //! deploy          three hosts: certificates, configuration, TLS, sessions, daemons, doctor
+//! client          what a program embeds to be a Client: sessions, a queue, answers as streams
+//! serve           OpenAI's API and the page, over HTTP
 //! predict         what a request will cost: traffic (exact), time and memory (estimates)
 //! bench           measurements with random weights at the shapes of published models
 //! ```
@@ -72,9 +75,11 @@
 
 pub mod approx;
 pub mod bench;
+pub mod client;
 pub mod deploy;
 pub mod error;
 pub mod generate;
+mod http;
 pub mod ledger;
 #[cfg(feature = "train")]
 pub mod marill;
@@ -87,6 +92,7 @@ pub mod prf;
 pub mod protocol;
 #[allow(unsafe_code)] // SIMD kernels
 pub mod ring;
+pub mod serve;
 pub mod session;
 pub mod share;
 pub mod world;

@@ -32,6 +32,8 @@ mod prepare;
 mod private;
 #[path = "cli/recommend.rs"]
 mod recommend;
+#[path = "cli/serve.rs"]
+mod serve;
 #[cfg(feature = "train")]
 #[path = "cli/study.rs"]
 mod study;
@@ -48,6 +50,8 @@ struct Cli {
 enum Command {
     /// Generate text: with owner, client and helper in this process, or as the client of a deployment (--config).
     Generate(Box<generate::Args>),
+    /// Serve OpenAI's API and a chat page on this machine, as the client of a deployment (--config) or with all three parties here.
+    Serve(Box<serve::Args>),
     /// Run as owner or helper until SIGTERM or Ctrl-C.
     Party(party::Args),
     /// Make, sign and show the certificates by which parties on different hosts know each other.
@@ -89,6 +93,7 @@ fn main() -> std::process::ExitCode {
     trefoil::deploy::release::tune_allocator();
     let result = match Cli::parse().command {
         Command::Generate(args) => generate::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Party(args) => party::run(&args),
         Command::Certs(args) => certs::run(&args),
         Command::Init(args) => init::run(&args),

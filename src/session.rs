@@ -277,6 +277,11 @@ impl Session {
         self.meter.depth()
     }
 
+    /// A request of so many tokens was answered.
+    pub fn answered(&self, tokens: u64) {
+        self.meter.answered(tokens);
+    }
+
     /// Run-ahead bytes that this party has sent to the Owner.
     #[must_use]
     pub fn ahead_sent(&self) -> u64 {

@@ -116,6 +116,14 @@ pub fn peak_memory() -> u64 {
     line.trim().trim_end_matches("kB").trim().parse::<u64>().unwrap_or(0) * 1024
 }
 
+/// What this process takes now, in bytes; `None` where the system does not say.
+#[must_use]
+pub fn resident_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
+    Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024)
+}
+
 /// Forgets the high-water mark of what was before, where the kernel lets us; else the mark includes the preparation.
 fn forget_peak() {
     let _ = std::fs::write("/proc/self/clear_refs", "5");

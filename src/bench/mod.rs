@@ -15,7 +15,7 @@ mod report;
 
 pub use breakdown::{ByOperation, Operation, Step, Steps};
 pub use harness::{Harness, Measured, Pace, Part, count, random_weights};
-pub use measure::{peak_memory, run, stopwatch};
+pub use measure::{peak_memory, resident_memory, run, stopwatch};
 pub use options::{Options, Test, contexts};
 pub use peak::Peak;
 pub use plaintext::Plaintext;

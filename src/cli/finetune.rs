@@ -75,9 +75,9 @@ pub struct Args {
     /// Examples in a step.
     #[arg(long, default_value_t = 16)]
     batch_size: usize,
-    /// The largest learning rate: reached after a twentieth of the steps, then falling to 0. Default: 1e-3, with adapters 3e-3.
-    #[arg(long, allow_negative_numbers = true)]
-    lr: Option<f64>,
+    /// The largest learning rate: reached after a twentieth of the steps, then falling to 0.
+    #[arg(long, default_value_t = train::LEARNING_RATE, allow_negative_numbers = true)]
+    lr: f64,
     /// The model whose behaviour is to be kept: the fine-tuned one, of the base's shape. The new one starts from its weights.
     #[arg(long, value_name = "DIR")]
     teacher: Option<PathBuf>,
@@ -210,7 +210,7 @@ fn options(a: &Args) -> Result<Options> {
         stage1_steps: a.stage1_steps,
         steps: a.steps,
         batch_size: a.batch_size,
-        lr: a.lr.unwrap_or(method.default_lr()),
+        lr: a.lr,
         teacher: a.teacher.clone(),
         save_every: a.save_every,
     })

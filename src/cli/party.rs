@@ -38,7 +38,7 @@ pub fn run(a: &Args) -> Result<()> {
 }
 
 /// Structured logs on standard error. RUST_LOG, where it is set, says what is logged.
-fn write_logs(log: Log) -> Result<()> {
+pub(crate) fn write_logs(log: Log) -> Result<()> {
     use tracing_subscriber::EnvFilter;
     let filter = match std::env::var(EnvFilter::DEFAULT_ENV) {
         Ok(asked) => EnvFilter::try_new(&asked).map_err(|e| Error::Config(format!("RUST_LOG={asked}: {e}")))?,

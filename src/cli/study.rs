@@ -38,7 +38,7 @@ pub struct Args {
     #[arg(long, default_value_t = 16)]
     batch_size: usize,
     /// Rank of the adapters.
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 64)]
     rank: usize,
     /// Longest example in tokens. Default: 256, or the model's context if that is shorter.
     #[arg(long, value_name = "TOKENS")]

@@ -163,6 +163,25 @@ impl Remote {
         self.client.draft_with(draft)
     }
 
+    /// Its links: they say when one has ended, and the session is spent.
+    #[must_use]
+    pub fn links(&self) -> crate::net::Links {
+        self.links.clone()
+    }
+
+    /// Counts what the Client sends, while it works too.
+    #[must_use]
+    pub fn meter(&self) -> Arc<Meter> {
+        Arc::clone(&self.meter)
+    }
+
+    /// Says what has come from each peer so far, while the Client works too: online and run-ahead bytes, and messages.
+    #[must_use]
+    pub fn received(&self) -> Arc<dyn Fn() -> Vec<(Role, [u64; 2], u64)> + Send + Sync> {
+        let channels = self.channels.clone();
+        Arc::new(move || channels.iter().map(|(peer, c)| (*peer, c.received(), c.received_messages())).collect())
+    }
+
     /// Ends the session at all parties and returns what the Owner reports, and the traffic of all links by name.
     ///
     /// # Errors
@@ -196,6 +215,29 @@ impl Remote {
         }
         Ok((report, out))
     }
+}
+
+/// Whether Owner and Helper answer, and the Owner has a place for one more session: what `/ready` of a gateway says.
+///
+/// # Errors
+/// What keeps them from it.
+pub async fn reachable(path: &Path) -> Result<()> {
+    let config = Config::load(path)?;
+    let tls = Tls::load(config.tls(), config.role())?;
+    let (step, timeout) = ("probe", config.limits().handshake_timeout);
+    for (role, address) in config.peers() {
+        let mut c = tls::connect(&tls, &address, role, timeout).await?;
+        c.send(step, &wire::encode(&Hello::Probe)?).await?;
+        let Reply::Status(status) = reply(&mut c, step, wire::LONG).await? else { return Err(unexpected(&c, step)) };
+        if status.sessions >= status.limit {
+            return Err(c.blame(step, Refusal::Busy { sessions: status.limit }.fault()));
+        }
+        if role == Role::Owner && !status.provisioned {
+            return Err(c.blame(step, Refusal::Preparing { percent: 0 }.fault()));
+        }
+        c.close().await;
+    }
+    Ok(())
 }
 
 fn owner_address(config: &Config) -> Result<&Address> {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::certs::Fingerprint;
+use super::observe::Watched;
 use super::party::{Options, Place};
 use super::tls::Secured;
 use super::wire::Digest;
@@ -89,7 +90,7 @@ pub(super) fn spawn(
 ) -> Result<()> {
     let Connected { mut session, meter, channels, peers } = connected;
     let links = session.links().clone();
-    place.occupy(&links, peers);
+    place.occupy(&links, peers, Watched { meter: Arc::clone(&meter), channels: channels.clone() });
     let started = Instant::now();
     let thread = std::thread::Builder::new().name(format!("session {}", short(&id)));
     let work = move || {
@@ -107,6 +108,7 @@ pub(super) fn spawn(
                 tracing::warn!(seconds, code = error.code(), %error, "session failed");
             }
         }
+        place.vacate(out.is_ok());
         drop((session, links, connection));
         super::release::freed_memory();
         drop(place);

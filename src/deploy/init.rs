@@ -169,7 +169,11 @@ public = "../prep/public"
 # handshake_timeout_s = 10
 ";
     let daemon = match role {
-        Role::Client => "",
+        Role::Client => {
+            r"# How long the gateway's running requests may take to end after SIGTERM or Ctrl-C, in seconds; 0 ends them at once.
+# drain_s = 30
+"
+        }
         Role::Owner | Role::Helper => {
             r"# How long a session may be idle between two requests, in seconds.
 # idle_timeout_s = 600
@@ -185,7 +189,18 @@ public = "../prep/public"
 # "error", "warn", "info", "debug" or "trace".
 # level = "info"
 "#;
-    format!("{head}{network}{limits}{waits}{daemon}{log}")
+    let metrics = match role {
+        Role::Client => "",
+        Role::Owner | Role::Helper => {
+            r#"
+# Where to tell metrics (/metrics, for Prometheus), liveness (/health) and readiness (/ready), over plain HTTP without keys: for this
+# machine, or a network on which only those who watch over it are.
+# [metrics]
+# listen = "127.0.0.1:9101"
+"#
+        }
+    };
+    format!("{head}{network}{limits}{waits}{daemon}{log}{metrics}")
 }
 
 /// Whether a configuration may be written to `file`.

@@ -8,6 +8,7 @@ pub mod doctor;
 mod engine;
 mod helper;
 pub mod init;
+mod observe;
 mod owner;
 pub mod party;
 pub mod release;

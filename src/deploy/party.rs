@@ -10,11 +10,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot, watch};
 
 use super::certs::Fingerprint;
 use super::config::{Config, Limits};
 use super::helper::Helper;
+use super::observe::{self, Observer, Watched};
 use super::owner::Owner;
 use super::seen::Seen;
 use super::tls::{self, Reloading, Secured};
@@ -76,6 +77,7 @@ pub(super) struct Shared {
     pub config: Config,
     pub tls: Reloading,
     pub seen: Seen,
+    pub observer: Observer,
     pub options: Options,
     permits: Arc<Semaphore>,
     running: Mutex<BTreeMap<u64, (Links, Vec<Fingerprint>)>>,
@@ -116,8 +118,14 @@ impl Drop for Place {
 
 impl Place {
     /// The session runs on `links` with these peers now: a shutdown ends them, or that a peer is revoked.
-    pub fn occupy(&self, links: &Links, peers: Vec<Fingerprint>) {
+    pub fn occupy(&self, links: &Links, peers: Vec<Fingerprint>, watched: Watched) {
         lock(&self.shared.running).insert(self.number, (links.clone(), peers));
+        self.shared.observer.begins(self.number, watched);
+    }
+
+    /// The session has ended, `well` or not.
+    pub fn vacate(&self, well: bool) {
+        self.shared.observer.ends(self.number, well);
     }
 }
 
@@ -128,7 +136,7 @@ impl Shared {
 
     /// A place for one more session, which needs as much memory as `need` says.
     pub fn place(self: &Arc<Self>, need: &Need) -> Result<Place, Refusal> {
-        if self.draining.load(Ordering::Relaxed) {
+        if self.draining() {
             return Err(Refusal::Draining);
         }
         let busy = Refusal::Busy { sessions: self.config.limits().sessions as u64 };
@@ -252,7 +260,11 @@ impl Shared {
         broken.into_iter().map(|(number, _)| number).collect()
     }
 
-    fn status(&self) -> Status {
+    pub fn draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    pub fn status(&self) -> Status {
         let (preparations, provisioned) = match &self.part {
             Part::Owner(owner) => (vec![owner.preparation().to_string()], owner.provisioned()),
             // The message is short, and more than these nobody compares.
@@ -318,8 +330,10 @@ pub(super) fn unexpected(c: &Secured, step: &'static str) -> Error {
 /// A running Owner or Helper.
 pub struct Daemon {
     address: SocketAddr,
+    metrics: Option<SocketAddr>,
     shared: Arc<Shared>,
     stop: Arc<Notify>,
+    _watchers: watch::Sender<bool>,
     runtime: Option<tokio::runtime::Runtime>,
 }
 
@@ -402,6 +416,7 @@ impl Daemon {
             config,
             tls,
             seen,
+            observer: Observer::default(),
             options,
             running: Mutex::default(),
             numbers: AtomicU64::new(0),
@@ -411,6 +426,12 @@ impl Daemon {
             part,
         });
         let stop = Arc::new(Notify::new());
+        // It answers until the very end: that a party drains is something to say.
+        let (watchers, watching) = watch::channel(false);
+        let metrics = match shared.config.metrics() {
+            Some(at) => Some(runtime.block_on(observe(at, &shared, watching))?),
+            None => None,
+        };
         runtime.spawn(listen_on(listener, Arc::clone(&shared), Arc::clone(&stop)));
         let watched = Arc::clone(&shared);
         runtime.spawn(async move {
@@ -430,13 +451,19 @@ impl Daemon {
             runtime.spawn(owner.provision(Arc::clone(&shared)));
         }
         tracing::info!(role = %shared.config.role(), %address, identity = %shared.tls.current().own(), "listening");
-        Ok(Daemon { address, shared, stop, runtime: Some(runtime) })
+        Ok(Daemon { address, metrics, shared, stop, _watchers: watchers, runtime: Some(runtime) })
     }
 
     /// Where it listens.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where it tells its metrics, if it does.
+    #[must_use]
+    pub fn metrics(&self) -> Option<SocketAddr> {
+        self.metrics
     }
 
     /// Sessions being served.
@@ -519,6 +546,19 @@ impl Drop for Daemon {
             runtime.shutdown_background();
         }
     }
+}
+
+/// Listens for those who watch over this party.
+async fn observe(at: SocketAddr, shared: &Arc<Shared>, stop: watch::Receiver<bool>) -> Result<SocketAddr> {
+    let listener = TcpListener::bind(at).await.map_err(|e| {
+        Error::Config(format!(
+            "[metrics] listen = \"{at}\": {e}; is another program listening there, and is it an address of this machine?"
+        ))
+    })?;
+    let address = listener.local_addr().map_err(|e| Error::io("the socket for metrics", e))?;
+    tokio::spawn(crate::http::serve(listener, observe::router(shared), stop));
+    tracing::info!(%address, "metrics");
+    Ok(address)
 }
 
 async fn listen_on(listener: TcpListener, shared: Arc<Shared>, stop: Arc<Notify>) {

@@ -104,6 +104,7 @@ pub fn owner(s: &mut Session, model: &SecureModel, grant: &Grant) -> Result<Owne
         }
         report.requests += 1;
         report.tokens += given;
+        s.answered(given);
         next_pass = r.first_pass;
         for from in [Role::Client, Role::Helper] {
             let step = request_scope().address(index, "request.walked");
@@ -178,6 +179,8 @@ pub fn helper(s: &mut Session, model: &SecureModel, grant: &Grant) -> Result<()>
             worst(join(walker), online)
         })?;
         jobs.discard();
+        // How many tokens were given out is the Client's and the Owner's to count.
+        s.answered(0);
         next_pass = r.first_pass + walked;
     }
     Ok(())

@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use super::chat::Template;
+use super::chat::pieces;
 use super::tasks::Task;
 use crate::error::{Error, Result};
+use crate::model::chat::ChatTemplate;
 use crate::model::{ModelConfig, TextCodec, calibrate};
 
 /// One sequence of tokens.
@@ -255,11 +256,16 @@ fn chats(path: &Path, base: &Path, codec: &TextCodec) -> Result<Vec<Example>> {
     if text.trim().is_empty() {
         return Err(Error::Config(format!("--data {}: is empty; give chats to learn from", path.display())));
     }
-    let template = Template::open(base)?;
+    let template = ChatTemplate::open(base)?.ok_or_else(|| {
+        Error::Config(format!(
+            "--data: chats need a chat template, and {} has none (chat_template.jinja, or chat_template in tokenizer_config.json); give a base that has one (instruction-tuned models do), or plain text",
+            base.display()
+        ))
+    })?;
     let mut examples = Vec::new();
     for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let wrong = |e: String| Error::Config(format!("--data {}: line {}: {e}", path.display(), number + 1));
-        let pieces = template.pieces(line).map_err(wrong)?;
+        let pieces = pieces(&template, line).map_err(wrong)?;
         // The template writes begin and end tokens itself.
         let encode = |(text, learned): &(String, bool)| Ok((codec.encode_plain(text)?, *learned));
         examples.push(Example::new(&pieces.iter().map(encode).collect::<Result<Vec<_>>>()?));

@@ -276,7 +276,7 @@ impl Options {
             stage1_steps: row.teacher.map(|_| steps / 3),
             steps: Some(steps),
             batch_size: self.batch_size,
-            lr: method.default_lr(),
+            lr: train::LEARNING_RATE,
             teacher: row.teacher.map(|name| self.dir(seed, name)),
             save_every: self.save_every,
         }

@@ -38,16 +38,8 @@ pub enum Method {
     Lora,
 }
 
-impl Method {
-    /// A largest learning rate that learns; adapters start from nothing and take larger steps.
-    #[must_use]
-    pub fn default_lr(self) -> f64 {
-        match self {
-            Method::Full | Method::Freeze => 1e-3,
-            Method::Lora => 3e-3,
-        }
-    }
-}
+/// A largest learning rate that learns, whatever the method.
+pub const LEARNING_RATE: f64 = 1e-3;
 
 /// What to do.
 #[derive(Clone, Debug)]

@@ -4,6 +4,7 @@
 
 pub mod adapter;
 pub mod calibrate;
+pub mod chat;
 pub mod checkpoint;
 pub mod config;
 mod config_json;
@@ -24,6 +25,7 @@ pub mod variant;
 pub mod weights;
 
 pub use adapter::{Adapter, LowRank};
+pub use chat::ChatTemplate;
 pub use checkpoint::Checkpoint;
 pub use config::{Activation, Arch, LayerShape, ModelConfig, Rope, RopeScaling, Softmax, Variant};
 pub use float::FloatCache;

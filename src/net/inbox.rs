@@ -2,6 +2,7 @@
 //! of messages that came before they were asked for.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -112,6 +113,8 @@ pub struct Inbox {
     early: [Mutex<Early>; 2],
     /// More out-of-turn bytes than this is a fault of the peer.
     early_limit: usize,
+    /// Bytes that were taken out of the ahead lane, as [`Inbox::pushed`] counts.
+    ahead_taken: AtomicU64,
 }
 
 fn index(lane: Lane) -> usize {
@@ -130,6 +133,7 @@ impl Inbox {
             pipes: [Pipe::new(online_capacity), Pipe::new(ahead_capacity)],
             early: Default::default(),
             early_limit: early_limit(ahead_capacity),
+            ahead_taken: AtomicU64::new(0),
         }
     }
 
@@ -175,6 +179,9 @@ impl Inbox {
         if frame.payload.len() != len {
             return Err(PeerFault::Length { want: len, got: frame.payload.len() });
         }
+        if lane == Lane::Ahead {
+            self.ahead_taken.fetch_add((len + FRAME_HEADER) as u64, Relaxed);
+        }
         Ok(frame)
     }
 
@@ -196,6 +203,10 @@ impl Inbox {
             } else {
                 dropped += frame.payload.len() as u64;
             }
+        }
+        if lane == Lane::Ahead {
+            // All that has come is used or gone.
+            self.ahead_taken.store(self.pushed()[1], Relaxed);
         }
         match found {
             Some(frame) if frame.payload.len() == len => Ok((frame, dropped)),
@@ -221,6 +232,13 @@ impl Inbox {
         let pipe = &self.pipes[0];
         let wait = pipe.changed.wait_timeout_while(pipe.lock(), limit, |q| q.ended.is_none());
         wait.unwrap_or_else(PoisonError::into_inner).0.ended.clone()
+    }
+
+    /// Run-ahead bytes that have arrived and not been used yet.
+    #[must_use]
+    pub fn ahead_held(&self) -> u64 {
+        let pushed = self.pushed()[1];
+        pushed.saturating_sub(self.ahead_taken.load(Relaxed))
     }
 
     /// Bytes that were ever pushed, frame headers included, per lane (online, ahead).

@@ -4,8 +4,8 @@
 //! depth that its sender had received, so the growth of the Owner's clock over a stretch of work is the length of the
 //! longest chain of messages in it.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -52,7 +52,35 @@ pub struct Meter {
     sent: [Counter; 3],
     clock: AtomicU32,
     waited_ns: [AtomicU64; 3],
+    requests: AtomicU64,
+    tokens: AtomicU64,
     ledger: Arc<Ledger>,
+    /// By peer: what was sent to it, and received from it.
+    samples: [[Sample; 2]; 3],
+}
+
+/// Bytes of a message that are looked at.
+const SAMPLE: usize = 1024;
+
+/// The beginning of a message that really went over the link, for whoever wants to see what a party sees.
+#[derive(Default)]
+struct Sample {
+    wanted: AtomicBool,
+    bytes: Mutex<Vec<u8>>,
+}
+
+impl Sample {
+    /// Shorter messages are control, and those of a few values.
+    fn offer(&self, payload: &[u8]) {
+        if payload.len() >= SAMPLE && self.wanted.swap(false, Relaxed) {
+            *self.bytes.lock().unwrap_or_else(PoisonError::into_inner) = payload[..SAMPLE].to_vec();
+        }
+    }
+
+    fn take(&self) -> Vec<u8> {
+        self.wanted.store(true, Relaxed);
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 impl Meter {
@@ -78,6 +106,25 @@ impl Meter {
     #[must_use]
     pub fn ledger(&self) -> &Arc<Ledger> {
         &self.ledger
+    }
+
+    /// The first 1024 bytes of a message of a request to `peer`, and of one from it, as they went over the link; empty before there
+    /// is one. Asking has the next ones kept: nothing is copied unless somebody looks.
+    #[must_use]
+    pub fn samples(&self, peer: Role) -> [Vec<u8>; 2] {
+        self.samples[peer.index()].each_ref().map(Sample::take)
+    }
+
+    /// A request of so many tokens was answered.
+    pub fn answered(&self, tokens: u64) {
+        self.requests.fetch_add(1, Relaxed);
+        self.tokens.fetch_add(tokens, Relaxed);
+    }
+
+    /// Requests that were answered, and their tokens.
+    #[must_use]
+    pub fn answers(&self) -> [u64; 2] {
+        [self.requests.load(Relaxed), self.tokens.load(Relaxed)]
     }
 
     /// Time spent waiting for `peer`.
@@ -113,6 +160,7 @@ impl<C: Channel> Channel for Metered<C> {
         c.bytes[i].fetch_add(bytes, Relaxed);
         c.messages[i].fetch_add(1, Relaxed);
         ledger::sent(lane, bytes);
+        self.meter.samples[self.peer.index()][0].offer(&frame.payload);
         match lane {
             Lane::Online => self.inner.send(lane, frame),
             // It may have to wait for room.
@@ -125,6 +173,7 @@ impl<C: Channel> Channel for Metered<C> {
         let frame = ledger::during(Doing::Wait, || self.inner.recv(lane, tag, len, timeout));
         self.meter.waited_ns[self.peer.index()].fetch_add(start.elapsed().as_nanos() as u64, Relaxed);
         let frame = frame?;
+        self.meter.samples[self.peer.index()][1].offer(&frame.payload);
         if lane == Lane::Online {
             self.meter.clock.fetch_max(frame.depth, Relaxed);
         }

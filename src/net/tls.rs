@@ -302,6 +302,12 @@ impl TlsChannel {
         self.inbox.pushed()
     }
 
+    /// Run-ahead bytes that have arrived and not been used yet.
+    #[must_use]
+    pub fn ahead_held(&self) -> u64 {
+        self.inbox.ahead_held()
+    }
+
     /// Messages received so far, both lanes.
     #[must_use]
     pub fn received_messages(&self) -> u64 {

@@ -9,7 +9,10 @@ mod draft;
 #[path = "../support/drafts.rs"]
 mod drafts;
 mod foreign;
+mod gateway;
 mod hostile;
+#[path = "../gateway/http.rs"]
+mod http;
 mod identities;
 mod intruders;
 mod memory;

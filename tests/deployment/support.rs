@@ -150,6 +150,8 @@ pub struct Site {
     /// Appended to `[tls]`.
     pub tls: String,
     pub preparation: PathBuf,
+    /// Whether servers tell their metrics, at a port of the system's choice.
+    pub metrics: bool,
 }
 
 pub fn day(days: i64) -> i64 {
@@ -165,6 +167,7 @@ impl Site {
             limits: "timeout_s = 5\nhandshake_timeout_s = 5\n".into(),
             tls: String::new(),
             preparation: preparation().to_path_buf(),
+            metrics: false,
         };
         std::fs::write(site.path("ca.pem"), site.ca.certificate_pem()).unwrap();
         for role in Role::ALL {
@@ -206,8 +209,10 @@ impl Site {
                 format!("[peers]\nowner = \"{owner}\"\nhelper = \"{helper}\"\n[model]\npublic = \"{prep}/public\"\n")
             }
         };
+        let metrics =
+            if self.metrics && role != Role::Client { "[metrics]\nlisten = \"127.0.0.1:0\"\n" } else { "" };
         let text = format!(
-            "role = \"{role}\"\n[tls]\ncertificate = \"{identity}.pem\"\nkey = \"{identity}.key\"\nca = \"ca.pem\"\n{tls}{own}[limits]\n{limits}"
+            "role = \"{role}\"\n[tls]\ncertificate = \"{identity}.pem\"\nkey = \"{identity}.key\"\nca = \"ca.pem\"\n{tls}{own}[limits]\n{limits}{metrics}"
         );
         let path = self.path(&format!("{name}.toml"));
         std::fs::write(&path, text).unwrap();

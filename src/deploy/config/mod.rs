@@ -29,6 +29,7 @@ pub struct Config {
     tls: Tls,
     limits: Limits,
     log: Log,
+    metrics: Option<SocketAddr>,
 }
 
 /// What only one role is told.
@@ -227,6 +228,12 @@ impl Config {
     #[must_use]
     pub fn tls(&self) -> &Tls {
         &self.tls
+    }
+
+    /// Where it tells its metrics over plain HTTP, if it does.
+    #[must_use]
+    pub fn metrics(&self) -> Option<SocketAddr> {
+        self.metrics
     }
 
     /// Where it is dialled; a Client is not.

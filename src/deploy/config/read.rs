@@ -27,6 +27,7 @@ struct File {
     limits: LimitsTable,
     #[serde(default)]
     log: LogTable,
+    metrics: Field<MetricsTable>,
 }
 
 #[derive(Deserialize)]
@@ -45,6 +46,12 @@ struct TlsTable {
 #[serde(deny_unknown_fields)]
 struct ListenTable {
     address: Field<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MetricsTable {
+    listen: Field<String>,
 }
 
 #[derive(Deserialize, Default)]
@@ -109,6 +116,7 @@ pub(super) fn config(text: &str, file: &Path) -> Result<Config> {
         party: reader.party(raw.listen, raw.peers, raw.model)?,
         limits: reader.limits(&raw.limits)?,
         log: reader.log(&raw.log)?,
+        metrics: reader.metrics(raw.metrics)?,
     })
 }
 
@@ -224,13 +232,28 @@ impl Reader<'_> {
         let what = "address = \"0.0.0.0:PORT\" in [listen]: where others dial it";
         let field = table.and_then(|s| s.into_inner().address);
         let field = self.need(field, at, "listen.address", what)?;
+        self.socket(&field, "listen.address", 7001)
+    }
+
+    fn socket(&self, field: &Spanned<String>, name: &str, port: u16) -> Result<SocketAddr> {
         field.get_ref().parse().map_err(|_| {
             let what = format!(
-                "{:?} is no address to listen at: expected IP:PORT, such as 0.0.0.0:7001 (on all interfaces), 127.0.0.1:7001 or [::]:7001",
+                "{:?} is no address to listen at: expected IP:PORT, such as 0.0.0.0:{port} (on all interfaces), 127.0.0.1:{port} or [::]:{port}",
                 field.get_ref()
             );
-            self.wrong(&field, "listen.address", what)
+            self.wrong(field, name, what)
         })
+    }
+
+    fn metrics(&self, table: Field<MetricsTable>) -> Result<Option<SocketAddr>> {
+        let Some(table) = table else { return Ok(None) };
+        if self.role == Role::Client {
+            return self.refuse(&Some(table), "[metrics]", "has its metrics at the gateway, `trefoil serve`").map(|()| None);
+        }
+        let at = table.span().start;
+        let what = "listen = \"127.0.0.1:9101\" in [metrics]: where it tells its metrics";
+        let field = self.need(table.into_inner().listen, Some(at), "metrics.listen", what)?;
+        self.socket(&field, "metrics.listen", 9101).map(Some)
     }
 
     /// A number from `least` to `most`, or the default.

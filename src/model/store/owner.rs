@@ -226,7 +226,9 @@ fn text(model: &Path, name: &str) -> Result<Option<String>> {
 /// What Clients get: the small files as they are, the manifest, and the public tensors in their own number format.
 fn write_public(model: &Path, dir: &Path, manifest: &[u8], from: &Checkpoint, part: &PublicPart) -> Result<()> {
     disk::create_dir(dir, 0o755, false)?;
-    for name in ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"] {
+    let names =
+        ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
+    for name in names {
         if let Some(bytes) = files::read_optional(&model.join(name), COPY_LIMIT)? {
             disk::write(&dir.join(name), &bytes, disk::PUBLIC)?;
         }

@@ -1,0 +1,174 @@
+//! HTTP connections: bounded in number, in time and in size, so that nobody who opens many, or says little, keeps others out.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::ConnectInfo;
+use axum::http::Request;
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Notify, watch};
+use tower::ServiceExt;
+
+/// Connections at a time; fewer if the process may not have twice as many files.
+const MOST: usize = 1024;
+/// A request's head has to come within this, also the next one of a connection that is kept.
+const HEAD: Duration = Duration::from_secs(15);
+/// The largest head of a request, in bytes.
+const HEAD_BYTES: usize = 32 << 10;
+/// A connection may be closed for a new one when nothing has happened on it for this long.
+const QUIET: Duration = Duration::from_millis(500);
+
+/// A connection, seen from outside.
+struct Entry {
+    close: Arc<Notify>,
+    /// Requests that are being answered.
+    active: usize,
+    since: Instant,
+}
+
+/// All of them, by number.
+#[derive(Clone, Default)]
+struct Entries(Arc<Mutex<BTreeMap<u64, Entry>>>);
+
+impl Entries {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Entry>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Closes the one on which nothing has happened for longest, unless all are at work.
+    fn make_room(&self, most: usize) -> bool {
+        let all = self.lock();
+        if all.len() < most {
+            return true;
+        }
+        let idle = all.values().filter(|e| e.active == 0 && e.since.elapsed() >= QUIET).min_by_key(|e| e.since);
+        idle.is_some_and(|entry| {
+            entry.close.notify_one();
+            true
+        })
+    }
+
+    fn enter(&self, number: u64) -> Arc<Notify> {
+        let close = Arc::new(Notify::new());
+        self.lock().insert(number, Entry { close: Arc::clone(&close), active: 0, since: Instant::now() });
+        close
+    }
+
+    fn change(&self, number: u64, by: impl FnOnce(usize) -> usize) {
+        if let Some(e) = self.lock().get_mut(&number) {
+            e.active = by(e.active);
+            e.since = Instant::now();
+        }
+    }
+}
+
+/// A request that is being answered, to the last byte of its answer.
+struct Active(Entries, u64);
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        self.0.change(self.1, |n| n.saturating_sub(1));
+    }
+}
+
+/// How many connections this process can have, after raising its limit as far as it may.
+fn most() -> usize {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    let _ = setrlimit(Resource::Nofile, limit);
+    let files = getrlimit(Resource::Nofile).current.map_or(usize::MAX, |n| n as usize);
+    MOST.min(files / 2).max(8)
+}
+
+/// Serves until `stop` changes, then lets requests that run end.
+pub(crate) async fn serve(listener: TcpListener, router: Router, mut stop: watch::Receiver<bool>) {
+    let (entries, most) = (Entries::default(), most());
+    let mut tasks = tokio::task::JoinSet::new();
+    for number in 0.. {
+        let accepted = tokio::select! {
+            _ = stop.changed() => break,
+            accepted = listener.accept() => accepted,
+        };
+        while tasks.try_join_next().is_some() {}
+        let (tcp, from) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        if !entries.make_room(most) {
+            tracing::warn!(%from, most, "too many connections at work: dropped");
+            continue;
+        }
+        let close = entries.enter(number);
+        tasks.spawn(connection(tcp, from, number, (entries.clone(), close), router.clone(), stop.clone()));
+    }
+    drop(listener);
+    while tasks.join_next().await.is_some() {}
+}
+
+async fn connection(
+    tcp: TcpStream,
+    from: SocketAddr,
+    number: u64,
+    (entries, close): (Entries, Arc<Notify>),
+    router: Router,
+    mut stop: watch::Receiver<bool>,
+) {
+    let _ = tcp.set_nodelay(true);
+    let seen = entries.clone();
+    let service = hyper::service::service_fn(move |request: Request<Incoming>| {
+        let (router, entries) = (router.clone(), seen.clone());
+        async move {
+            entries.change(number, |n| n + 1);
+            let active = Active(entries, number);
+            let mut request = request.map(Body::new);
+            request.extensions_mut().insert(ConnectInfo(from));
+            let response = match router.oneshot(request).await {
+                Ok(response) => response,
+                Err(never) => match never {},
+            };
+            // Streamed answers are at work until their body ends.
+            let kept = response.map(|body| {
+                body.map_frame(move |frame| {
+                    let _ = &active;
+                    frame
+                })
+            });
+            Ok::<_, Infallible>(kept)
+        }
+    });
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(HEAD_BYTES).keep_alive(true);
+    let connection = builder.serve_connection(TokioIo::new(tcp), service);
+    tokio::pin!(connection);
+    tokio::select! {
+        // Whatever is wrong with it, it was told; and it says nothing about others.
+        _ = connection.as_mut() => {}
+        () = close.notified() => {}
+        _ = stop.changed() => {
+            connection.as_mut().graceful_shutdown();
+            let idle = async {
+                while entries.lock().get(&number).is_some_and(|e| e.active > 0) {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                // The last bytes are on their way.
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            };
+            tokio::select! { _ = connection.as_mut() => {}, () = idle => {} }
+        }
+    }
+    entries.lock().remove(&number);
+}
