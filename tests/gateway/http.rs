@@ -1,4 +1,5 @@
 //! HTTP as bytes: a test has to be able to do it wrong.
+#![allow(dead_code)] // every test file uses a part of it
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
