@@ -11,6 +11,8 @@ mod bench;
 mod calibrate;
 #[path = "cli/certs.rs"]
 mod certs;
+#[path = "cli/chat.rs"]
+mod chat;
 #[path = "cli/cost.rs"]
 mod cost;
 #[path = "cli/doctor.rs"]
@@ -52,6 +54,8 @@ enum Command {
     Generate(Box<generate::Args>),
     /// Serve OpenAI's API and a chat page on this machine, as the client of a deployment (--config) or with all three parties here.
     Serve(Box<serve::Args>),
+    /// Chat in the terminal, as the client of a deployment (--config) or with all three parties here.
+    Chat(chat::Args),
     /// Run as owner or helper until SIGTERM or Ctrl-C.
     Party(party::Args),
     /// Make, sign and show the certificates by which parties on different hosts know each other.
@@ -94,6 +98,7 @@ fn main() -> std::process::ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => generate::run(&args),
         Command::Serve(args) => serve::run(&args),
+        Command::Chat(args) => chat::run(&args),
         Command::Party(args) => party::run(&args),
         Command::Certs(args) => certs::run(&args),
         Command::Init(args) => init::run(&args),

@@ -39,7 +39,8 @@ pub struct Args {
     max_tokens: Option<usize>,
 }
 
-const HELP: &str = "/new begins a new chat, /stats shows traffic and times, /quit ends (so does Ctrl-D); Ctrl-C stops an answer.";
+const HELP: &str =
+    "/new begins a new chat, /stats shows traffic and times, /quit ends (so does Ctrl-D); Ctrl-C stops an answer.";
 
 /// A conversation.
 struct Chat {
@@ -204,7 +205,10 @@ async fn open(a: &Args) -> Result<Client> {
         let Chosen { model, adapter, private_layers, .. } = a.private.chosen(&a.model)?;
         let mut options = LocalOptions::new(private_layers).net(a.net.parse::<Profile>()?);
         options.adapter = adapter;
-        eprintln!("owner, client and helper all run in this process, which isolates nothing. Preparing {} ...", a.model.display());
+        eprintln!(
+            "owner, client and helper all run in this process, which isolates nothing. Preparing {} ...",
+            a.model.display()
+        );
         return Client::local(model, options, 1).await;
     };
     Client::connect_with(path, Limits { sessions: 1, waiting: 1 }).await

@@ -67,7 +67,8 @@ pub fn run(a: &Args) -> Result<()> {
         Some(path) => Config::load(path)?.log(),
         None => Log { format: LogFormat::Text, level: tracing::Level::WARN },
     })?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("http").enable_all().build();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("http").enable_all().build();
     let runtime = runtime.map_err(|e| Error::io("starting threads", e))?;
     runtime.block_on(serve(a, keys))
 }
@@ -104,7 +105,10 @@ async fn serve(a: &Args, keys: Keys) -> Result<()> {
     let gateway = Gateway::start(client, Options { listen: a.listen, keys, model: model.clone(), network }).await?;
     // For scripts that wait for it, and that let the system choose the port.
     super::say(&format!("listening on http://{}\n", gateway.address()))?;
-    eprintln!("model {model}; a chat and what each party sees: http://{0}/  OpenAI's API: http://{0}/v1", gateway.address());
+    eprintln!(
+        "model {model}; a chat and what each party sees: http://{0}/  OpenAI's API: http://{0}/v1",
+        gateway.address()
+    );
     let io = |e| Error::io("waiting for signals", e);
     use tokio::signal::unix::{SignalKind, signal};
     let mut term = signal(SignalKind::terminate()).map_err(io)?;

@@ -308,10 +308,8 @@ impl Newest {
         self.facts.time = Time { compute_ms: ms(0), wait_ms: ms(1), network_ms: ms(2) };
         let n = self.facts.completion_tokens;
         self.facts.prefill_ms = self.first.map(|t| (t - self.begun).as_secs_f64() * 1e3);
-        self.facts.decode_ms = self
-            .first
-            .filter(|_| n > 1)
-            .map(|first| (self.last - first).as_secs_f64() * 1e3 / (n - 1) as f64);
+        self.facts.decode_ms =
+            self.first.filter(|_| n > 1).map(|first| (self.last - first).as_secs_f64() * 1e3 / (n - 1) as f64);
     }
 }
 

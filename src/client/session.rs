@@ -10,8 +10,8 @@ use crate::deploy::party::Options;
 use crate::error::{Error, Result};
 use crate::generate::{Generation, LinkReport, Local, LocalOptions};
 use crate::ledger::{Doing, Kind};
-use crate::net::{Lane, Links};
 use crate::net::meter::Meter;
+use crate::net::{Lane, Links};
 use crate::party::Role;
 
 /// Where sessions come from.
@@ -74,7 +74,12 @@ impl Open {
             Open::Deployment(remote) => {
                 let received = remote.received();
                 let links = Some(remote.links());
-                View { meters: vec![(Role::Client, remote.meter())], base: BTreeMap::new(), received: Some(received), links }
+                View {
+                    meters: vec![(Role::Client, remote.meter())],
+                    base: BTreeMap::new(),
+                    received: Some(received),
+                    links,
+                }
             }
             Open::Local(local) => {
                 let meters = Role::ALL.map(|role| (role, Arc::clone(local.world().meter(role))));
@@ -132,8 +137,7 @@ impl View {
             for to in Role::ALL.into_iter().filter(|to| to != from) {
                 let t = meter.sent(to);
                 let messages = t.messages + t.ahead_messages;
-                let all =
-                    LinkReport { online_bytes: t.online_bytes, ahead_bytes: t.ahead_bytes, messages };
+                let all = LinkReport { online_bytes: t.online_bytes, ahead_bytes: t.ahead_bytes, messages };
                 out.insert(format!("{from}->{to}"), all);
             }
         }

@@ -139,7 +139,9 @@ impl Collector for Live {
         let kinds = || Kind::ALL.into_iter().flat_map(|kind| LANES.map(|(lane, name)| (kind, lane, name)));
         let by_kind = |f: &dyn Fn(Kind, Lane) -> u64, unit: f64| {
             kinds()
-                .map(|(kind, lane, name)| (vec![("operation", kind.name()), ("lane", name)], f(kind, lane) as f64 / unit))
+                .map(|(kind, lane, name)| {
+                    (vec![("operation", kind.name()), ("lane", name)], f(kind, lane) as f64 / unit)
+                })
                 .collect::<Vec<_>>()
         };
         let spent = &sums.spent;
@@ -175,7 +177,10 @@ impl Collector for Live {
             ("sessions_limit", "Sessions that there may be", None, status.limit),
             ("run_ahead_held", "Run-ahead that has come and is not used yet", Some(Unit::Bytes), sums.held),
         ];
-        gauges.extend(crate::bench::resident_memory().map(|b| ("resident_memory", "Memory of this process", Some(Unit::Bytes), b)));
+        gauges.extend(
+            crate::bench::resident_memory()
+                .map(|b| ("resident_memory", "Memory of this process", Some(Unit::Bytes), b)),
+        );
         for (name, help, unit, value) in gauges {
             let gauge = e.encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;
             ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX)).encode(gauge)?;

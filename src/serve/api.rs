@@ -130,7 +130,8 @@ async fn nothing(method: Method, uri: axum::http::Uri) -> Response {
 /// Around every request: whose page it comes from, what a browser may do with the answer, the count.
 async fn watched(State(gateway): Shared, request: Request, next: Next) -> Response {
     // Paths that there are not would be labels without end.
-    let known = ["/v1/chat/completions", "/v1/completions", "/v1/models", "/api/state", "/metrics", "/health", "/ready", "/"];
+    let known =
+        ["/v1/chat/completions", "/v1/completions", "/v1/models", "/api/state", "/metrics", "/health", "/ready", "/"];
     let path = known.into_iter().find(|p| *p == request.uri().path()).unwrap_or("other");
     let host = request.headers().get(header::HOST).and_then(|h| h.to_str().ok()).unwrap_or_default();
     let mut response = if gateway.loopback && !is_this_machine(host) {

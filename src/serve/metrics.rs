@@ -101,7 +101,12 @@ impl Collector for Live {
         let links = |f: &dyn Fn(&crate::generate::LinkReport) -> u64| {
             state.links.iter().map(|(name, link)| (name.clone(), f(link))).collect::<Vec<_>>()
         };
-        counters("link_online_bytes", "Bytes that depend on inputs, by directed link", "link", &links(&|l| l.online_bytes))?;
+        counters(
+            "link_online_bytes",
+            "Bytes that depend on inputs, by directed link",
+            "link",
+            &links(&|l| l.online_bytes),
+        )?;
         counters("link_ahead_bytes", "Bytes that run ahead, by directed link", "link", &links(&|l| l.ahead_bytes))?;
         counters("link_messages", "Messages of both kinds, by directed link", "link", &links(&|l| l.messages))?;
         let [limit, open, busy] = state.sessions;

@@ -32,9 +32,17 @@ const REFUSED: [(&str, &[&str], &str); 19] = [
     ("n", &["1"], "one answer a request: send it several times, with other seeds"),
     ("best_of", &["1"], "it compares answers by their probabilities, which are not opened"),
     ("tools", &["[]"], "tool calls need a constrained decoder, which would have to see the logits"),
-    ("tool_choice", &["\"none\"", "\"auto\""], "tool calls need a constrained decoder, which would have to see the logits"),
+    (
+        "tool_choice",
+        &["\"none\"", "\"auto\""],
+        "tool calls need a constrained decoder, which would have to see the logits",
+    ),
     ("functions", &["[]"], "function calls need a constrained decoder, which would have to see the logits"),
-    ("function_call", &["\"none\"", "\"auto\""], "function calls need a constrained decoder, which would have to see the logits"),
+    (
+        "function_call",
+        &["\"none\"", "\"auto\""],
+        "function calls need a constrained decoder, which would have to see the logits",
+    ),
     ("response_format", &["{\"type\":\"text\"}"], "a constrained decoder would have to see the logits"),
     ("logprobs", &["false", "0"], "probabilities are not opened to anybody: they give the model away"),
     ("top_logprobs", &["0"], "probabilities are not opened to anybody: they give the model away"),
@@ -129,7 +137,12 @@ pub(super) fn chat(fields: &Map<String, Value>) -> Result<Asked, Wrong> {
     }
     let turns: Vec<Turn> = match field(fields, "messages", "a list of {\"role\": .., \"content\": ..}")? {
         Some(turns) => turns,
-        None => return wrong("messages", "`messages` is missing: give the chat as a list of {\"role\": .., \"content\": ..}"),
+        None => {
+            return wrong(
+                "messages",
+                "`messages` is missing: give the chat as a list of {\"role\": .., \"content\": ..}",
+            );
+        }
     };
     if turns.is_empty() {
         return wrong("messages", "`messages` is empty: give at least one");
@@ -224,10 +237,7 @@ impl Envelope {
     /// A whole answer.
     pub fn whole(&self, text: &str, finish: &str, usage: Usage) -> Value {
         let (kind, mut choice) = match self.chat {
-            true => (
-                "chat.completion",
-                json!({"message": {"role": "assistant", "content": text, "refusal": null}}),
-            ),
+            true => ("chat.completion", json!({"message": {"role": "assistant", "content": text, "refusal": null}})),
             false => ("text_completion", json!({"text": text})),
         };
         choice["index"] = 0.into();
@@ -237,7 +247,8 @@ impl Envelope {
     }
 
     fn chunk(&self, choices: Value, usage: Option<Usage>) -> Value {
-        let mut chunk = self.object(if self.chat { "chat.completion.chunk" } else { "text_completion" }, choices, usage);
+        let mut chunk =
+            self.object(if self.chat { "chat.completion.chunk" } else { "text_completion" }, choices, usage);
         if !self.include_usage
             && let Value::Object(fields) = &mut chunk
         {
@@ -248,7 +259,8 @@ impl Envelope {
 
     /// The first chunk of a chat says who speaks.
     pub fn opening(&self) -> Option<Value> {
-        let choice = json!({"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": null, "finish_reason": null});
+        let choice =
+            json!({"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": null, "finish_reason": null});
         self.chat.then(|| self.chunk(json!([choice]), None))
     }
 
@@ -315,7 +327,10 @@ mod tests {
         let Prompt::Chat(messages) = &asked.request.prompt else { panic!("no chat") };
         assert_eq!(messages.iter().map(|m| m.content.as_str()).collect::<Vec<_>>(), ["ab", ""]);
         let r = &asked.request;
-        assert_eq!((r.max_tokens, r.seed, r.temperature, r.stop.as_slice()), (Some(3), Some(u64::MAX), 0.0, &["S".to_owned()][..]));
+        assert_eq!(
+            (r.max_tokens, r.seed, r.temperature, r.stop.as_slice()),
+            (Some(3), Some(u64::MAX), 0.0, &["S".to_owned()][..])
+        );
         assert!(asked.stream && asked.include_usage && asked.model.as_deref() == Some("m"));
         for (body, param) in [
             (json!({}), "messages"),

@@ -150,7 +150,11 @@ fn many_chats_at_once_and_a_party_dies_under_them() {
                 });
             }
             std::thread::sleep(Duration::from_millis(700));
-            if role == "helper" { trio.helper.kill() } else { trio.owner.kill() }
+            if role == "helper" {
+                trio.helper.kill()
+            } else {
+                trio.owner.kill()
+            }
             std::thread::sleep(Duration::from_millis(700));
             if role == "helper" {
                 trio.helper = Party::start(&trio.helper_config);

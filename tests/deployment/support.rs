@@ -209,8 +209,7 @@ impl Site {
                 format!("[peers]\nowner = \"{owner}\"\nhelper = \"{helper}\"\n[model]\npublic = \"{prep}/public\"\n")
             }
         };
-        let metrics =
-            if self.metrics && role != Role::Client { "[metrics]\nlisten = \"127.0.0.1:0\"\n" } else { "" };
+        let metrics = if self.metrics && role != Role::Client { "[metrics]\nlisten = \"127.0.0.1:0\"\n" } else { "" };
         let text = format!(
             "role = \"{role}\"\n[tls]\ncertificate = \"{identity}.pem\"\nkey = \"{identity}.key\"\nca = \"ca.pem\"\n{tls}{own}[limits]\n{limits}{metrics}"
         );

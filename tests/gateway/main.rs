@@ -86,12 +86,14 @@ fn answers_are_those_of_generate() {
     body["stream_options"] = json!({"include_usage": true});
     let chunks = stream(at, "/v1/chat/completions", &body);
     assert_eq!(chunks[0]["choices"][0]["delta"]["role"], "assistant");
-    let said: String =
-        chunks.iter().filter_map(|c| c["choices"][0]["delta"]["content"].as_str()).collect();
+    let said: String = chunks.iter().filter_map(|c| c["choices"][0]["delta"]["content"].as_str()).collect();
     assert_eq!(said, want);
     let [.., last, usage] = &chunks[..] else { panic!("no chunks") };
     assert_eq!(last["choices"][0]["finish_reason"], "length");
-    assert_eq!((&usage["choices"], &usage["usage"]["total_tokens"]), (&json!([]), &json!(12 + generated["prompt_tokens"].as_u64().unwrap())));
+    assert_eq!(
+        (&usage["choices"], &usage["usage"]["total_tokens"]),
+        (&json!([]), &json!(12 + generated["prompt_tokens"].as_u64().unwrap()))
+    );
     assert!(chunks.iter().all(|c| c["id"] == chunks[0]["id"]));
 }
 
@@ -268,7 +270,11 @@ fn metrics_and_the_page_say_the_same() {
     };
     for (link, counts) in state["links"].as_object().unwrap() {
         for field in ["online_bytes", "ahead_bytes", "messages"] {
-            assert_eq!(counts[field], value(&format!("trefoil_link_{field}_total{{link=\"{link}\"}}")), "{link} {field}");
+            assert_eq!(
+                counts[field],
+                value(&format!("trefoil_link_{field}_total{{link=\"{link}\"}}")),
+                "{link} {field}"
+            );
         }
     }
     assert_eq!(state["links"].as_object().unwrap().len(), 6);
@@ -279,7 +285,8 @@ fn metrics_and_the_page_say_the_same() {
     assert!(state["last"]["links"]["owner->helper"]["online_bytes"].as_u64().unwrap() > 0);
     // What a party receives looks like noise: 1024 uniformly random bytes have 7.81 bits each in the mean.
     let samples = state["samples"].as_object().unwrap();
-    let full: Vec<f64> = samples.values().filter(|s| s["bytes"] != "").map(|s| s["entropy"].as_f64().unwrap()).collect();
+    let full: Vec<f64> =
+        samples.values().filter(|s| s["bytes"] != "").map(|s| s["entropy"].as_f64().unwrap()).collect();
     assert!(full.len() >= 3, "{samples:?}");
     assert!(full.iter().all(|&e| e > 7.7), "{full:?}");
     assert!(!metrics.contains(PROMPT) && !state.to_string().contains(PROMPT));

@@ -248,7 +248,9 @@ impl Reader<'_> {
     fn metrics(&self, table: Field<MetricsTable>) -> Result<Option<SocketAddr>> {
         let Some(table) = table else { return Ok(None) };
         if self.role == Role::Client {
-            return self.refuse(&Some(table), "[metrics]", "has its metrics at the gateway, `trefoil serve`").map(|()| None);
+            return self
+                .refuse(&Some(table), "[metrics]", "has its metrics at the gateway, `trefoil serve`")
+                .map(|()| None);
         }
         let at = table.span().start;
         let what = "listen = \"127.0.0.1:9101\" in [metrics]: where it tells its metrics";

@@ -419,7 +419,7 @@ function renderSample(link) {
   const sample = state.samples?.[link], shown = sample?.bytes || "";
   const canvas = figure.querySelector("canvas");
   canvas.classList.toggle("empty", !shown);
-  if (!shown) put(detail, !(link in state.links) ? "not seen here" : state.last ? "nothing in the newest request" : "no request yet");
+  if (!shown) put(detail, !(link in state.links) ? "not seen here" : state.last ? "short messages only: counts and single tokens" : "no request yet");
   if (figure.dataset.shown === shown) return;
   figure.dataset.shown = shown;
   const data = Uint8Array.from(atob(shown), (c) => c.charCodeAt(0));
