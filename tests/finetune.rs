@@ -242,6 +242,41 @@ fn a_checkpoint_that_cannot_be_saved_leaves_the_earlier_one() {
     assert!(read(&dir, "adapter_model.safetensors") == read(&whole, "adapter_model.safetensors"));
 }
 
+/// As on a full disk: the system takes no more bytes of a file than this.
+#[test]
+fn a_disk_without_room_leaves_the_earlier_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let options = format!(
+        "finetune --base {BASE} --data task:sums --method lora --rank 2 --targets q --context 48 --batch-size 2 --steps 4000 --epochs 4000 \
+         --save-every 2 --threads 1 --json --out {}",
+        out.display()
+    );
+    let program = env!("CARGO_BIN_EXE_trefoil");
+    let mut child = std::process::Command::new(program)
+        .args(options.split_whitespace())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let saved = out.join("training.safetensors");
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while !saved.exists() {
+        assert!(std::time::Instant::now() < deadline && child.try_wait().unwrap().is_none());
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let before = std::fs::read(&saved).unwrap();
+    let full = std::process::Command::new("sh")
+        .args(["-c", &format!("trap '' XFSZ; ulimit -f 8; exec {program} {options}")])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&full.stderr);
+    assert!(!full.status.success() && said.contains("what was saved there before is intact"), "{said}");
+    assert!(before == std::fs::read(&saved).unwrap(), "the checkpoint has changed");
+}
+
 #[test]
 fn frozen_layers_are_the_bases_bit_for_bit() {
     let dir = tempfile::tempdir().unwrap();

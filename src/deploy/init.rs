@@ -196,7 +196,7 @@ public = "../prep/public"
 # Where to tell metrics (/metrics, for Prometheus), liveness (/health) and readiness (/ready), over plain HTTP without keys: for this
 # machine, or a network on which only those who watch over it are.
 # [metrics]
-# listen = "127.0.0.1:9101"
+#   listen = "127.0.0.1:9101"
 "#
         }
     };

@@ -156,6 +156,24 @@ impl serde_json::ser::Formatter for Spaced {
 mod tests {
     use super::*;
 
+    /// What transformers made of the same templates and chats (tests/fixtures/chat/make.py).
+    #[test]
+    fn chats_are_rendered_as_transformers_does() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/chat/chats.json");
+        let all: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        for case in all["cases"].as_array().unwrap() {
+            let source = all["templates"][case["template"].as_str().unwrap()].as_str().unwrap();
+            let template = ChatTemplate::new(source.into(), "<s>".into(), "</s>".into()).unwrap();
+            let messages: Vec<Message> = serde_json::from_value(case["messages"].clone()).unwrap();
+            match (template.render(&messages, case["answer"] == true), case["text"].as_str(), case["refused"].as_str())
+            {
+                (Ok(text), Some(want), None) => assert_eq!(text, want, "{case}"),
+                (Err(e), None, Some(why)) => assert!(e.contains(why), "{e}: {case}"),
+                (got, ..) => panic!("{got:?}: {case}"),
+            }
+        }
+    }
+
     #[test]
     fn what_a_template_refuses_is_said() {
         let source = "{% for m in messages %}{% if m.role == 'fool' %}{{ raise_exception('no fool') }}{% endif %}{{ m.content }}{% endfor %}";
