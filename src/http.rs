@@ -26,6 +26,8 @@ const HEAD: Duration = Duration::from_secs(15);
 const HEAD_BYTES: usize = 32 << 10;
 /// A connection may be closed for a new one when nothing has happened on it for this long.
 const QUIET: Duration = Duration::from_millis(500);
+/// The same while an answer is under way: whoever does not read one keeps no place for ever.
+const STALLED: Duration = Duration::from_secs(600);
 
 /// A connection, seen from outside.
 struct Entry {
@@ -50,7 +52,8 @@ impl Entries {
         if all.len() < most {
             return true;
         }
-        let idle = all.values().filter(|e| e.active == 0 && e.since.elapsed() >= QUIET).min_by_key(|e| e.since);
+        let quiet = |e: &&Entry| e.since.elapsed() >= if e.active == 0 { QUIET } else { STALLED };
+        let idle = all.values().filter(quiet).min_by_key(|e| e.since);
         idle.is_some_and(|entry| {
             entry.close.notify_one();
             true
@@ -143,7 +146,7 @@ async fn connection(
             // Streamed answers are at work until their body ends.
             let kept = response.map(|body| {
                 body.map_frame(move |frame| {
-                    let _ = &active;
+                    active.0.change(active.1, |n| n);
                     frame
                 })
             });

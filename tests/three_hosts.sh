@@ -77,6 +77,8 @@ done
 grep -q "the helper has the model" "$work/owner.log" || { cat "$work"/*.log >&2; exit 1; }
 # 7: everything in order?
 at client "$trefoil" doctor --config configs/client.toml
+at owner "$trefoil" doctor --config configs/owner.toml
+at helper "$trefoil" doctor --config configs/helper.toml
 # 8: generate.
 at client "$trefoil" generate --config configs/client.toml --prompt "$prompt" --max-new-tokens 16 --json > "$work/three.json" ||
     { cat "$work"/*.log >&2; exit 1; }

@@ -648,7 +648,11 @@ impl Inner {
             false => Some(seat),
         });
         let mut fresh = seat.is_none();
-        self.watch().totals.requests += 1;
+        {
+            let totals = &mut self.watch().totals;
+            totals.requests += 1;
+            totals.prompt_tokens += job.prompt.len() as u64;
+        }
         loop {
             let mut now = match seat.take() {
                 Some(seat) => seat,
@@ -748,9 +752,7 @@ impl Inner {
         let now = Instant::now();
         let base = (view.links(), view.time());
         let facts = Latest { running: true, prompt_tokens: job.prompt.len(), ..Latest::default() };
-        let mut watch = self.watch();
-        watch.totals.prompt_tokens += job.prompt.len() as u64;
-        watch.newest = Some(Newest { number, view, base, begun: now, first: None, last: now, facts });
+        self.watch().newest = Some(Newest { number, view, base, begun: now, first: None, last: now, facts });
     }
 
     fn token(&self, number: u64) {

@@ -69,7 +69,7 @@ pub fn owner(s: &mut Session, model: &SecureModel, grant: &Grant) -> Result<Owne
         let mut tokens = r.prompt as usize;
         loop {
             s.begin(r.first_pass + used, &[tokens]);
-            let mut depths = vec![s.depth()];
+            let mut depths = Vec::new();
             // A rejected draft's noise is used again: by the token that is given out in its place.
             noise.seek(given);
             let options = PassOptions {
@@ -81,8 +81,7 @@ pub fn owner(s: &mut Session, model: &SecureModel, grant: &Grant) -> Result<Owne
             };
             model.pass(s, &mut cache, options)?;
             s.end_batch();
-            // The first difference also holds the Client's input.
-            report.layer_messages = depths.windows(2).skip(1).map(|d| d[1] - d[0]).collect();
+            report.layer_messages = depths.windows(2).map(|d| d[1] - d[0]).collect();
             used += 1;
             let pass = r.first_pass + used;
             match &mut progress {

@@ -118,6 +118,12 @@ async fn own_port(config: &Config, timeout: Duration) -> (Option<Status>, Vec<Fi
                 );
                 (Some(status), vec![Finding::ok(check, found)])
             }
+            // One that pins its peers does not count itself among them, and speaks TLS before it says so.
+            Err(Error::Peer { kind: PeerFault::RefusesUs(_), .. }) if config.tls().ca.is_none() => {
+                let found =
+                    format!("our daemon listens at {listen}; it trusts pinned peers alone, so it tells us nothing");
+                (None, vec![Finding::ok(check, found)])
+            }
             Err(other) => finding(
                 format!("{listen} is in use by something that is not this party's daemon ({other})"),
                 "end that program, or give another port in [listen] address and in the [peers] of all who dial it",

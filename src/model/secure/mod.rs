@@ -126,7 +126,7 @@ pub struct PassOptions<'a> {
     pub open_logits: bool,
     /// A token for every position of a pass, instead of the last one only: to verify drafts.
     pub every: bool,
-    /// Filled with the causal depth after each layer (Owner).
+    /// Filled with the causal depth after the input and after each layer (Owner).
     pub depths: Option<&'a mut Vec<u32>>,
 }
 
@@ -270,6 +270,9 @@ impl SecureModel {
             None => input::input(s, &scope, &Rows::even(tokens, self.config.hidden_size), k, F, source)?,
         };
         let mut flags = self.new_flags(s);
+        if let Some(depths) = &mut o.depths {
+            depths.push(s.depth());
+        }
         for index in 0..self.layers.len() {
             h = self.layer(s, index, h, cache, &mut flags)?;
             if let Some(depths) = &mut o.depths {
