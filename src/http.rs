@@ -26,15 +26,27 @@ const HEAD: Duration = Duration::from_secs(15);
 const HEAD_BYTES: usize = 32 << 10;
 /// A connection may be closed for a new one when nothing has happened on it for this long.
 const QUIET: Duration = Duration::from_millis(500);
-/// The same while an answer is under way: whoever does not read one keeps no place for ever.
-const STALLED: Duration = Duration::from_secs(600);
+/// The same while an answer is written: whoever does not read it keeps no place. Streams say something every 10 s.
+const STALLED: Duration = Duration::from_secs(30);
+/// The same while an answer is worked on.
+const WORKING: Duration = Duration::from_secs(600);
 
 /// A connection, seen from outside.
 struct Entry {
     close: Arc<Notify>,
-    /// Requests that are being answered.
-    active: usize,
+    doing: Doing,
     since: Instant,
+}
+
+/// What a connection is at.
+#[derive(Clone, Copy, PartialEq)]
+enum Doing {
+    /// Waits for a request, or for all of one's head.
+    Nothing,
+    /// Works on an answer.
+    Answer,
+    /// Writes one.
+    Write,
 }
 
 /// All of them, by number.
@@ -48,13 +60,22 @@ impl Entries {
 
     /// Closes the one on which nothing has happened for longest, unless all are at work.
     fn make_room(&self, most: usize) -> bool {
-        let all = self.lock();
+        let mut all = self.lock();
         if all.len() < most {
             return true;
         }
-        let quiet = |e: &&Entry| e.since.elapsed() >= if e.active == 0 { QUIET } else { STALLED };
-        let idle = all.values().filter(quiet).min_by_key(|e| e.since);
-        idle.is_some_and(|entry| {
+        let quiet = |e: &Entry| {
+            let limit = match e.doing {
+                Doing::Nothing => QUIET,
+                Doing::Write => STALLED,
+                Doing::Answer => WORKING,
+            };
+            e.since.elapsed() >= limit
+        };
+        let idle = all.iter().filter(|(_, e)| quiet(e)).min_by_key(|(_, e)| e.since).map(|(number, _)| *number);
+        // Out of the count at once, so that the next newcomer chooses another one.
+        let gone = idle.and_then(|number| all.remove(&number));
+        gone.is_some_and(|entry| {
             entry.close.notify_one();
             true
         })
@@ -62,15 +83,23 @@ impl Entries {
 
     fn enter(&self, number: u64) -> Arc<Notify> {
         let close = Arc::new(Notify::new());
-        self.lock().insert(number, Entry { close: Arc::clone(&close), active: 0, since: Instant::now() });
+        self.lock().insert(number, Entry { close: Arc::clone(&close), doing: Doing::Nothing, since: Instant::now() });
         close
     }
 
-    fn change(&self, number: u64, by: impl FnOnce(usize) -> usize) {
+    fn now(&self, number: u64, doing: Doing) {
         if let Some(e) = self.lock().get_mut(&number) {
-            e.active = by(e.active);
-            e.since = Instant::now();
+            (e.doing, e.since) = (doing, Instant::now());
         }
+    }
+}
+
+/// An entry that goes with its connection, whatever ends that.
+struct Entered(Entries, u64);
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        self.0.lock().remove(&self.1);
     }
 }
 
@@ -79,7 +108,7 @@ struct Active(Entries, u64);
 
 impl Drop for Active {
     fn drop(&mut self) {
-        self.0.change(self.1, |n| n.saturating_sub(1));
+        self.0.now(self.1, Doing::Nothing);
     }
 }
 
@@ -97,6 +126,7 @@ fn most() -> usize {
 pub(crate) async fn serve(listener: TcpListener, router: Router, mut stop: watch::Receiver<bool>) {
     let (entries, most) = (Entries::default(), most());
     let mut tasks = tokio::task::JoinSet::new();
+    let (mut said, mut dropped) = (None, 0u64);
     for number in 0.. {
         let accepted = tokio::select! {
             _ = stop.changed() => break,
@@ -112,7 +142,12 @@ pub(crate) async fn serve(listener: TcpListener, router: Router, mut stop: watch
             }
         };
         if !entries.make_room(most) {
-            tracing::warn!(%from, most, "too many connections at work: dropped");
+            dropped += 1;
+            // One line a second, however many there are.
+            if said.is_none_or(|at: Instant| at.elapsed() >= Duration::from_secs(1)) {
+                tracing::warn!(%from, most, dropped, "too many connections at work: dropped");
+                (said, dropped) = (Some(Instant::now()), 0);
+            }
             continue;
         }
         let close = entries.enter(number);
@@ -130,12 +165,13 @@ async fn connection(
     router: Router,
     mut stop: watch::Receiver<bool>,
 ) {
+    let entered = Entered(entries.clone(), number);
     let _ = tcp.set_nodelay(true);
     let seen = entries.clone();
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
         let (router, entries) = (router.clone(), seen.clone());
         async move {
-            entries.change(number, |n| n + 1);
+            entries.now(number, Doing::Answer);
             let active = Active(entries, number);
             let mut request = request.map(Body::new);
             request.extensions_mut().insert(ConnectInfo(from));
@@ -143,10 +179,11 @@ async fn connection(
                 Ok(response) => response,
                 Err(never) => match never {},
             };
+            active.0.now(number, Doing::Write);
             // Streamed answers are at work until their body ends.
             let kept = response.map(|body| {
                 body.map_frame(move |frame| {
-                    active.0.change(active.1, |n| n);
+                    active.0.now(active.1, Doing::Write);
                     frame
                 })
             });
@@ -164,7 +201,7 @@ async fn connection(
         _ = stop.changed() => {
             connection.as_mut().graceful_shutdown();
             let idle = async {
-                while entries.lock().get(&number).is_some_and(|e| e.active > 0) {
+                while entries.lock().get(&number).is_some_and(|e| e.doing != Doing::Nothing) {
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
                 // The last bytes are on their way.
@@ -173,5 +210,5 @@ async fn connection(
             tokio::select! { _ = connection.as_mut() => {}, () = idle => {} }
         }
     }
-    entries.lock().remove(&number);
+    drop(entered);
 }

@@ -115,6 +115,9 @@ pub enum Failure {
     /// The Client is closing.
     #[error("the client is shutting down: no new requests")]
     Closing,
+    /// No session can be had, for a reason on this side.
+    #[error("the client cannot open a session; its log says why")]
+    Unavailable,
     /// It failed on its way.
     #[error(transparent)]
     Failed(#[from] Error),
@@ -192,6 +195,7 @@ struct Job {
     temperature: f64,
     seed: u64,
     stop: Vec<String>,
+    caller: u64,
     out: mpsc::UnboundedSender<Result<Event, Failure>>,
 }
 
@@ -291,7 +295,9 @@ pub struct State {
 /// The newest request, as it is kept.
 struct Newest {
     number: u64,
-    view: View,
+    caller: u64,
+    /// None once its session has ended: what it counted is in the facts.
+    view: Option<View>,
     /// Counters when it began.
     base: (BTreeMap<String, LinkReport>, [u64; 3]),
     begun: Instant,
@@ -302,8 +308,9 @@ struct Newest {
 
 impl Newest {
     fn update(&mut self) {
-        self.facts.links = since(self.view.links(), &self.base.0);
-        let now = self.view.time();
+        let Some(view) = &self.view else { return };
+        self.facts.links = since(view.links(), &self.base.0);
+        let now = view.time();
         let ms = |i: usize| now[i].saturating_sub(self.base.1[i]) as f64 / 1e6;
         self.facts.time = Time { compute_ms: ms(0), wait_ms: ms(1), network_ms: ms(2) };
         let n = self.facts.completion_tokens;
@@ -336,17 +343,28 @@ struct Inner {
     limits: Limits,
     queue: Queue<Job>,
     codec: TextCodec,
-    template: Option<ChatTemplate>,
+    /// The chat template, or why there is none.
+    template: Result<ChatTemplate, String>,
     facts: Facts,
     watch: Mutex<Watch>,
+    /// Open sessions that nobody uses, the one used last on top.
+    idle: Mutex<Vec<Seat>>,
     busy: AtomicUsize,
     sessions: AtomicU64,
     workers: Mutex<Vec<std::thread::JoinHandle<()>>>,
 }
 
-/// A handle on sessions. Clones share them.
+/// A handle on sessions. Clones share them; with the last one gone no more requests are begun, and the sessions end.
 #[derive(Clone)]
-pub struct Client(Arc<Inner>);
+pub struct Client(Arc<Handle>);
+
+struct Handle(Arc<Inner>);
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.0.queue.close();
+    }
+}
 
 impl Client {
     /// The Client of the deployment that the file `path` configures, with up to 4 sessions and 64 requests waiting. One session is
@@ -392,8 +410,16 @@ impl Client {
     fn start(source: Source, dir: &Path, limits: Limits) -> Result<Client> {
         let limits = Limits { sessions: limits.sessions.max(1), ..limits };
         let codec = TextCodec::open(dir)?;
-        let template = ChatTemplate::open(dir)?;
-        let first = source.open(&|| true)?;
+        // One that cannot be read is no reason not to continue texts.
+        let template = match ChatTemplate::open(dir) {
+            Ok(Some(template)) => Ok(template),
+            Ok(None) => Err("chat_template.jinja, or chat_template in tokenizer_config.json, is missing".to_owned()),
+            Err(e) => {
+                tracing::warn!(error = %e, "chats will be refused");
+                Err(e.to_string())
+            }
+        };
+        let first = source.open()?;
         let facts = match &first {
             Open::Deployment(remote) => {
                 let f = remote.facts();
@@ -424,23 +450,26 @@ impl Client {
         let inner = Arc::new(Inner {
             source,
             limits,
-            queue: Queue::new(limits.waiting),
+            queue: Queue::new(),
             codec,
             template,
             facts,
             watch: Mutex::default(),
+            idle: Mutex::default(),
             busy: AtomicUsize::new(0),
             sessions: AtomicU64::new(0),
             workers: Mutex::default(),
         });
-        let mut first = Some(inner.opened(first));
+        let first = inner.opened(first);
+        inner.idle().push(first);
+        let client = Client(Arc::new(Handle(Arc::clone(&inner))));
         for i in 0..limits.sessions {
-            let (shared, open) = (Arc::clone(&inner), first.take());
+            let shared = Arc::clone(&inner);
             let thread = std::thread::Builder::new().name(format!("client {i}"));
-            let worker = thread.spawn(move || shared.work(open)).map_err(|e| Error::io("a session's thread", e))?;
+            let worker = thread.spawn(move || shared.work()).map_err(|e| Error::io("a session's thread", e))?;
             inner.workers.lock().unwrap_or_else(PoisonError::into_inner).push(worker);
         }
-        Ok(Client(inner))
+        Ok(client)
     }
 
     /// Asks. The answer comes when a session is free.
@@ -448,7 +477,13 @@ impl Client {
     /// # Errors
     /// [`Failure::Invalid`] and [`Failure::TooLong`] for the request, [`Failure::Busy`] if too many wait.
     pub fn generate(&self, request: Request) -> Result<Answer, Failure> {
-        let inner = &self.0;
+        let inner = self.inner();
+        // Those that a session is free for do not wait.
+        let limit = inner.limits.waiting + inner.limits.sessions.saturating_sub(inner.busy.load(Relaxed));
+        // Before the work of reading it.
+        if inner.queue.full(request.caller, limit) {
+            return Err(Failure::Busy(inner.limits.waiting));
+        }
         let prompt = inner.encode(&request.prompt)?;
         if prompt.is_empty() {
             return Err(Failure::Invalid("the prompt is empty: give at least one token of text".into()));
@@ -480,33 +515,41 @@ impl Client {
             temperature: request.temperature,
             seed,
             stop: request.stop,
+            caller: request.caller,
             out,
         };
         // Places of callers that have gone away are free.
         inner.queue.retain(|job| !job.out.is_closed());
-        inner.queue.push(request.caller, job).map_err(|e| match e {
+        let gone = inner.queue.push(request.caller, job, limit).map_err(|e| match e {
             Refused::Full => Failure::Busy(inner.limits.waiting),
             Refused::Closed => Failure::Closing,
         })?;
+        if let Some(job) = gone {
+            let _ = job.out.send(Err(Failure::Busy(inner.limits.waiting)));
+        }
         Ok(Answer(answer))
     }
 
     /// The model and the parties.
     #[must_use]
     pub fn facts(&self) -> &Facts {
-        &self.0.facts
+        &self.inner().facts
+    }
+
+    fn inner(&self) -> &Arc<Inner> {
+        &self.0.0
     }
 
     /// Whether the model has a chat template.
     #[must_use]
     pub fn chats(&self) -> bool {
-        self.0.template.is_some()
+        self.inner().template.is_ok()
     }
 
     /// What is going on.
     #[must_use]
     pub fn state(&self) -> State {
-        let inner = &self.0;
+        let inner = self.inner();
         let mut watch = inner.watch();
         let mut links = watch.links.clone();
         watch.open.values().for_each(|view| add(&mut links, view.links()));
@@ -526,10 +569,13 @@ impl Client {
     }
 
     /// The beginning of a message of each link that the Client sees, of the session of the newest request: what a party received. Empty
-    /// before there is one. For the user's own eyes.
+    /// before there is one, and to all but the caller of that request: together with what another party knows, what the Client
+    /// sends is the prompt.
     #[must_use]
-    pub fn samples(&self) -> BTreeMap<String, Vec<u8>> {
-        self.0.watch().newest.as_ref().map(|n| n.view.samples()).unwrap_or_default()
+    pub fn samples(&self, caller: u64) -> BTreeMap<String, Vec<u8>> {
+        let watch = self.inner().watch();
+        let own = watch.newest.as_ref().filter(|n| n.caller == caller);
+        own.and_then(|n| n.view.as_ref()).map(View::samples).unwrap_or_default()
     }
 
     /// Whether a request would be taken now: a session is open, or can be.
@@ -537,20 +583,21 @@ impl Client {
     /// # Errors
     /// What keeps Owner or Helper from it.
     pub async fn reachable(&self) -> Result<()> {
-        let waiting = self.0.queue.len();
-        if waiting >= self.0.limits.waiting {
+        let inner = self.inner();
+        let waiting = inner.queue.len();
+        if waiting >= inner.limits.waiting.max(1) {
             return Err(Failure::Busy(waiting).into());
         }
-        match &self.0.source {
-            Source::Deployment(path) if !self.0.healthy() => crate::deploy::client::reachable(path).await,
+        match &inner.source {
+            Source::Deployment(path) if !inner.healthy() => crate::deploy::client::reachable(path).await,
             _ => Ok(()),
         }
     }
 
     /// Takes no more requests, finishes those that were taken, and ends the sessions.
     pub async fn close(&self) {
-        self.0.queue.close();
-        let inner = Arc::clone(&self.0);
+        self.inner().queue.close();
+        let inner = Arc::clone(self.inner());
         let wait = move || {
             let workers = std::mem::take(&mut *inner.workers.lock().unwrap_or_else(PoisonError::into_inner));
             workers.into_iter().for_each(|w| drop(w.join()));
@@ -569,6 +616,10 @@ fn fresh_seed() -> Result<u64> {
     getrandom::fill(&mut bytes).map_err(|e| Error::Internal(format!("the operating system has no randomness: {e}")))?;
     Ok(u64::from_le_bytes(bytes))
 }
+
+/// How long a request waits for a session.
+const PATIENCE: Duration = Duration::from_secs(6);
+const PAUSE: Duration = Duration::from_millis(250);
 
 /// An open session and its number among those that are watched.
 struct Seat {
@@ -594,10 +645,10 @@ impl Inner {
                 ids.clone()
             }
             Prompt::Chat(messages) => {
-                let template = self.template.as_ref().ok_or_else(|| {
-                    Failure::Invalid(
-                        "this model has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): it continues text, use /v1/completions".into(),
-                    )
+                let template = self.template.as_ref().map_err(|why| {
+                    Failure::Invalid(format!(
+                        "this model has no chat template ({why}): it continues text, use /v1/completions"
+                    ))
                 })?;
                 // The template writes begin and end tokens itself.
                 self.codec.encode_plain(&template.render(messages, true).map_err(Failure::Invalid)?)?
@@ -613,83 +664,130 @@ impl Inner {
 
     /// Gives a session up; its traffic stays in the sums.
     fn leave(&self, seat: Seat) -> Open {
-        let mut watch = self.watch();
-        if let Some(view) = watch.open.remove(&seat.number) {
-            add(&mut watch.links, view.links());
-        }
+        // Closing links takes its time: not under the lock.
+        let _views = {
+            let mut watch = self.watch();
+            let view = watch.open.remove(&seat.number);
+            if let Some(view) = &view {
+                add(&mut watch.links, view.links());
+            }
+            let newest = watch.newest.as_mut().filter(|n| n.number == seat.number).and_then(|n| {
+                n.update();
+                n.facts.running = false;
+                n.view.take()
+            });
+            (view, newest)
+        };
         seat.open
     }
 
-    /// A worker: one request after another, in a session that is opened when there is a request.
-    fn work(&self, mut seat: Option<Seat>) {
+    fn idle(&self) -> MutexGuard<'_, Vec<Seat>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A worker: one request after another.
+    fn work(&self) {
         while let Some(job) = self.queue.next() {
             if job.out.is_closed() {
                 continue;
             }
             self.busy.fetch_add(1, Relaxed);
-            seat = self.serve(seat.take(), &job);
+            let mut seat = None;
+            let served = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.serve(&mut seat, &job)));
+            let spent = match served {
+                Ok(Ok(())) => None,
+                Ok(Err(failure)) => Some(failure),
+                Err(_) => Some(Failure::Failed(Error::Internal("a request's thread panicked".into()))),
+            };
+            match (seat, spent) {
+                (Some(seat), None) => self.idle().push(seat),
+                (seat, failure) => {
+                    let open = seat.map(|seat| self.leave(seat));
+                    match (open, failure) {
+                        (Some(open), Some(Failure::Failed(e))) => self.failed(&job, Failure::Failed(open.cause(e))),
+                        (_, Some(failure)) => self.failed(&job, failure),
+                        (_, None) => {}
+                    }
+                }
+            }
             self.busy.fetch_sub(1, Relaxed);
         }
-        if let Some(seat) = seat {
+        let left = self.idle().pop();
+        if let Some(seat) = left {
             // A peer that is gone has ended it already.
             let _ = self.leave(seat).finish();
         }
     }
 
-    /// One request; returns the session, unless it is spent.
-    fn serve(&self, seat: Option<Seat>, job: &Job) -> Option<Seat> {
-        // A peer may have ended it since: it was idle too long, or the peer was started anew.
-        let broken = |number: u64| self.watch().open.get(&number).is_none_or(View::broken);
-        let mut seat = seat.and_then(|seat| match broken(seat.number) {
-            true => {
-                drop(self.leave(seat));
-                None
-            }
-            false => Some(seat),
-        });
-        let mut fresh = seat.is_none();
-        {
-            let totals = &mut self.watch().totals;
-            totals.requests += 1;
-            totals.prompt_tokens += job.prompt.len() as u64;
-        }
+    /// An open session: one that is idle, or a new one. Parties that are away, or have no place, are waited for a moment: they may be
+    /// starting, or another request may end. Says whether it is new.
+    fn seat(&self, job: &Job) -> Result<(Seat, bool), Failure> {
+        let begun = Instant::now();
         loop {
-            let mut now = match seat.take() {
-                Some(seat) => seat,
-                None => match self.source.open(&|| !job.out.is_closed()) {
-                    Ok(open) => self.opened(open),
-                    Err(e) => {
-                        self.failed(job, e);
-                        return None;
-                    }
-                },
-            };
-            let mut said = false;
-            match self.answer(&mut now, job, &mut said) {
-                Ok(()) => return Some(now),
-                // Of a session that was idle for a while the first request finds out that it is broken.
-                Err(Error::Peer { .. }) if !fresh && !said => {
-                    drop(self.leave(now));
-                    fresh = true;
+            loop {
+                let Some(seat) = self.idle().pop() else { break };
+                let broken = self.watch().open.get(&seat.number).is_none_or(View::broken);
+                if !broken {
+                    return Ok((seat, false));
                 }
-                // What is wrong with the request leaves the session as it was.
-                Err(e @ Error::Config(_)) => {
-                    self.failed(job, e);
-                    return Some(now);
+                // A peer has ended it: it was idle too long, or the peer was started anew.
+                drop(self.leave(seat));
+            }
+            match self.source.open() {
+                Ok(open) => return Ok((self.opened(open), true)),
+                Err(Error::Peer { .. }) if begun.elapsed() < PATIENCE && !job.out.is_closed() => {
+                    std::thread::sleep(PAUSE);
                 }
+                Err(e @ Error::Peer { .. }) => return Err(Failure::Failed(e)),
+                // Files or limits of this side: nothing that the caller could mend, or has to know.
                 Err(e) => {
-                    let cause = self.leave(now).cause(e);
-                    self.failed(job, cause);
-                    return None;
+                    tracing::error!(code = e.code(), error = %e, "no session can be opened");
+                    return Err(Failure::Unavailable);
                 }
             }
         }
     }
 
-    fn failed(&self, job: &Job, e: Error) {
-        self.watch().totals.failed += 1;
-        tracing::warn!(code = e.code(), error = %e, "a request failed");
-        let _ = job.out.send(Err(Failure::Failed(e)));
+    /// One request. On success the session in `seat` can be used again.
+    fn serve(&self, seat: &mut Option<Seat>, job: &Job) -> Result<(), Failure> {
+        {
+            let totals = &mut self.watch().totals;
+            totals.requests += 1;
+            totals.prompt_tokens += job.prompt.len() as u64;
+        }
+        let mut again = true;
+        loop {
+            let (now, fresh) = self.seat(job)?;
+            let now = seat.insert(now);
+            let mut said = false;
+            match self.answer(now, job, &mut said) {
+                // Of a session that was idle for a while the first request finds out that it is broken.
+                Err(Error::Peer { .. }) if !fresh && !said && again => {
+                    again = false;
+                    drop(seat.take().map(|seat| self.leave(seat)));
+                }
+                // What is wrong with the request leaves the session as it was.
+                Err(e @ Error::Config(_)) => {
+                    self.failed(job, Failure::Invalid(e.to_string()));
+                    return Ok(());
+                }
+                other => return other.map_err(Failure::Failed),
+            }
+        }
+    }
+
+    fn failed(&self, job: &Job, failure: Failure) {
+        let totals = &mut self.watch().totals;
+        if job.out.is_closed() {
+            totals.abandoned += 1;
+            return;
+        }
+        totals.failed += 1;
+        match &failure {
+            Failure::Failed(e) => tracing::warn!(code = e.code(), error = %e, "a request failed"),
+            other => tracing::warn!(error = %other, "a request failed"),
+        }
+        let _ = job.out.send(Err(failure));
     }
 
     /// Runs the request in an open session; `said` once a token has come.
@@ -723,7 +821,7 @@ impl Inner {
         self.end(seat.number);
         let g = out?;
         if let Some(e) = broken {
-            self.failed(job, e);
+            self.failed(job, Failure::Failed(e));
             return Ok(());
         }
         if job.out.is_closed() {
@@ -752,7 +850,11 @@ impl Inner {
         let now = Instant::now();
         let base = (view.links(), view.time());
         let facts = Latest { running: true, prompt_tokens: job.prompt.len(), ..Latest::default() };
-        self.watch().newest = Some(Newest { number, view, base, begun: now, first: None, last: now, facts });
+        let caller = job.caller;
+        let newest = Newest { number, caller, view: Some(view), base, begun: now, first: None, last: now, facts };
+        // What the one before held may take its time to close: not under the lock.
+        let before = self.watch().newest.replace(newest);
+        drop(before);
     }
 
     fn token(&self, number: u64) {

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use crate::deploy::client::Remote;
 use crate::deploy::party::Options;
@@ -23,10 +22,6 @@ pub(super) enum Source {
     Local(PathBuf, Box<LocalOptions>),
 }
 
-/// How long a request waits for parties that are not there, or have no place: they may be starting.
-const PATIENCE: Duration = Duration::from_secs(6);
-const PAUSE: Duration = Duration::from_millis(250);
-
 /// A session that is open.
 pub(super) enum Open {
     Deployment(Box<Remote>),
@@ -34,22 +29,11 @@ pub(super) enum Open {
 }
 
 impl Source {
-    /// Opens one; waits a moment for parties that are away. `wanted` says whether somebody still waits for it.
-    pub fn open(&self, wanted: &dyn Fn() -> bool) -> Result<Open> {
-        let begun = Instant::now();
-        loop {
-            let opened = match self {
-                Source::Deployment(path) => {
-                    Remote::open(path, Options::default()).map(|r| Open::Deployment(Box::new(r)))
-                }
-                Source::Local(dir, options) => {
-                    return Local::open(dir, (**options).clone()).map(|l| Open::Local(Box::new(l)));
-                }
-            };
-            match opened {
-                Err(Error::Peer { .. }) if begun.elapsed() < PATIENCE && wanted() => std::thread::sleep(PAUSE),
-                other => return other,
-            }
+    /// Opens one.
+    pub fn open(&self) -> Result<Open> {
+        match self {
+            Source::Deployment(path) => Remote::open(path, Options::default()).map(|r| Open::Deployment(Box::new(r))),
+            Source::Local(dir, options) => Local::open(dir, (**options).clone()).map(|l| Open::Local(Box::new(l))),
         }
     }
 }

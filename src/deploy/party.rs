@@ -112,6 +112,8 @@ pub(super) struct Place {
 impl Drop for Place {
     fn drop(&mut self) {
         self.shared.taken.fetch_sub(self.bytes, Ordering::Relaxed);
+        // One that never began to run.
+        self.vacate(false);
         lock(&self.shared.running).remove(&self.number);
     }
 }

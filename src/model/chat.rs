@@ -11,12 +11,19 @@ use super::files;
 use crate::error::{Error, Result};
 
 /// One turn.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct Message {
     /// Who speaks: `system`, `user`, `assistant`, or what else the template knows.
     pub role: String,
     /// What is said.
     pub content: String,
+}
+
+impl std::fmt::Debug for Message {
+    /// Without what is said, which is private.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Message").field("role", &self.role).field("bytes", &self.content.len()).finish()
+    }
 }
 
 /// The chat template of a model.
@@ -104,6 +111,9 @@ impl ChatTemplate {
                 add_generation_prompt => answer,
                 bos_token => self.bos.as_str(),
                 eos_token => self.eos.as_str(),
+                // Always there with transformers.
+                tools => (),
+                documents => (),
             })
         };
         // Without the template's context, which may quote the chat.

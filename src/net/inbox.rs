@@ -194,10 +194,12 @@ impl Inbox {
         let mut early = self.early[i].lock().unwrap_or_else(PoisonError::into_inner);
         let mut found = early.frames.remove(&tag).and_then(|mut q| q.pop_front());
         let mut dropped = (early.bytes - found.as_ref().map_or(0, |f| f.payload.len())) as u64;
+        let mut taken = early.bytes + early.count * FRAME_HEADER;
         *early = Early::default();
         let deadline = Deadline::after(timeout);
         while found.is_none() {
             let frame = self.pipes[i].pop(deadline)?;
+            taken += frame.payload.len() + FRAME_HEADER;
             if frame.tag == tag {
                 found = Some(frame);
             } else {
@@ -205,8 +207,7 @@ impl Inbox {
             }
         }
         if lane == Lane::Ahead {
-            // All that has come is used or gone.
-            self.ahead_taken.store(self.pushed()[1], Relaxed);
+            self.ahead_taken.fetch_add(taken as u64, Relaxed);
         }
         match found {
             Some(frame) if frame.payload.len() == len => Ok((frame, dropped)),

@@ -5,11 +5,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::body::{Body, Bytes, to_bytes};
-use axum::extract::{ConnectInfo, Request, State};
+use axum::extract::{ConnectInfo, Extension, Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::sse::{Event as Message, KeepAlive, Sse};
@@ -48,6 +48,8 @@ pub(super) struct Gateway {
     /// It listens to this machine alone, so that a name other than this machine's is somebody else's page talking.
     pub loopback: bool,
     pub started: u64,
+    /// What `/ready` said last, and when: whoever asks often has the parties asked once a second.
+    pub readiness: tokio::sync::Mutex<Option<(Instant, Result<(), String>)>>,
 }
 
 type Shared = State<Arc<Gateway>>;
@@ -100,10 +102,11 @@ impl From<Wrong> for Response {
 /// Status, code and text of a request's failure.
 fn failure(f: &Failure) -> (StatusCode, &'static str, String) {
     let (status, code) = match f {
-        Failure::Invalid(_) | Failure::Failed(Error::Config(_)) => (StatusCode::BAD_REQUEST, "invalid_request"),
+        Failure::Invalid(_) => (StatusCode::BAD_REQUEST, "invalid_request"),
         Failure::TooLong(_) => (StatusCode::BAD_REQUEST, "context_length_exceeded"),
         Failure::Busy(_) => (StatusCode::TOO_MANY_REQUESTS, "queue_full"),
         Failure::Closing => (StatusCode::SERVICE_UNAVAILABLE, "shutting_down"),
+        Failure::Unavailable => (StatusCode::SERVICE_UNAVAILABLE, "gateway_unavailable"),
         Failure::Failed(Error::Peer { kind: PeerFault::Timeout(_), .. }) => {
             (StatusCode::GATEWAY_TIMEOUT, "party_timed_out")
         }
@@ -154,8 +157,11 @@ async fn watched(State(gateway): Shared, request: Request, next: Next) -> Respon
     for (name, value) in rules {
         headers.insert(name, HeaderValue::from_static(value));
     }
-    // Answers are private.
-    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    // Answers are private; the page's own files are not.
+    let kind = headers.get(header::CONTENT_TYPE).and_then(|t| t.to_str().ok()).unwrap_or_default();
+    if !["text/html", "text/javascript", "text/css"].iter().any(|asset| kind.starts_with(asset)) {
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    }
     gateway.metrics.responded(path, response.status().as_u16());
     response
 }
@@ -222,7 +228,10 @@ async fn object(request: Request) -> Result<(Caller, Map<String, Value>), Respon
     }
     let body: Bytes = match tokio::time::timeout(BODY_TIME, to_bytes(request.into_body(), BODY)).await {
         Ok(Ok(body)) => body,
-        Ok(Err(_)) => return Err(long(())),
+        Ok(Err(e)) if std::error::Error::source(&e).is_some_and(|s| s.is::<http_body_util::LengthLimitError>()) => {
+            return Err(long(()));
+        }
+        Ok(Err(_)) => return Err(refusal(StatusCode::BAD_REQUEST, None, None, "the body ends in the middle")),
         Err(_) => {
             let text = format!("the body has not come within {} s", BODY_TIME.as_secs());
             return Err(refusal(StatusCode::REQUEST_TIMEOUT, None, None, &text));
@@ -315,7 +324,7 @@ async fn speak(
     {
         return;
     }
-    let mut next = first;
+    let (mut next, mut done) = (first, false);
     loop {
         let event = match next.take() {
             Some(event) => Some(event),
@@ -328,6 +337,7 @@ async fn speak(
             Some(Ok(Event::Text(piece))) => vec![envelope.piece(&piece)],
             Some(Ok(Event::Done(end))) => {
                 gateway.metrics.ended(&end);
+                done = true;
                 envelope.closing(finish(&end), usage(&end))
             }
             Some(Err(f)) => {
@@ -336,8 +346,14 @@ async fn speak(
                 let _ = out.send(json(&openai::error(kind, Some(code), None, &text))).await;
                 return;
             }
-            None => {
+            None if done => {
                 let _ = out.send(Message::default().data("[DONE]")).await;
+                return;
+            }
+            // Whoever answered is gone without a word.
+            None => {
+                let text = "the answer has broken off";
+                let _ = out.send(json(&openai::error("server_error", Some("internal"), None, text))).await;
                 return;
             }
         };
@@ -381,10 +397,24 @@ async fn model(State(gateway): Shared, axum::extract::Path(id): axum::extract::P
 
 /// Whether a request would be taken now.
 async fn ready(State(gateway): Shared) -> Response {
-    match gateway.client.reachable().await {
+    let mut last = gateway.readiness.lock().await;
+    let fresh = last.as_ref().filter(|(at, _)| at.elapsed() < Duration::from_secs(1)).map(|(_, said)| said.clone());
+    let said = match fresh {
+        Some(said) => said,
+        None => {
+            // Anybody may ask: who and why, but no addresses and names.
+            let said = gateway.client.reachable().await.map_err(|e| match &e {
+                Error::Peer { role, .. } => format!("{role}: {}", e.code()),
+                other => other.code().to_owned(),
+            });
+            *last = Some((Instant::now(), said.clone()));
+            said
+        }
+    };
+    match said {
         Ok(()) => "ready\n".into_response(),
-        Err(e) => {
-            let text = format!("not ready: {e}");
+        Err(why) => {
+            let text = format!("not ready: {why}");
             refusal(StatusCode::SERVICE_UNAVAILABLE, Some("not_ready"), None, &text)
         }
     }
@@ -401,11 +431,11 @@ async fn metrics(State(gateway): Shared) -> Response {
 }
 
 /// What the page shows.
-async fn state(State(gateway): Shared) -> Response {
+async fn state(State(gateway): Shared, Extension(Caller(caller)): Extension<Caller>) -> Response {
     let (state, facts) = (gateway.client.state(), gateway.client.facts());
     let samples: Map<String, Value> = gateway
         .client
-        .samples()
+        .samples(caller)
         .into_iter()
         .map(|(link, bytes)| (link, json!({"bytes": STANDARD.encode(&bytes), "entropy": entropy(&bytes)})))
         .collect();

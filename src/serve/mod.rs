@@ -112,6 +112,7 @@ impl Gateway {
             keys: keys.0,
             loopback: listen.ip().is_loopback(),
             started,
+            readiness: tokio::sync::Mutex::default(),
         };
         let (stop, stopped) = watch::channel(false);
         let task = tokio::spawn(crate::http::serve(listener, api::router(Arc::new(shared)), stopped));

@@ -123,6 +123,7 @@ pub(super) fn chat(fields: &Map<String, Value>) -> Result<Asked, Wrong> {
     struct Turn {
         role: String,
         content: Option<Content>,
+        tool_calls: Option<Value>,
     }
     #[derive(Deserialize)]
     #[serde(untagged)]
@@ -149,6 +150,9 @@ pub(super) fn chat(fields: &Map<String, Value>) -> Result<Asked, Wrong> {
     }
     let mut messages = Vec::with_capacity(turns.len());
     for turn in turns {
+        if turn.role == "tool" || turn.tool_calls.is_some() {
+            return wrong("messages", "`messages`: tool calls are not supported, so there are none to continue from");
+        }
         let content = match turn.content {
             Some(Content::Text(text)) => text,
             Some(Content::Parts(parts)) => {
@@ -163,7 +167,9 @@ pub(super) fn chat(fields: &Map<String, Value>) -> Result<Asked, Wrong> {
             }
             None => String::new(),
         };
-        messages.push(Message { role: turn.role, content });
+        // What templates know newer clients' word for it by.
+        let role = if turn.role == "developer" { "system".to_owned() } else { turn.role };
+        messages.push(Message { role, content });
     }
     let most = "a positive number of tokens";
     let max = field(fields, "max_completion_tokens", most)?;
@@ -183,6 +189,12 @@ pub(super) fn completion(fields: &Map<String, Value>) -> Result<Asked, Wrong> {
     }
     if fields.get("echo").is_some_and(|echo| *echo != Value::Bool(false) && !echo.is_null()) {
         return wrong("echo", "`echo` is not supported: the prompt is at hand where it was sent from");
+    }
+    if fields.get("logprobs").is_some_and(|n| !n.is_null()) {
+        return wrong(
+            "logprobs",
+            "`logprobs` is not supported: probabilities are not opened to anybody: they give the model away",
+        );
     }
     let prompt = match field(fields, "prompt", "a text, or a list of tokens")? {
         Some(Given::Text(text)) => Prompt::Text(text),

@@ -194,7 +194,7 @@ fn keys_let_in() {
             .output()
             .unwrap()
     };
-    std::os::unix::fs::PermissionsExt::set_mode(&mut std::fs::metadata(&file).unwrap().permissions(), 0o644);
+    std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
     let public = start();
     assert!(!public.status.success() && String::from_utf8_lossy(&public.stderr).contains("chmod 600"));
     std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
@@ -306,7 +306,7 @@ fn nobody_keeps_others_out() {
     assert_eq!(asked().status, 200);
     // More connections than there may be: the quiet ones make room.
     let mut many = Vec::new();
-    for _ in 0..3000 {
+    for _ in 0..1500 {
         match std::net::TcpStream::connect(at.as_str()) {
             Ok(c) => many.push(c),
             // This test's own limit on files.
@@ -322,12 +322,12 @@ fn nobody_keeps_others_out() {
 fn a_signal_lets_requests_end() {
     let mut served = Served::start(&["--net", "10,1"]);
     let mut body = chat("hello");
-    body["max_tokens"] = 6.into();
+    body["max_tokens"] = 30.into();
     let mut running = http::send(&served.address, "POST", "/v1/chat/completions", &[], &body.to_string());
     wait(&served.address, "running", |s| s["sessions"]["busy"] == 1);
     assert!(Command::new("kill").arg(served.child.id().to_string()).status().unwrap().success());
     let reply = Reply::read(&mut running).unwrap();
-    assert_eq!((reply.status, &reply.json()["usage"]["completion_tokens"]), (200, &json!(6)));
+    assert_eq!((reply.status, &reply.json()["usage"]["completion_tokens"]), (200, &json!(30)));
     let deadline = Instant::now() + Duration::from_secs(20);
     while served.child.try_wait().unwrap().is_none() {
         assert!(Instant::now() < deadline, "it does not end");

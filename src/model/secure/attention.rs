@@ -4,6 +4,8 @@
 //! exponential (2); P V beside the reciprocal's windows (2); lift of the context beside their selection (2);
 //! normalisation (2). Only positions that a token may see are ever computed.
 //!
+//! An adapter on q, k or v, or on the output projection, adds 2 messages each (`projection.rs`).
+//!
 //! A 2ReLU softmax takes positive parts in place of maximum and exponential: the sign of each score (4) beside its lift, and
 //! their product (2).
 
