@@ -404,6 +404,86 @@ fn what_cannot_be_done_is_refused_with_the_reason() {
     assert!(refused(&taken).contains("another directory"));
 }
 
+/// What training writes runs in private as it is, and gives the float model's tokens.
+#[test]
+fn what_was_trained_passes_the_check() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let trefoil = |args: &[&str]| {
+        let out = assert_cmd::Command::cargo_bin("trefoil").unwrap().args(args).output().unwrap();
+        assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+        out.stdout
+    };
+    for (name, options) in [
+        ("full", "--method full"),
+        ("freeze-merge", "--method freeze --private-layers 2 --merge-heads 4 --softmax 2relu --activation relu"),
+        ("prune-heads", "--method full --prune-heads 4"),
+        ("prune-layers", "--method full --prune-layers 4"),
+        ("quad", "--method freeze --private-layers 1 --activation quad"),
+        ("lora", "--method lora --private-layers 2 --rank 4"),
+        ("changed", "--method full --epochs 0 --private-layers 2 --merge-heads 2"),
+    ] {
+        let (out, common) = (path(name), ["finetune", "--base", BASE, "--data", "task:dates", "--json", "--out"]);
+        let steps = ["--steps", "2", "--batch-size", "2", "--examples", "16", "--context", "48"];
+        let options: Vec<&str> = options.split(' ').collect();
+        trefoil(&[&common[..], &[&out], &steps, &options].concat());
+        let said = trefoil(&[
+            "generate",
+            "--model",
+            &out,
+            "--prompt",
+            "Date: the third",
+            "--max-new-tokens",
+            "4",
+            "--json",
+            "--check",
+        ]);
+        let report: serde_json::Value = serde_json::from_slice(&said).unwrap();
+        assert_eq!(report["check"]["agree"], report["check"]["of"], "{name}: {report}");
+        assert!(report["check"]["max_kl"].as_f64().unwrap() < 1e-3, "{name}: {}", report["check"]);
+    }
+    // An adapter on a base that was changed before.
+    let out = path("lora-on-changed");
+    let base = path("changed");
+    trefoil(&[
+        "finetune",
+        "--base",
+        &base,
+        "--data",
+        "task:dates",
+        "--json",
+        "--out",
+        &out,
+        "--method",
+        "lora",
+        "--rank",
+        "4",
+        "--private-layers",
+        "2",
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--examples",
+        "16",
+        "--context",
+        "48",
+    ]);
+    let said = trefoil(&[
+        "generate",
+        "--model",
+        &out,
+        "--prompt",
+        "Date: the third",
+        "--max-new-tokens",
+        "4",
+        "--json",
+        "--check",
+    ]);
+    let report: serde_json::Value = serde_json::from_slice(&said).unwrap();
+    assert_eq!(report["check"]["agree"], report["check"]["of"], "{report}");
+}
+
 #[test]
 fn text_is_learned_from_the_command_line() {
     let dir = tempfile::tempdir().unwrap();

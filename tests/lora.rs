@@ -105,12 +105,17 @@ fn the_private_run_gives_the_logits_of_peft() {
 
 /// Opens a copy of a fixture's adapter that `edit` has broken: the error must mention all of `parts`.
 #[track_caller]
-fn refused(name: &str, base: &str, edit: impl FnOnce(&Path), parts: &[&str]) {
+fn copied(name: &str, edit: impl FnOnce(&Path)) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     for file in ["adapter_config.json", "adapter_model.safetensors"] {
         std::fs::copy(fixture(name).join(file), dir.path().join(file)).unwrap();
     }
     edit(dir.path());
+    dir
+}
+
+fn refused(name: &str, base: &str, edit: impl FnOnce(&Path), parts: &[&str]) {
+    let dir = copied(name, edit);
     let base = fixture(base);
     let error = Adapter::open(dir.path(), &base, &ModelConfig::open(&base).unwrap()).expect_err("a broken adapter");
     let error = error.to_string();
@@ -194,6 +199,13 @@ fn an_adapter_that_does_not_go_with_its_base_is_refused() {
     let foreign = "base_model.model.model.layers.0.mixer.q_proj.lora_A.weight";
     refused("lora-all", "llama-plain", renamed(foreign), &[foreign, "none of a LoRA adapter"]);
     refused("lora-some", "llama-plain", |d| edit_config(d, "target_modules", json!(["up_proj"])), &["k_proj", "name"]);
+    // Of the same shape, by name.
+    let another = |dir: &Path| edit_config(dir, "base_model_name_or_path", json!("meta/some-other-model"));
+    refused("lora-all", "llama-plain", another, &["base_model_name_or_path", "meta/some-other-model", "llama-plain"]);
+    let moved = |dir: &Path| edit_config(dir, "base_model_name_or_path", json!("somebody/Llama-Plain"));
+    let dir = copied("lora-all", moved);
+    let base = fixture("llama-plain");
+    Adapter::open(dir.path(), &base, &ModelConfig::open(&base).unwrap()).unwrap();
     // 33 dimensions of 32, everything else in order.
     let wide = |dir: &Path| {
         edit_config(dir, "r", json!(33));

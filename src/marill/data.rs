@@ -170,10 +170,20 @@ impl Dataset {
                 };
                 (pairs.iter().map(encode).collect::<Result<Vec<_>>>()?, Some(HELD_OUT), true)
             }
-            Source::Path(path) if path.extension().is_some_and(|e| e == "jsonl") => {
-                (chats(path, base, &codec)?, None, false)
+            Source::Path(path) => {
+                let (files, chat_files): (Vec<_>, Vec<_>) =
+                    files(path)?.into_iter().partition(|f| f.extension().is_none_or(|e| e != "jsonl"));
+                let mut examples = Vec::new();
+                for file in &chat_files {
+                    examples.extend(chats(file, base, &codec)?);
+                }
+                if !files.is_empty() || chat_files.is_empty() {
+                    let texts = files.iter().map(|file| calibrate::whole_text(file, "--data"));
+                    let text = texts.collect::<Result<Vec<_>>>()?.join("\n\n");
+                    examples.extend(windows(&text, path, &codec, options.context)?);
+                }
+                (examples, None, false)
             }
-            Source::Path(path) => (windows(&text(path)?, path, &codec, options.context)?, None, false),
         };
         split(examples, given, exact, options)
     }
@@ -219,11 +229,11 @@ pub(super) fn below(rng: &mut ChaCha8Rng, n: usize) -> usize {
     ((u128::from(rng.next_u64()) * n as u128) >> 64) as usize
 }
 
-/// The text of a file, or of all the files directly in a directory, in the order of their names.
-fn text(path: &Path) -> Result<String> {
+/// A file, or all the files directly in a directory, in the order of their names.
+fn files(path: &Path) -> Result<Vec<PathBuf>> {
     let failed = |e| Error::io(format!("--data {}", path.display()), e);
     if !path.is_dir() {
-        return calibrate::whole_text(path, "--data");
+        return Ok(vec![path.to_path_buf()]);
     }
     let mut files = Vec::new();
     for entry in std::fs::read_dir(path).map_err(failed)? {
@@ -234,8 +244,7 @@ fn text(path: &Path) -> Result<String> {
         }
     }
     files.sort();
-    let texts = files.iter().map(|file| calibrate::whole_text(file, "--data")).collect::<Result<Vec<_>>>()?;
-    Ok(texts.join("\n\n"))
+    Ok(files)
 }
 
 /// Text as windows of at most `context` tokens.

@@ -373,6 +373,8 @@ fn made_before(options: &Options, settings: &Value, dataset: &Dataset) -> Result
     }
     let held_out = serde_json::from_value(made["held_out"].clone());
     let score = held_out.map_err(|e| Error::Model(format!("{}: trefoil.json: {e}", options.out.display())))?;
+    // Left by a run that ended between the result and this.
+    Saved::new(&options.out, settings.clone()).remove()?;
     let steps = made["steps"].as_u64().unwrap_or_default() as usize;
     let cut = dataset.cut;
     Ok(Some(Outcome {

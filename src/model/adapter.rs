@@ -187,6 +187,16 @@ impl Adapter {
             }
             factors.insert((layer, module), LowRank { a, b });
         }
+        // Last: what does not fit says more.
+        if let Some(name) = settings.base.as_deref().filter(|name| !named(base, name)) {
+            return Err(json.wrong(
+                "base_model_name_or_path",
+                &format!(
+                    "the adapter was made for `{name}`, the base given is {}; on another base it computes something else. If that is the same model under another name, write that name here",
+                    base.display()
+                ),
+            ));
+        }
         Ok(Adapter { factors })
     }
 
@@ -208,6 +218,22 @@ impl Adapter {
         }
         Ok(())
     }
+}
+
+/// Whether the base in `dir` goes by `name`: as a path, or its last part as the directory's name, or as what its configuration says that
+/// it was loaded from.
+fn named(dir: &Path, name: &str) -> bool {
+    let canonical = |p: &Path| p.canonicalize().ok();
+    let here = canonical(dir);
+    if here.is_some() && here == canonical(Path::new(name)) {
+        return true;
+    }
+    let last = |p: &Path| p.file_name().map(|n| n.to_string_lossy().to_lowercase());
+    let wanted = last(Path::new(name));
+    let config = files::read_optional(&dir.join("config.json"), CONFIG_LIMIT).ok().flatten();
+    let config: Option<serde_json::Value> = config.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let origin = config.as_ref().and_then(|c| c["_name_or_path"].as_str()).and_then(|n| last(Path::new(n)));
+    wanted.is_some() && (wanted == here.as_deref().and_then(last) || wanted == origin)
 }
 
 fn open_json(dir: &Path) -> Result<Json> {
