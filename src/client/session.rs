@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::deploy::client::Remote;
+use crate::deploy::client::{Received, Remote};
 use crate::deploy::party::Options;
 use crate::error::{Error, Result};
 use crate::generate::{Generation, LinkReport, Local, LocalOptions};
@@ -91,9 +91,6 @@ impl Open {
         }
     }
 }
-
-/// What was received over a link, by the peer it came from: online and ahead bytes, messages.
-pub(super) type Received = Arc<dyn Fn() -> Vec<(Role, [u64; 2], u64)> + Send + Sync>;
 
 /// Counters and samples of a session.
 #[derive(Clone)]

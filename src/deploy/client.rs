@@ -30,6 +30,9 @@ pub struct Remote {
     facts: Facts,
 }
 
+/// Says what has come from each peer so far: online and run-ahead bytes, and messages.
+pub type Received = Arc<dyn Fn() -> Vec<(Role, [u64; 2], u64)> + Send + Sync>;
+
 /// What was agreed.
 #[derive(Clone, Debug)]
 pub struct Facts {
@@ -175,9 +178,9 @@ impl Remote {
         Arc::clone(&self.meter)
     }
 
-    /// Says what has come from each peer so far, while the Client works too: online and run-ahead bytes, and messages.
+    /// Counts what has come, while the Client works too.
     #[must_use]
-    pub fn received(&self) -> Arc<dyn Fn() -> Vec<(Role, [u64; 2], u64)> + Send + Sync> {
+    pub fn received(&self) -> Received {
         let channels = self.channels.clone();
         Arc::new(move || channels.iter().map(|(peer, c)| (*peer, c.received(), c.received_messages())).collect())
     }
@@ -226,7 +229,7 @@ pub async fn reachable(path: &Path) -> Result<()> {
     let tls = Tls::load(config.tls(), config.role())?;
     let (step, timeout) = ("probe", config.limits().handshake_timeout);
     for (role, address) in config.peers() {
-        let mut c = tls::connect(&tls, &address, role, timeout).await?;
+        let mut c = tls::connect(&tls, address, role, timeout).await?;
         c.send(step, &wire::encode(&Hello::Probe)?).await?;
         let Reply::Status(status) = reply(&mut c, step, wire::LONG).await? else { return Err(unexpected(&c, step)) };
         if status.sessions >= status.limit {

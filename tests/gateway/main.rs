@@ -5,7 +5,6 @@ mod http;
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
-use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use http::{Reply, connect, get, post, stream};
@@ -41,9 +40,6 @@ impl Drop for Served {
     }
 }
 
-/// One for the tests that leave it as it is.
-static SHARED: LazyLock<Served> = LazyLock::new(|| Served::start(&[]));
-
 const PROMPT: &str = "It was a bright morning";
 
 fn chat(content: &str) -> Value {
@@ -67,7 +63,8 @@ fn answers_are_those_of_generate() {
         .unwrap();
     let generated: Value = serde_json::from_slice(&out.stdout).unwrap();
     let want = generated["text"].as_str().unwrap();
-    let at = &SHARED.address;
+    let served = Served::start(&[]);
+    let at = &served.address;
 
     let whole = ask(at, "/v1/completions", &json!({"prompt": PROMPT, "max_tokens": 12, "temperature": 0}));
     assert_eq!(whole.status, 200, "{}", whole.body);
@@ -99,7 +96,8 @@ fn answers_are_those_of_generate() {
 
 #[test]
 fn a_stop_sequence_ends_the_answer_before_it() {
-    let at = &SHARED.address;
+    let served = Served::start(&[]);
+    let at = &served.address;
     let body = json!({"prompt": PROMPT, "max_tokens": 12, "temperature": 0});
     let all = ask(at, "/v1/completions", &body).json();
     let all = all["choices"][0]["text"].as_str().unwrap();
@@ -114,7 +112,8 @@ fn a_stop_sequence_ends_the_answer_before_it() {
 
 #[test]
 fn a_seed_gives_the_same_answer_again() {
-    let at = &SHARED.address;
+    let served = Served::start(&[]);
+    let at = &served.address;
     let answer = |seed: i64| {
         let body = json!({"prompt": PROMPT, "max_tokens": 8, "temperature": 1.2, "seed": seed});
         ask(at, "/v1/completions", &body).json()["choices"][0]["text"].clone()
@@ -125,7 +124,8 @@ fn a_seed_gives_the_same_answer_again() {
 
 #[test]
 fn what_cannot_be_served_is_refused_by_name() {
-    let at = &SHARED.address;
+    let served = Served::start(&[]);
+    let at = &served.address;
     let mut with_tools = chat("hi");
     with_tools["tools"] = json!([{"type": "function", "function": {"name": "f"}}]);
     let long = "word ".repeat(400);
@@ -154,7 +154,8 @@ fn what_cannot_be_served_is_refused_by_name() {
 
 #[test]
 fn what_is_no_request_is_refused() {
-    let at = &SHARED.address;
+    let served = Served::start(&[]);
+    let at = &served.address;
     let send = |body: &str| post(at, "/v1/completions", &[], body);
     assert_eq!(send("not JSON").status, 400);
     assert_eq!(send("[]").status, 400);
