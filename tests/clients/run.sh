@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The gateway as its users meet it: in front of owner and helper, three real processes over TLS, with curl, with the Python package
 # `openai`, and with Chromium on the page. Installs the packages (a virtual environment beside the build, Debian's chromium where there
-# is none). Usage: tests/clients/run.sh TREFOIL [IMAGES]: screenshots go to IMAGES.
+# is none). Usage: tests/clients/run.sh TREFOIL [IMAGES]: screenshots go to IMAGES. Exit code 77: the clients cannot be installed here, nothing was
+# tested.
 set -euo pipefail
 trefoil=$(realpath "$1") images=${2:+$(realpath "$2")}
 cd "$(dirname "$0")/../.."
@@ -9,10 +10,12 @@ here=$PWD
 tools=$here/target/clients
 fail() { printf 'clients: %s\n' "$*" >&2; cat "$work"/*.log >&2 2> /dev/null || true; exit 1; }
 
-command -v curl > /dev/null && command -v python3 > /dev/null || { echo "clients: needs curl and python3" >&2; exit 1; }
+missing() { printf 'clients: %s: NOT TESTED\n' "$*" >&2; exit 77; }
+
+command -v curl > /dev/null && command -v python3 > /dev/null || missing "needs curl and python3"
 if [ ! -x "$tools/bin/python" ] || ! "$tools/bin/python" -c 'import openai, playwright' 2> /dev/null; then
-    python3 -m venv "$tools"
-    "$tools/bin/pip" --quiet --disable-pip-version-check install "openai>=1.50,<3" "playwright>=1.45,<2"
+    python3 -m venv "$tools" > /dev/null || missing "python3 has no venv"
+    "$tools/bin/pip" --quiet --disable-pip-version-check install "openai>=1.50,<3" "playwright>=1.45,<2" || missing "pip cannot install openai and playwright"
 fi
 browser=$(command -v chromium || command -v chromium-browser || command -v google-chrome || true)
 if [ -z "$browser" ]; then
@@ -20,7 +23,7 @@ if [ -z "$browser" ]; then
     if command -v apt-get > /dev/null && [ "$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium > /dev/null; then
         browser=$(command -v chromium)
     else
-        "$tools/bin/playwright" install chromium
+        "$tools/bin/playwright" install chromium > /dev/null || missing "no Chromium can be installed"
     fi
 fi
 
