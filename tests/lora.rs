@@ -372,14 +372,17 @@ fn every_command_takes_an_adapter() {
 /// What an adapter adds to is given to Helper and Clients: not a model whose record says that it is private.
 #[test]
 fn a_private_base_is_refused() {
-    let base = tempfile::tempdir().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    // An adapter knows its base by name.
+    let base = dir.path().join("llama-plain");
+    std::fs::create_dir(&base).unwrap();
     for entry in std::fs::read_dir(fixture("llama-plain")).unwrap() {
         let entry = entry.unwrap();
-        std::fs::copy(entry.path(), base.path().join(entry.file_name())).unwrap();
+        std::fs::copy(entry.path(), base.join(entry.file_name())).unwrap();
     }
     let open = || {
         let adapter = Some(fixture("lora-all"));
-        Loaded::open(base.path(), &Options { private_layers: Some(2), adapter, ..Options::default() }).map(|_| ())
+        Loaded::open(&base, &Options { private_layers: Some(2), adapter, ..Options::default() }).map(|_| ())
     };
     for (record, refused) in [
         (r#"{"version": 1}"#, false),
@@ -387,7 +390,7 @@ fn a_private_base_is_refused() {
         (r#"{"version": 1, "private_layers": 1}"#, true),
         (r#"{"version": 1, "private_layers": "all"}"#, true),
     ] {
-        std::fs::write(base.path().join("trefoil.json"), record).unwrap();
+        std::fs::write(base.join("trefoil.json"), record).unwrap();
         match open() {
             Ok(()) => assert!(!refused, "{record}"),
             Err(e) => assert!(refused && e.to_string().contains("private"), "{record}: {e}"),

@@ -641,7 +641,11 @@ impl Inner {
         Ok(match prompt {
             Prompt::Text(text) => self.codec.encode(text)?,
             Prompt::Tokens(ids) => {
-                self.facts.config.check_ids(ids).map_err(|e| Failure::Invalid(e.to_string()))?;
+                let wrong = |_| {
+                    let most = self.facts.config.vocab_size;
+                    Failure::Invalid(format!("the prompt has a token outside of the model's vocabulary of {most}"))
+                };
+                self.facts.config.check_ids(ids).map_err(wrong)?;
                 ids.clone()
             }
             Prompt::Chat(messages) => {

@@ -134,7 +134,7 @@ fn what_cannot_be_served_is_refused_by_name() {
         ("/v1/completions", json!({"prompt": "a", "logprobs": 3}), 400, "logprobs"),
         ("/v1/completions", json!({"prompt": "a", "model": "gpt-9"}), 404, "gpt-9"),
         ("/v1/completions", json!({"prompt": []}), 400, "empty"),
-        ("/v1/completions", json!({"prompt": [99999]}), 400, "99999"),
+        ("/v1/completions", json!({"prompt": [99999]}), 400, "vocabulary of 2048"),
         ("/v1/completions", json!({"prompt": "a", "max_tokens": 0}), 400, "at least one token"),
         ("/v1/completions", json!({"prompt": "a", "temperature": 9}), 400, "temperature"),
         ("/v1/completions", json!({"prompt": long}), 400, "shorten"),
