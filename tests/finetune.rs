@@ -381,7 +381,7 @@ fn what_cannot_be_done_is_refused_with_the_reason() {
         (file("empty.txt", b" \n"), "is empty"),
         (file("latin.txt", b"caf\xe9 au lait"), "not UTF-8"),
         (file("short.txt", b"one"), "cannot be split"),
-        (file("chats.jsonl", b"{}\n"), "chat template"),
+        (file("chats.jsonl", b"{}\n"), "line 1: is no chat"),
         (Options { data: Source::Path(dir.path().join("nowhere")), ..o() }, "nowhere"),
         (lora(193, vec![Module::QProj]), "--rank 193"),
         (lora(0, vec![Module::QProj]), "--rank 0"),
