@@ -36,6 +36,8 @@ mod private;
 mod recommend;
 #[path = "cli/serve.rs"]
 mod serve;
+#[path = "cli/source.rs"]
+mod source;
 #[cfg(feature = "train")]
 #[path = "cli/study.rs"]
 mod study;

@@ -414,6 +414,18 @@ fn what_was_trained_passes_the_check() {
         assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
         out.stdout
     };
+    let passes = |name: &str, base: &str, options: &str| {
+        let out = path(name);
+        let common = format!(
+            "finetune --base {base} --out {out} --data task:dates --steps 2 --batch-size 2 --examples 16 --context 48 --json {options}"
+        );
+        trefoil(&common.split(' ').collect::<Vec<_>>());
+        let args =
+            ["generate", "--model", &out, "--prompt", "Date: the third", "--max-new-tokens", "4", "--json", "--check"];
+        let report: serde_json::Value = serde_json::from_slice(&trefoil(&args)).unwrap();
+        assert_eq!(report["check"]["agree"], report["check"]["of"], "{name}: {report}");
+        assert!(report["check"]["max_kl"].as_f64().unwrap() < 1e-3, "{name}: {}", report["check"]);
+    };
     for (name, options) in [
         ("full", "--method full"),
         ("freeze-merge", "--method freeze --private-layers 2 --merge-heads 4 --softmax 2relu --activation relu"),
@@ -423,65 +435,10 @@ fn what_was_trained_passes_the_check() {
         ("lora", "--method lora --private-layers 2 --rank 4"),
         ("changed", "--method full --epochs 0 --private-layers 2 --merge-heads 2"),
     ] {
-        let (out, common) = (path(name), ["finetune", "--base", BASE, "--data", "task:dates", "--json", "--out"]);
-        let steps = ["--steps", "2", "--batch-size", "2", "--examples", "16", "--context", "48"];
-        let options: Vec<&str> = options.split(' ').collect();
-        trefoil(&[&common[..], &[&out], &steps, &options].concat());
-        let said = trefoil(&[
-            "generate",
-            "--model",
-            &out,
-            "--prompt",
-            "Date: the third",
-            "--max-new-tokens",
-            "4",
-            "--json",
-            "--check",
-        ]);
-        let report: serde_json::Value = serde_json::from_slice(&said).unwrap();
-        assert_eq!(report["check"]["agree"], report["check"]["of"], "{name}: {report}");
-        assert!(report["check"]["max_kl"].as_f64().unwrap() < 1e-3, "{name}: {}", report["check"]);
+        passes(name, BASE, options);
     }
     // An adapter on a base that was changed before.
-    let out = path("lora-on-changed");
-    let base = path("changed");
-    trefoil(&[
-        "finetune",
-        "--base",
-        &base,
-        "--data",
-        "task:dates",
-        "--json",
-        "--out",
-        &out,
-        "--method",
-        "lora",
-        "--rank",
-        "4",
-        "--private-layers",
-        "2",
-        "--steps",
-        "2",
-        "--batch-size",
-        "2",
-        "--examples",
-        "16",
-        "--context",
-        "48",
-    ]);
-    let said = trefoil(&[
-        "generate",
-        "--model",
-        &out,
-        "--prompt",
-        "Date: the third",
-        "--max-new-tokens",
-        "4",
-        "--json",
-        "--check",
-    ]);
-    let report: serde_json::Value = serde_json::from_slice(&said).unwrap();
-    assert_eq!(report["check"]["agree"], report["check"]["of"], "{report}");
+    passes("lora-on-changed", &path("changed"), "--method lora --rank 4 --private-layers 2");
 }
 
 #[test]

@@ -1,33 +1,20 @@
 //! `trefoil chat`: a conversation in the terminal.
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
 
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 use trefoil::client::{Client, End, Event, Failure, Limits, Request, State};
 use trefoil::error::{Error, Result};
-use trefoil::generate::LocalOptions;
 use trefoil::model::chat::Message;
-use trefoil::net::shape::Profile;
 
-use super::private::Chosen;
 use super::say;
 
 /// Options of `trefoil chat`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// The client of a deployment: its configuration (trefoil init client). Without it all three parties run in this process.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "adapter", "private_layers", "net"])]
-    config: Option<PathBuf>,
-    /// Without --config: a Hugging Face directory.
-    #[arg(long, default_value = "models/quill-4m")]
-    model: PathBuf,
     #[command(flatten)]
-    private: super::private::Args,
-    /// Without --config: a simulated network: none, lan (0.1 ms, 16 Gbit/s), wan (20 ms, 0.4 Gbit/s), or RTT_MS,GBPS.
-    #[arg(long, default_value = "none")]
-    net: String,
+    source: super::source::Args,
     /// What the model is told before the chat begins.
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
@@ -156,7 +143,7 @@ impl Chat {
 pub fn run(a: &Args) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let runtime = runtime.map_err(|e| Error::io("starting threads", e))?;
-    let client = runtime.block_on(open(a))?;
+    let client = runtime.block_on(a.source.open(Limits { sessions: 1, waiting: 1 }))?;
     let facts = client.facts().clone();
     let max_tokens = a.max_tokens.unwrap_or((facts.context / 4).clamp(1, 256));
     let system = a.system.clone();
@@ -198,18 +185,4 @@ pub fn run(a: &Args) -> Result<()> {
 
 fn terminal(e: ReadlineError) -> Error {
     Error::Config(format!("the terminal: {e}"))
-}
-
-async fn open(a: &Args) -> Result<Client> {
-    let Some(path) = &a.config else {
-        let Chosen { model, adapter, private_layers, .. } = a.private.chosen(&a.model)?;
-        let mut options = LocalOptions::new(private_layers).net(a.net.parse::<Profile>()?);
-        options.adapter = adapter;
-        eprintln!(
-            "owner, client and helper all run in this process, which isolates nothing. Preparing {} ...",
-            a.model.display()
-        );
-        return Client::local(model, options, 1).await;
-    };
-    Client::connect_with(path, Limits { sessions: 1, waiting: 1 }).await
 }

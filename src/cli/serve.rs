@@ -4,33 +4,17 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use trefoil::client::{Client, Limits};
+use trefoil::client::Limits;
 use trefoil::deploy::config::{Config, Log, LogFormat, Party};
 use trefoil::error::{Error, Result};
-use trefoil::generate::LocalOptions;
 use trefoil::net::shape::Profile;
 use trefoil::serve::{Gateway, Keys, Options};
-
-use super::private::Chosen;
 
 /// Options of `trefoil serve`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// The client of a deployment: its configuration (trefoil init client). Without it all three parties run in this process, which
-    /// shows the protocol and isolates nothing.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "adapter", "private_layers", "net", "context"])]
-    config: Option<PathBuf>,
-    /// Without --config: a Hugging Face directory.
-    #[arg(long, default_value = "models/quill-4m")]
-    model: PathBuf,
     #[command(flatten)]
-    private: super::private::Args,
-    /// Without --config: a simulated network: none, lan (0.1 ms, 16 Gbit/s), wan (20 ms, 0.4 Gbit/s), or RTT_MS,GBPS.
-    #[arg(long, default_value = "none")]
-    net: String,
-    /// Without --config: limit on positions, below the model's own.
-    #[arg(long, value_name = "TOKENS")]
-    context: Option<usize>,
+    source: super::source::Args,
     /// Where to listen, over HTTP without TLS. An address that others can reach needs --api-keys.
     #[arg(long, default_value = "127.0.0.1:8080")]
     listen: SocketAddr,
@@ -63,7 +47,7 @@ pub fn run(a: &Args) -> Result<()> {
     if a.sessions == 0 || a.queue == 0 {
         return Err(Error::Config("--sessions and --queue: give 1 or more".into()));
     }
-    super::party::write_logs(match &a.config {
+    super::party::write_logs(match &a.source.config {
         Some(path) => Config::load(path)?.log(),
         None => Log { format: LogFormat::Text, level: tracing::Level::WARN },
     })?;
@@ -74,32 +58,19 @@ pub fn run(a: &Args) -> Result<()> {
 }
 
 async fn serve(a: &Args, keys: Keys) -> Result<()> {
-    let (client, name, network, drain) = match &a.config {
+    let limits = Limits { sessions: a.sessions, waiting: a.queue };
+    let client = a.source.open(limits).await?;
+    let (name, network, drain) = match &a.source.config {
         Some(path) => {
+            eprintln!("owner {}, helper {}", client.facts().owner, client.facts().helper);
             let config = Config::load(path)?;
             let name = match config.party() {
                 Party::Client { public, .. } => named(public),
                 _ => String::new(),
             };
-            let limits = Limits { sessions: a.sessions, waiting: a.queue };
-            let client = Client::connect_with(path, limits).await?;
-            eprintln!("owner {}, helper {}", client.facts().owner, client.facts().helper);
-            (client, name, "as it is".to_owned(), config.limits().drain)
+            (name, "as it is".to_owned(), config.limits().drain)
         }
-        None => {
-            let profile: Profile = a.net.parse()?;
-            let Chosen { model, adapter, private_layers, .. } = a.private.chosen(&a.model)?;
-            let mut options = LocalOptions::new(private_layers).net(profile);
-            options.max_positions = a.context;
-            options.adapter = adapter;
-            eprintln!(
-                "no --config: owner, client and helper all run in this process with {}. That shows the protocol and isolates nothing; \
-                 for three hosts see README.md. Preparing ...",
-                a.model.display()
-            );
-            let client = Client::local(model, options, a.queue).await?;
-            (client, named(&a.model), profile.to_string(), Duration::from_secs(30))
-        }
+        None => (named(&a.source.model), a.source.net.parse::<Profile>()?.to_string(), Duration::from_secs(30)),
     };
     let model = a.model_name.clone().unwrap_or(name);
     let gateway = Gateway::start(client, Options { listen: a.listen, keys, model: model.clone(), network }).await?;
