@@ -89,10 +89,10 @@ impl Kind {
         }
         match (part, step) {
             ("input", _) => Kind::Input,
-            (_, "qkv" | "qk_gain" | "o" | "gate_up" | "down" | "lm_head") => Kind::Linear,
+            (_, "qkv" | "qk_gain" | "o" | "gate_up" | "down" | "lm_head" | "map" | "reset") => Kind::Linear,
             ("norm1" | "norm2" | "qk_norm", _) | (_, "qk_norm") | ("head", "norm") => Kind::Norm,
             ("head", _) => Kind::Argmax,
-            ("attn", "scores" | "lift_q" | "lift_k") => Kind::Scores,
+            ("attn", "scores" | "lift_q" | "lift_k" | "lift_s") => Kind::Scores,
             ("attn", "max") => Kind::Maximum,
             // What stands in its place.
             ("attn", "exp" | "relu") => Kind::Exponential,

@@ -265,7 +265,7 @@ fn replies(form: Form, elements: Range<usize>, sums: &Sums, queries: &[u8], shar
 }
 
 /// Bits set.
-fn ones(query: &[u8]) -> u64 {
+pub(crate) fn ones(query: &[u8]) -> u64 {
     let (words, rest) = query.as_chunks::<8>();
     let whole: u32 = words.iter().map(|w| u64::from_le_bytes(*w).count_ones()).sum();
     u64::from(whole + rest.iter().map(|b| b.count_ones()).sum::<u32>())
@@ -303,6 +303,21 @@ impl Lines {
     #[must_use]
     pub fn new(a: Table, b: Table, others: Vec<Table>) -> Lines {
         Lines { columns: [a, b].into_iter().chain(others).collect() }
+    }
+
+    /// Rows of a query.
+    pub(crate) fn rows(&self) -> usize {
+        self.columns[0].rows()
+    }
+
+    /// Columns, `a` and `b` among them.
+    pub(crate) fn columns(&self) -> usize {
+        self.columns.len()
+    }
+
+    /// Their entries.
+    pub(crate) fn entries(&self) -> Vec<&[u64]> {
+        self.columns.iter().map(Table::entries).collect()
     }
 
     fn form(&self, k: u32) -> Form {

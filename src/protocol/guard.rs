@@ -168,6 +168,33 @@ pub fn guard(
     })))
 }
 
+/// The longest chunk of [`guard_at_once`].
+const AT_ONCE: u32 = 16;
+
+/// As [`guard`] of an unsigned value, in one look-up of as many rows as that takes: for few values whose flag cannot wait for the
+/// product that several chunks need. Nonzero where the value does not fit.
+///
+/// # Errors
+/// As [`guard`], and [`crate::Error::Shape`] if the ring has more than 12 bits beyond `b`.
+pub fn guard_at_once(
+    s: &mut Session,
+    scope: &Scope,
+    x: &Masked,
+    b: u32,
+    count_bits: u32,
+) -> Result<Option<Pending<'static, Masked>>> {
+    if x.k() <= b {
+        return Ok(None);
+    }
+    if b < 4 || x.k() - b + 4 > AT_ONCE {
+        return Err(Error::Shape { op: "guard", lhs: x.facts(), rhs: format!("{b} bits, in one look-up") });
+    }
+    let x = x.clone().offset(1 << (b - 4));
+    let digits = Digits::cut(&x, b - 4, x.k() - b + 4)?;
+    let table = Indicator::cyclic(1 << digits.bits, &[1], |i, _| i >= UNSIGNED)?;
+    Ok(Some(lookup::indicator(s, &scope.at("chunk0"), &digits, &table, 0, count_bits)?))
+}
+
 /// Collects the counts of a batch and reduces them to opened bits.
 pub struct RangeFlags {
     count_bits: u32,

@@ -17,6 +17,7 @@ pub mod input;
 pub mod lift;
 pub mod linear;
 pub mod lookup;
+pub mod normalise;
 pub mod open;
 pub mod polynomial;
 pub mod positive;

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use super::Pending;
 use super::evaluate::{Lines, Table, line};
+use super::normalise::Normalised;
 use super::product::{self, Elementwise, product};
 use super::window::{Digits, Window};
 use crate::approx::PositiveTable;
@@ -101,6 +102,28 @@ pub fn start(s: &mut Session, scope: &Scope, v: &Masked, p: &Positive) -> Result
         }
     };
     Ok(Looked { first, second })
+}
+
+/// Vectors times the function of a value each, in one exchange: `x` (ring 64) has a group of elements for every element of `v`.
+/// The column of the result is nonzero where `v` was too small. For a table of one window.
+///
+/// # Errors
+/// [`crate::Error::Shape`] for two windows, or vectors that do not go with the values; [`crate::Error::Peer`], [`crate::Error::Reuse`].
+pub fn normalise(
+    s: &mut Session,
+    scope: &Scope,
+    v: &Masked,
+    x: &Masked,
+    p: &Positive,
+) -> Result<Pending<'static, Normalised>> {
+    let t = &p.table;
+    if p.second.is_some() {
+        return Err(Error::Shape { op: "normalise", lhs: v.facts(), rhs: "a table of two windows".into() });
+    }
+    let v = v.narrow(t.bits)?;
+    let hi = Digits::cut(&v, t.bits - t.window, t.window)?;
+    let window = Window { hi, lo: Digits::cut(&v, t.lo1_low, t.lo1_bits)? };
+    super::normalise::normalise(s, scope, x, &window, &p.first, p.f)
 }
 
 impl Looked {

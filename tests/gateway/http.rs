@@ -47,23 +47,38 @@ fn unchunked(mut body: &str) -> String {
 }
 
 pub fn connect(address: &str) -> TcpStream {
-    let c = TcpStream::connect(address).unwrap();
-    c.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-    c
+    try_connect(address).unwrap()
+}
+
+fn try_connect(address: &str) -> std::io::Result<TcpStream> {
+    let c = TcpStream::connect(address)?;
+    c.set_read_timeout(Some(Duration::from_secs(60)))?;
+    Ok(c)
 }
 
 /// Sends a request; the answer is still to be read.
 pub fn send(address: &str, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> TcpStream {
+    try_send(address, method, path, headers, body).unwrap()
+}
+
+/// As [`send`], where nobody may listen.
+pub fn try_send(
+    address: &str,
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: &str,
+) -> std::io::Result<TcpStream> {
     let mut head = format!("{method} {path} HTTP/1.1\r\nConnection: close\r\nContent-Length: {}\r\n", body.len());
     let usual = [("Host", "localhost"), ("Content-Type", "application/json")];
     let given = |name: &str| headers.iter().any(|(n, _)| n.eq_ignore_ascii_case(name));
     for (name, value) in usual.iter().filter(|(name, _)| !given(name)).chain(headers) {
         head += &format!("{name}: {value}\r\n");
     }
-    let mut c = connect(address);
+    let mut c = try_connect(address)?;
     // It may be refused before all of it has been sent.
     let _ = c.write_all(format!("{head}\r\n{body}").as_bytes());
-    c
+    Ok(c)
 }
 
 pub fn request(address: &str, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Option<Reply> {
