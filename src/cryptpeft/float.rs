@@ -81,7 +81,7 @@ pub fn logits(config: &AdapterConfig, w: &AdapterWeights, features: &Features, w
 }
 
 /// The last `a`; from adapter number `pruned` on, only its CLS row.
-fn adapters(
+pub(super) fn adapters(
     config: &AdapterConfig,
     w: &AdapterWeights,
     features: &Features,
@@ -169,7 +169,7 @@ fn lin_atten(config: &AdapterConfig, w: &Block, x: ArrayView2<'_, f32>, at: &mut
 }
 
 /// Final LayerNorm and head, of the CLS row.
-fn finish(
+pub(super) fn finish(
     config: &AdapterConfig,
     w: &AdapterWeights,
     features: &Features,

@@ -18,6 +18,10 @@ mod disk;
 pub mod float;
 pub mod image;
 mod tensors;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod tests_refused;
 pub mod vit;
 mod vit_disk;
 
