@@ -40,6 +40,7 @@
 //! plan            ring widths, windows and guards of a model; costs
 //! model           Hugging Face checkpoints, float twin, calibration, preparation (in memory, on disk), the private model
 //! marill          models made cheap by training; cargo feature `train`
+//! cryptpeft       a private adapter and head over a public vision transformer, which stays in the clear
 //! world           three connected parties in one process
 //! generate        requests: what each party does, and all three in one process
 //! http            an HTTP server that is bounded in connections, time and size
@@ -76,6 +77,7 @@
 pub mod approx;
 pub mod bench;
 pub mod client;
+pub mod cryptpeft;
 pub mod deploy;
 pub mod error;
 pub mod generate;

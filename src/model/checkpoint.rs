@@ -164,29 +164,37 @@ impl Checkpoint {
 
 /// One safetensors file by itself, of whatever tensors.
 #[derive(Debug)]
-pub(super) struct TensorFile(Shard);
+pub(crate) struct TensorFile(Shard);
 
 impl TensorFile {
     /// Opens the file and checks its header.
     ///
     /// # Errors
     /// [`Error::Model`] naming the file, [`Error::Io`].
-    pub(super) fn open(path: PathBuf) -> Result<Self> {
+    pub(crate) fn open(path: PathBuf) -> Result<Self> {
         Shard::open(path).map(TensorFile)
     }
 
     /// What it is called in errors.
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.0.path
     }
 
     /// All its tensors with their shapes, by name.
-    pub(super) fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
+    pub(crate) fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
         self.0.header.tensors().into_iter().map(|(name, info)| (name, info.shape.clone())).collect()
     }
 
+    /// The tensor `name` of this shape, row by row, as f32.
+    ///
+    /// # Errors
     /// As [`Checkpoint::tensor2`].
-    pub(super) fn tensor2(&self, name: &str, shape: [usize; 2]) -> Result<Array2<f32>> {
+    pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        self.0.tensor(name, shape)
+    }
+
+    /// As [`Checkpoint::tensor2`].
+    pub(crate) fn tensor2(&self, name: &str, shape: [usize; 2]) -> Result<Array2<f32>> {
         Array2::from_shape_vec(shape, self.0.tensor(name, &shape)?).map_err(|e| Error::Internal(format!("{name}: {e}")))
     }
 }

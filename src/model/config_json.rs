@@ -5,14 +5,14 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 
 /// A JSON object and the name that it has in errors.
-pub(super) struct Json {
+pub(crate) struct Json {
     what: String,
     fields: Map<String, Value>,
 }
 
 impl Json {
     /// Parses an object; `what` names it in errors.
-    pub(super) fn parse(bytes: &[u8], what: String) -> Result<Self> {
+    pub(crate) fn parse(bytes: &[u8], what: String) -> Result<Self> {
         let remedy = "fetch the file again from where the model comes from";
         match serde_json::from_slice(bytes) {
             Ok(Value::Object(fields)) => Ok(Json { what, fields }),
@@ -22,24 +22,25 @@ impl Json {
     }
 
     /// The name in errors.
-    pub(super) fn what(&self) -> &str {
+    pub(crate) fn what(&self) -> &str {
         &self.what
     }
 
     /// The error of a field with a wrong value.
-    pub(super) fn wrong(&self, name: &str, text: &str) -> Error {
+    pub(crate) fn wrong(&self, name: &str, text: &str) -> Error {
         Error::Model(format!("{}: {name}: {text}", self.what))
     }
 
     /// The error of a field that is not there.
-    pub(super) fn missing(&self, name: &str) -> Error {
+    pub(crate) fn missing(&self, name: &str) -> Error {
         Error::Model(format!(
             "{}: the field `{name}` is missing; add it, or fetch the file again from where the model comes from",
             self.what
         ))
     }
 
-    fn expected(&self, name: &str, kind: &str, found: &Value) -> Error {
+    /// The error of a field of another kind than is read.
+    pub(crate) fn expected(&self, name: &str, kind: &str, found: &Value) -> Error {
         let mut found = found.to_string();
         if let Some((end, _)) = found.char_indices().nth(60) {
             found.truncate(end);
@@ -58,17 +59,17 @@ impl Json {
     }
 
     /// Whether the field is left out or null.
-    pub(super) fn is_null(&self, name: &str) -> bool {
+    pub(crate) fn is_null(&self, name: &str) -> bool {
         self.get(name).is_none()
     }
 
     /// A whole number from 0.
-    pub(super) fn size(&self, name: &str) -> Result<usize> {
+    pub(crate) fn size(&self, name: &str) -> Result<usize> {
         self.optional_size(name)?.ok_or_else(|| self.missing(name))
     }
 
     /// A whole number from 0, unless left out or null.
-    pub(super) fn optional_size(&self, name: &str) -> Result<Option<usize>> {
+    pub(crate) fn optional_size(&self, name: &str) -> Result<Option<usize>> {
         let Some(value) = self.get(name) else { return Ok(None) };
         // Some files have 8192.0 where 8192 is meant.
         let whole = value
@@ -81,35 +82,35 @@ impl Json {
     }
 
     /// A number.
-    pub(super) fn float(&self, name: &str) -> Result<f64> {
+    pub(crate) fn float(&self, name: &str) -> Result<f64> {
         let value = self.get(name).ok_or_else(|| self.missing(name))?;
         value.as_f64().ok_or_else(|| self.expected(name, "a number", value))
     }
 
     /// A number; `default` if left out or null.
-    pub(super) fn float_or(&self, name: &str, default: f64) -> Result<f64> {
+    pub(crate) fn float_or(&self, name: &str, default: f64) -> Result<f64> {
         if self.is_null(name) { Ok(default) } else { self.float(name) }
     }
 
     /// True or false; `default` if left out or null.
-    pub(super) fn flag_or(&self, name: &str, default: bool) -> Result<bool> {
+    pub(crate) fn flag_or(&self, name: &str, default: bool) -> Result<bool> {
         let Some(value) = self.get(name) else { return Ok(default) };
         value.as_bool().ok_or_else(|| self.expected(name, "true or false", value))
     }
 
     /// A string; `default` if left out or null.
-    pub(super) fn text_or<'a>(&'a self, name: &str, default: &'a str) -> Result<&'a str> {
+    pub(crate) fn text_or<'a>(&'a self, name: &str, default: &'a str) -> Result<&'a str> {
         let Some(value) = self.get(name) else { return Ok(default) };
         value.as_str().ok_or_else(|| self.expected(name, "a string", value))
     }
 
     /// All fields, null ones too.
-    pub(super) fn fields(&self) -> &Map<String, Value> {
+    pub(crate) fn fields(&self) -> &Map<String, Value> {
         &self.fields
     }
 
     /// The value of a field, of whatever kind, unless left out or null.
-    pub(super) fn value(&self, name: &str) -> Option<&Value> {
+    pub(crate) fn value(&self, name: &str) -> Option<&Value> {
         self.get(name)
     }
 
@@ -120,7 +121,7 @@ impl Json {
     }
 
     /// An object, unless left out or null.
-    pub(super) fn object(&self, name: &str) -> Result<Option<Json>> {
+    pub(crate) fn object(&self, name: &str) -> Result<Option<Json>> {
         match self.get(name) {
             None => Ok(None),
             Some(Value::Object(fields)) => {

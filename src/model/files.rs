@@ -8,7 +8,7 @@ use std::path::Path;
 use crate::error::{Error, Result};
 
 /// Reads a regular file of at most `limit` bytes; `Ok(None)` where there is none.
-pub(super) fn read_optional(path: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
+pub(crate) fn read_optional(path: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
     let name = path.display();
     let meta = match std::fs::metadata(path) {
         Ok(meta) => meta,
@@ -37,6 +37,6 @@ pub(super) fn read_optional(path: &Path, limit: u64) -> Result<Option<Vec<u8>>> 
 }
 
 /// Reads a file that has to be there; `remedy` ends the error when it is not.
-pub(super) fn read_required(path: &Path, limit: u64, remedy: &str) -> Result<Vec<u8>> {
+pub(crate) fn read_required(path: &Path, limit: u64, remedy: &str) -> Result<Vec<u8>> {
     read_optional(path, limit)?.ok_or_else(|| Error::Model(format!("{}: no such file; {remedy}", path.display())))
 }

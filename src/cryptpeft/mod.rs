@@ -1,0 +1,31 @@
+//! CryptPEFT (arXiv 2508.12264): a private adapter and classifier over a public vision transformer, with one-way
+//! communication. The backbone is public and stays with the Client, in the clear; adapters only read from it and nothing
+//! goes back into it, so what is computed in secret is as small as the adapters.
+//!
+//! For the last `s` layers of the backbone, `a_i = adapter_i(x_i + a_{i-1}) + (x_i + a_{i-1})`, where `x_i` is the input of
+//! layer `i` and `a` begins at 0. The last `a` is added to the backbone's last hidden state, and goes through the private
+//! final LayerNorm and the private head: of the CLS row only.
+//!
+//! ```text
+//! vit       the backbone in float, of Hugging Face's and torchvision's checkpoints
+//! image     PNG and JPEG files made into what the backbone takes
+//! adapter   the private weights; read from and written to a directory
+//! float     adapters and head in float: what the secure ones are measured against
+//! ```
+
+pub mod adapter;
+mod disk;
+pub mod float;
+pub mod image;
+mod tensors;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod tests_refused;
+pub mod vit;
+mod vit_disk;
+
+pub use adapter::{AdapterConfig, AdapterLayer, AdapterWeights, Affine, Block, LayerNorm};
+pub use float::{Features, Watch, logits};
+pub use image::Preprocess;
+pub use vit::{Layout, Vit, VitConfig};
