@@ -225,7 +225,7 @@ fn nothing_private_is_shown() {
 }
 
 #[test]
-fn photos_are_made_ready_as_pillow_does() {
+fn photos_are_resized_and_cut_as_pytorch_does() {
     for name in ["hf", "torchvision"] {
         let backbone = fixture(name);
         let vit = Vit::open(&backbone).unwrap();
