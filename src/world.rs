@@ -3,8 +3,8 @@
 //! This is the seeded fixture of the tests and the ground on which in-process generation stands. A [`World`] owns the
 //! links between the parties; [`World::run`] lets every party execute the same program against its own [`Session`].
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use rand_chacha::ChaCha20Rng;
@@ -235,6 +235,13 @@ impl World {
         &self.meters[role.index()]
     }
 
+    /// How long a network takes for what has been walked ahead.
+    pub(crate) fn transfer(&self, profile: &Profile) -> Duration {
+        let sent = |from| self.sent(from, Role::Owner).ahead_bytes;
+        let bits = 8.0 * sent(Role::Client).max(sent(Role::Helper)) as f64;
+        profile.rtt + Duration::from_secs_f64(bits / profile.bits_per_second)
+    }
+
     /// Ends all links.
     pub fn close(&self) {
         self.links.iter().for_each(Links::close);
@@ -380,6 +387,46 @@ pub fn reveal(owner: &[Masked], holder: &Masked) -> Result<Vec<u64>> {
 /// [`Error::Shape`] if the two do not belong together.
 pub fn reveal_f64(owner: &[Masked], holder: &Masked) -> Result<Vec<f64>> {
     Ok(reveal(owner, holder)?.into_iter().map(|v| ring::fixed::decode(v, holder.f(), holder.k())).collect())
+}
+
+fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Holds the Owner until Client and Helper have ended their walks, however they ended.
+#[derive(Default)]
+pub(crate) struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct GateState {
+    walked: usize,
+    opened: bool,
+}
+
+pub(crate) struct Walker<'a>(&'a Gate);
+
+impl Drop for Walker<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.state).walked += 1;
+        self.0.changed.notify_all();
+    }
+}
+
+impl Gate {
+    pub(crate) fn walker(&self) -> Walker<'_> {
+        Walker(self)
+    }
+
+    /// Waits; says whether it is the first time.
+    pub(crate) fn wait(&self) -> bool {
+        let state = lock(&self.state);
+        let closed = |s: &mut GateState| s.walked < 2;
+        let mut state = self.changed.wait_while(state, closed).unwrap_or_else(PoisonError::into_inner);
+        !std::mem::replace(&mut state.opened, true)
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Passes of a private model with random weights, its three parties in one process: what benchmarks and tests of cost run.
 
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
@@ -24,7 +24,7 @@ use crate::protocol::{embedding, input};
 use crate::ring::{Packed, fixed};
 use crate::session::{Scope, Session};
 use crate::share::Rows;
-use crate::world::{Batches, Keys, Setup, World};
+use crate::world::{Batches, Gate, Keys, Setup, World};
 
 /// What of a pass is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -246,7 +246,7 @@ impl Run<'_> {
             let (role, ready) = (s.role(), matches!(self.pace, Pace::Ready));
             let _walked = (ready && role != Role::Owner).then(|| gate.walker());
             if ready && role == Role::Owner && gate.wait() {
-                std::thread::sleep(self.transfer());
+                std::thread::sleep(self.world.transfer(&self.profile));
                 ledger::forget();
                 *locked(&clock) = (Instant::now(), spent());
             }
@@ -287,13 +287,6 @@ impl Run<'_> {
         let every = self.part == Part::Verified;
         model.pass(s, cache, PassOptions { ports: client, noise, open_logits: false, every, depths: None })?;
         Ok(since(s, &before.0, before.1))
-    }
-
-    /// How long the simulated network takes for what has been walked.
-    fn transfer(&self) -> Duration {
-        let sent = |from| self.world.sent(from, Role::Owner).ahead_bytes;
-        let bits = 8.0 * sent(Role::Client).max(sent(Role::Helper)) as f64;
-        self.profile.rtt + Duration::from_secs_f64(bits / self.profile.bits_per_second)
     }
 }
 
@@ -338,40 +331,4 @@ fn check_flags(ports: &ClientPorts, outputs: &Outputs) -> Result<()> {
 
 fn locked<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     m.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Holds the Owner until Client and Helper have ended their walks, however they ended.
-#[derive(Default)]
-struct Gate {
-    state: Mutex<GateState>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct GateState {
-    walked: usize,
-    opened: bool,
-}
-
-struct Walker<'a>(&'a Gate);
-
-impl Drop for Walker<'_> {
-    fn drop(&mut self) {
-        locked(&self.0.state).walked += 1;
-        self.0.changed.notify_all();
-    }
-}
-
-impl Gate {
-    fn walker(&self) -> Walker<'_> {
-        Walker(self)
-    }
-
-    /// Waits; says whether it is the first time.
-    fn wait(&self) -> bool {
-        let state = locked(&self.state);
-        let closed = |s: &mut GateState| s.walked < 2;
-        let mut state = self.changed.wait_while(state, closed).unwrap_or_else(PoisonError::into_inner);
-        !std::mem::replace(&mut state.opened, true)
-    }
 }

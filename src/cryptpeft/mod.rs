@@ -11,12 +11,22 @@
 //! image     PNG and JPEG files made into what the backbone takes
 //! adapter   the private weights; read from and written to a directory
 //! float     adapters and head in float: what the secure ones are measured against
+//! maps      residual streams unrolled into private matrices
+//! plan      ring widths, windows and guards
+//! prepare   what each party gets
+//! secure    the private adapter, walked by all three parties
+//! local     all three in one process
 //! ```
 
 pub mod adapter;
 mod disk;
 pub mod float;
 pub mod image;
+pub mod local;
+pub mod maps;
+pub mod plan;
+pub mod prepare;
+pub mod secure;
 mod tensors;
 #[cfg(test)]
 mod tests;
@@ -28,4 +38,7 @@ mod vit_disk;
 pub use adapter::{AdapterConfig, AdapterLayer, AdapterWeights, Affine, Block, LayerNorm};
 pub use float::{Features, Watch, logits};
 pub use image::Preprocess;
+pub use local::LocalAdapter;
+pub use plan::{Plan, plan};
+pub use secure::{Opened, SecureAdapter};
 pub use vit::{Layout, Vit, VitConfig};

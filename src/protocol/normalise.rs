@@ -214,15 +214,7 @@ impl Holder {
     }
 }
 
-fn masks(
-    s: &mut Session,
-    scope: &Scope,
-    x: &Masked,
-    w: &Window,
-    t: &Lines,
-    form: Form,
-    f: u32,
-) -> Result<Normalised> {
+fn masks(s: &mut Session, scope: &Scope, x: &Masked, w: &Window, t: &Lines, form: Form, f: u32) -> Result<Normalised> {
     let groups = &w.hi.rows;
     let rout = s.words_each(Pair::ClientHelper, scope, "normalise.rout", groups, form.words(), K)?;
     let pad = s.words_each(Pair::ClientHelper, scope, "normalise.pad", groups, form.replied(), K)?;
@@ -264,7 +256,8 @@ fn masks(
                 i,
                 Box::new(move |links| {
                     let (queries, shared) = (range.len() * form.query(), range.len() * form.factors());
-                    let payload = links.recv(Role::Owner, Lane::Online, &from, queries + pack::packed_len(shared, K))?;
+                    let payload =
+                        links.recv(Role::Owner, Lane::Online, &from, queries + pack::packed_len(shared, K))?;
                     let shares = pack::unpack(&payload[queries..], shared, K)
                         .ok_or_else(|| blame(Role::Owner, &from, PeerFault::Malformed("padding bits set")))?;
                     let mut reply = match counted {
