@@ -3,6 +3,7 @@
 //! [`Harness`] runs passes and says what they took; it is what `trefoil bench`, `benches/` and the tests of cost share. Weights
 //! are random and keys fixed: nothing in here is secret. What the figures mean is in `docs/performance.md`.
 
+pub mod adapter;
 mod breakdown;
 mod harness;
 mod measure;

@@ -112,7 +112,11 @@ impl Preset {
     pub fn find(name: &str) -> Result<&'static Preset> {
         PRESETS.iter().find(|p| p.name == name).ok_or_else(|| {
             let known: Vec<&str> = PRESETS.iter().map(|p| p.name).collect();
-            Error::Config(format!("--preset {name}: expected one of {}", known.join(", ")))
+            Error::Config(format!(
+                "--preset {name}: expected one of {}, or an adapter as in {}",
+                known.join(", "),
+                super::adapter::PAPER[0]
+            ))
         })
     }
 

@@ -102,31 +102,8 @@ impl Report {
     fn breakdown(&self) -> String {
         let mut out = String::new();
         for r in &self.rows {
-            out += &format!(
-                "\n{} at context {}, per token:\n\n| operation | ready: Owner computes, ms | waits | network | from cold, ms computing: Owner | Client | Helper | of these, streams | online kB | run-ahead kB |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
-                r.test, r.context
-            );
-            for kind in Kind::ALL {
-                let of = |party: &str| r.by_operation.get(party).and_then(|o| o.get(kind.name())).copied();
-                let parties = ["owner", "client", "helper"].map(of);
-                let step = r.ready_by_operation.get(kind.name()).copied();
-                if step.is_none() && parties.iter().all(Option::is_none) {
-                    continue;
-                }
-                let (step, parties) = (step.unwrap_or_default(), parties.map(Option::unwrap_or_default));
-                let [owner, client, helper] = parties.map(|o| o.computing());
-                let streams: f64 = parties.iter().map(Operation::streams).sum();
-                let kilo = |f: fn(&Operation) -> u64| parties.iter().map(f).sum::<u64>() as f64 / 1e3;
-                out += &format!(
-                    "| {} | {:.3} | {:.3} | {:.3} | {owner:.3} | {client:.3} | {helper:.3} | {streams:.3} | {:.1} | {:.1} |\n",
-                    kind.name().replace('_', " "),
-                    step.compute_ms,
-                    step.wait_ms,
-                    step.network_ms,
-                    kilo(|o| o.online_bytes),
-                    kilo(|o| o.ahead_bytes),
-                );
-            }
+            out += &format!("\n{} at context {}, per token:\n\n", r.test, r.context);
+            out += &operations(&r.by_operation, &r.ready_by_operation);
         }
         out
     }
@@ -157,4 +134,33 @@ impl Report {
         }
         out
     }
+}
+
+/// A table of what a token (an image) takes by kind of operation.
+pub(super) fn operations(by_operation: &ByOperation, ready: &Steps) -> String {
+    let mut out = String::from(
+        "| operation | ready: Owner computes, ms | waits | network | from cold, ms computing: Owner | Client | Helper | of these, streams | online kB | run-ahead kB |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
+    );
+    for kind in Kind::ALL {
+        let of = |party: &str| by_operation.get(party).and_then(|o| o.get(kind.name())).copied();
+        let parties = ["owner", "client", "helper"].map(of);
+        let step = ready.get(kind.name()).copied();
+        if step.is_none() && parties.iter().all(Option::is_none) {
+            continue;
+        }
+        let (step, parties) = (step.unwrap_or_default(), parties.map(Option::unwrap_or_default));
+        let [owner, client, helper] = parties.map(|o| o.computing());
+        let streams: f64 = parties.iter().map(Operation::streams).sum();
+        let kilo = |f: fn(&Operation) -> u64| parties.iter().map(f).sum::<u64>() as f64 / 1e3;
+        out += &format!(
+            "| {} | {:.3} | {:.3} | {:.3} | {owner:.3} | {client:.3} | {helper:.3} | {streams:.3} | {:.1} | {:.1} |\n",
+            kind.name().replace('_', " "),
+            step.compute_ms,
+            step.wait_ms,
+            step.network_ms,
+            kilo(|o| o.online_bytes),
+            kilo(|o| o.ahead_bytes),
+        );
+    }
+    out
 }

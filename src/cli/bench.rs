@@ -2,20 +2,23 @@
 
 use std::path::PathBuf;
 
-use trefoil::bench::{Options, Plots, Preset, Test, contexts, run as measure, stopwatch};
+use trefoil::bench::{Options, Plots, Preset, Test, adapter, contexts, run as measure, stopwatch};
 use trefoil::error::{Error, Result};
 use trefoil::model::preparation::parse_private_layers;
 use trefoil::model::variant::Reshaping;
 use trefoil::model::{Activation, Softmax};
 
+const TESTS: &str = "pp128,tg64";
+
 /// Options of `trefoil bench`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// h768 and h2048 (a layer by itself), deep-256, tinyllama-1.1b, deepseek-coder-1.3b, openllama-3b, llama-2-7b.
+    /// h768 and h2048 (a layer by itself), deep-256, tinyllama-1.1b, deepseek-coder-1.3b, openllama-3b, llama-2-7b;
+    /// cryptpeft-hH-rR (or -sS): a private adapter of H heads and rank R over the last (S) layers of ViT-B/16, one row per image.
     #[arg(long, value_name = "NAME")]
     preset: String,
-    /// ppN: prefill of N tokens; tgN: N tokens decoded, from cold. A list.
-    #[arg(long, default_value = "pp128,tg64", value_name = "LIST")]
+    /// ppN: prefill of N tokens; tgN: N tokens decoded, from cold. A list. Of an adapter: imgN, N images from cold.
+    #[arg(long, default_value = TESTS, value_name = "LIST")]
     test: String,
     /// Cached positions before the decode tokens. A list: every decode test is run at each.
     #[arg(long, default_value = "0", value_name = "LIST")]
@@ -46,11 +49,24 @@ pub struct Args {
     json: bool,
 }
 
+fn run_adapter(a: &Args, shape: adapter::Shape) -> Result<()> {
+    let images = if a.test == TESTS { 16 } else { adapter::images(&a.test)? };
+    let row = adapter::run(&a.preset, shape, images, a.net.parse()?, &stopwatch())?;
+    if !a.json {
+        return super::say(&adapter::markdown(&row));
+    }
+    let json = serde_json::to_string_pretty(&[row]).map_err(|e| Error::Internal(format!("writing JSON: {e}")))?;
+    super::say(&format!("{json}\n"))
+}
+
 /// Runs the command.
 ///
 /// # Errors
 /// Whatever the options got wrong, or a party.
 pub fn run(a: &Args) -> Result<()> {
+    if let Some(shape) = adapter::Shape::parse(&a.preset)? {
+        return run_adapter(a, shape);
+    }
     let preset = Preset::find(&a.preset)?;
     let options = Options {
         preset,

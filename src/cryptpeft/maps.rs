@@ -8,6 +8,7 @@
 
 use ndarray::{Array1, Array2, s};
 
+use super::plan::{F_WEIGHT, F_WEIGHT_QK};
 use super::{AdapterConfig, AdapterWeights, LayerNorm};
 use crate::error::{Error, Result};
 
@@ -38,9 +39,9 @@ pub enum Sink {
 pub enum Slot {
     /// From a source to a sink.
     Map(Sink, Source),
-    /// Queries, scaled.
+    /// Queries, by the root of the scores' scale.
     Query(usize, usize),
-    /// Keys.
+    /// Keys, by that root.
     Key(usize, usize),
     /// Values.
     Value(usize, usize),
@@ -93,6 +94,12 @@ pub fn slots(c: &AdapterConfig) -> Vec<Slot> {
 }
 
 impl Slot {
+    /// Fraction bits.
+    #[must_use]
+    pub fn fraction(self) -> u32 {
+        if matches!(self, Slot::Query(..) | Slot::Key(..)) { F_WEIGHT_QK } else { F_WEIGHT }
+    }
+
     /// Outputs and inputs.
     #[must_use]
     pub fn dim(self, c: &AdapterConfig) -> (usize, usize) {
@@ -175,7 +182,8 @@ pub fn matrices(c: &AdapterConfig, w: &AdapterWeights) -> Result<Vec<(Slot, Arra
         for (b, block) in l.blocks.iter().enumerate() {
             sink(Sink::Attention(i, b), stream.under(&Array2::eye(c.rank)));
             let r = c.rank;
-            let scale = ((r / c.heads) as f32).sqrt().recip();
+            // The root of the scores' scale in both, so that neither loses digits.
+            let scale = c.score_scale().sqrt();
             let none = Array1::zeros(3 * r);
             let (qkv, bias) = folded(&block.qkv, &none, &block.ln_1);
             let of = |n: usize, by: f32| {
@@ -183,7 +191,7 @@ pub fn matrices(c: &AdapterConfig, w: &AdapterWeights) -> Result<Vec<(Slot, Arra
                 (m.to_owned() * by, Some(v.to_owned() * by))
             };
             for (slot, (m, bias)) in
-                [(Slot::Query(i, b), of(0, scale)), (Slot::Key(i, b), of(1, 1.0)), (Slot::Value(i, b), of(2, 1.0))]
+                [(Slot::Query(i, b), of(0, scale)), (Slot::Key(i, b), of(1, scale)), (Slot::Value(i, b), of(2, 1.0))]
             {
                 inner.push((slot, m, bias));
             }

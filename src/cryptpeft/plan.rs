@@ -16,8 +16,10 @@ use crate::error::{Error, Result};
 use crate::model::calibrate::spectral_bound;
 use crate::plan::{F, NormPlan};
 
-/// Fraction bits of every private matrix.
+/// Fraction bits of most private matrices.
 pub const F_WEIGHT: u32 = 12;
+/// Of those of queries and keys, which the scores' scale makes small.
+pub const F_WEIGHT_QK: u32 = 14;
 /// Row bits of the window of a ReLU of one row.
 pub const RELU_WINDOW: u32 = 12;
 /// Fraction bits of a ReLU's values.
@@ -194,11 +196,11 @@ fn norm(place: &str, n: usize, element: f64, sum: (f64, f64)) -> Result<NormPlan
         w if w <= *WINDOW.end() => (1, w.max(*WINDOW.start())),
         w => (2, (w / 2 + 3).clamp(12, 16)),
     };
-    // 13 bits of 1/rms at the largest sum; one more where there is room.
+    // 15 bits of 1/rms at the largest sum: the slope of a line is multiplied by up to 2^7, and its rounding with it.
     let rms = (f64::from(bits).exp2() / unit / n as f64).sqrt();
-    let f_gain = (rms.log2().ceil().max(0.0) as u32 + 13).max(14);
-    if f_gain > 24 {
-        return refuse(format!("rows are {rms:.0} long on average, too much for a norm's 24 fraction bits"));
+    let f_gain = (rms.log2().ceil().max(0.0) as u32 + 15).max(16);
+    if f_gain > 26 {
+        return refuse(format!("rows are {rms:.0} long on average, too much for a norm's 26 fraction bits"));
     }
     Ok(NormPlan { k, bits, window, windows, f_gain, coarse: None })
 }
@@ -249,7 +251,7 @@ pub fn plan(config: &AdapterConfig, w: &AdapterWeights, samples: &[Features]) ->
             let score = (0..config.heads).map(|h| of(q, q_bias, h * dim) * of(k, k_bias, h * dim)).fold(0.0, f64::max);
             let value = row_bound(v) * root + largest(v_bias);
             let output = (row_bound(q) * root + largest(q_bias)).max(row_bound(k) * root + largest(k_bias)).max(value);
-            let carried = F + ln_1.f_gain + F_WEIGHT;
+            let carried = F + ln_1.f_gain + F_WEIGHT_QK;
             let fits = |what: &str, reaches: f64, f: u32, k: u32| {
                 if ring_for(reaches, f) < k {
                     return Ok(());

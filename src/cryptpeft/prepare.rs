@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::AdapterWeights;
 use super::maps::{Slot, matrices, slots};
-use super::plan::{F_WEIGHT, Plan};
+use super::plan::Plan;
 use crate::error::{Error, Result};
 use crate::prf::PreparationSeed;
 use crate::protocol::linear::OwnerMatrix;
@@ -38,7 +38,7 @@ impl Prepared {
         Self::of(plan, &mut |i, slot| {
             let (_, m, bias) = all.next().ok_or_else(|| Error::Internal("a matrix for each slot".into()))?;
             let name = format!("{slot:?}");
-            OwnerMatrix::quantise(i as u64, &name, m.view(), bias.as_ref().and_then(|b| b.as_slice()), F_WEIGHT)
+            OwnerMatrix::quantise(i as u64, &name, m.view(), bias.as_ref().and_then(|b| b.as_slice()), slot.fraction())
         })
     }
 
@@ -49,7 +49,7 @@ impl Prepared {
     pub fn client(plan: &Plan, seed: &PreparationSeed) -> Result<Prepared> {
         Self::of(plan, &mut |i, slot| {
             let (outputs, inputs) = slot.dim(&plan.config);
-            Ok(OwnerMatrix::client(i as u64, outputs, inputs, F_WEIGHT, seed.clone()))
+            Ok(OwnerMatrix::client(i as u64, outputs, inputs, slot.fraction(), seed.clone()))
         })
     }
 
@@ -61,7 +61,7 @@ impl Prepared {
         Self::of(plan, &mut |i, slot| {
             let (outputs, inputs) = slot.dim(&plan.config);
             let words = self.matrix(slot)?.helper_words(seed)?;
-            OwnerMatrix::helper(i as u64, outputs, inputs, F_WEIGHT, words)
+            OwnerMatrix::helper(i as u64, outputs, inputs, slot.fraction(), words)
         })
     }
 

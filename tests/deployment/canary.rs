@@ -14,10 +14,13 @@ use trefoil::generate::{Local, LocalOptions};
 use trefoil::model::store::{ClientModel, HelperStore, OwnerPreparation};
 use trefoil::model::{Checkpoint, TextCodec, Weights};
 use trefoil::net::{Channel, Lane};
+use trefoil::party::Role;
 use trefoil::prf::{AddressLog, Pair, PairKey, PreparationSeed, Prf};
 use trefoil::world::Keys;
 
 use crate::attacker::open;
+use crate::gateway::Gateway;
+use crate::http::{get, post};
 use crate::search::Search;
 use crate::support::*;
 
@@ -218,6 +221,110 @@ fn nothing_secret_in_logs_errors_and_files() {
     eprintln!("{} forms; {bytes} bytes of logs and errors, {} files: nothing", search.forms(), open.len());
 
     shown(&search, &site, &model);
+}
+
+/// The same of the gateway: its log, its page and what that shows to another caller, its metrics and those of the parties, and
+/// answers that are errors. Of what was answered only the caller learns.
+#[test]
+fn nothing_secret_from_the_gateway_its_page_and_its_metrics() {
+    let mut site = Site::new();
+    let model = model(site.dir.path());
+    (site.preparation, site.metrics) = (site.path("prep"), true);
+    prepare(&site.preparation, &["--model", model.to_str().unwrap()]);
+    let (ours, theirs) = ("canary-key-quokka-0001", "another-key-0002-of-somebody");
+    let keys = site.path("api.keys");
+    std::fs::write(&keys, format!("{ours}\n{theirs}\n")).unwrap();
+    std::fs::set_permissions(&keys, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    let (any, loud) = ("127.0.0.1:0", [("RUST_LOG", "trace")]);
+    let helper = Party::start_as(&site.config("helper", Role::Helper, "helper", any, "", ""), "text", &loud);
+    let owner = Party::start_as(&site.config("owner", Role::Owner, "owner", any, "", &helper.address), "json", &loud);
+    wait_text(&owner, "the helper has the model");
+    let client = site.config("client", Role::Client, "client", "", &owner.address, &helper.address);
+    let gateway = Gateway::of(&client, any, &["--sessions", "2", "--api-keys", keys.to_str().unwrap()], &loud);
+    let at = gateway.address.as_str();
+    let by = |key: &str| format!("Bearer {key}");
+    let ask = |key: &str, body: serde_json::Value| {
+        post(at, "/v1/completions", &[("Authorization", &by(key))], &body.to_string())
+    };
+    let body = |n: usize| serde_json::json!({"prompt": SECRET_PROMPT, "max_tokens": n, "temperature": 0});
+
+    let answer = ask(ours, body(24));
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    let said = answer.json()["choices"][0]["text"].as_str().unwrap().to_owned();
+    let mut search = Search::default();
+    look_for_weights(&mut search);
+    look_for_prompt(&mut search, &TextCodec::open(&model).unwrap());
+    search.bytes("answer", said.as_bytes());
+    search.bytes("an API key", ours.as_bytes());
+    search.bytes("preparation seed", &std::fs::read(site.preparation.join("seed")).unwrap());
+    for name in ["owner", "helper", "client"] {
+        let pem = std::fs::read_to_string(site.path(&format!("{name}.key"))).unwrap();
+        search.bytes(&format!("the {name}'s key"), &private_number(&pem));
+    }
+    assert!(search.find(answer.body.as_bytes()).contains(&"answer, raw"), "the search does not find what is there");
+
+    // What goes wrong: too long, refused by name, no request, a wrong key, a caller that leaves, a Helper that dies.
+    let mut seen: Vec<(String, String)> = Vec::new();
+    let long = serde_json::json!({"prompt": SECRET_PROMPT.repeat(60)});
+    let mut tools = body(4);
+    tools["logit_bias"] = serde_json::json!({SECRET_PROMPT: 1});
+    let torn = format!("{{\"prompt\": \"{SECRET_PROMPT}");
+    for (what, reply) in [
+        ("too long", ask(ours, long)),
+        ("refused", ask(ours, tools)),
+        ("torn", post(at, "/v1/completions", &[("Authorization", &by(ours))], &torn)),
+        ("without a key", post(at, "/v1/completions", &[], &body(4).to_string())),
+        ("a wrong key", ask(&format!("{ours}-not"), body(4))),
+        ("no such page", get(at, &format!("/{}", SECRET_PROMPT.replace(' ', "+")), &[])),
+    ] {
+        assert!(reply.status >= 400, "{what}: {}", reply.body);
+        seen.push((what.into(), reply.body));
+    }
+    let mut left = body(100);
+    left["stream"] = true.into();
+    drop(crate::http::send(at, "POST", "/v1/completions", &[("Authorization", &by(ours))], &left.to_string()));
+    let look = |key: &str, path: &str| get(at, path, &[("Authorization", &by(key))]).body;
+    for path in ["/", "/page/app.js", "/page/style.css", "/health", "/ready", "/v1/models", "/metrics", "/api/state"] {
+        seen.push((path.into(), look(theirs, path)));
+    }
+    // The samples are the caller's alone.
+    assert!(!look(theirs, "/api/state").contains("\"bytes\":\""), "{}", look(theirs, "/api/state"));
+    for (name, party) in [("owner", &owner), ("helper", &helper)] {
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        let address = loop {
+            let log = party.log.lock().unwrap().join("\n");
+            let found = log.lines().find(|l| l.contains("metrics") && l.contains("127.0.0.1:")).and_then(|l| {
+                let port: String = l.split("127.0.0.1:").nth(1)?.chars().take_while(char::is_ascii_digit).collect();
+                Some(format!("127.0.0.1:{port}"))
+            });
+            if let Some(address) = found {
+                break address;
+            }
+            assert!(std::time::Instant::now() < deadline, "{name} does not say where its metrics are");
+            std::thread::sleep(Duration::from_millis(50));
+        };
+        for path in ["/metrics", "/health", "/ready"] {
+            seen.push((format!("{name}'s {path}"), get(&address, path, &[]).body));
+        }
+    }
+    let mut helper = helper;
+    helper.kill();
+    let failed = ask(ours, body(8));
+    assert!(failed.status >= 500, "{}", failed.body);
+    seen.push(("without a helper".into(), failed.body));
+    seen.push(("ready without a helper".into(), look(theirs, "/ready")));
+    for (name, party) in [("owner", &owner), ("helper", &helper)] {
+        seen.push((format!("{name}'s log"), party.log.lock().unwrap().join("\n")));
+    }
+    let log = gateway.log.lock().unwrap().clone();
+    assert!(log.contains("TRACE"), "the gateway's log is not at level trace");
+    seen.push(("gateway's log".into(), log));
+    let bytes: usize = seen.iter().map(|(_, text)| text.len()).sum();
+    for (place, text) in &seen {
+        assert!(!text.is_empty(), "{place} is empty");
+        assert_eq!(search.find(text.as_bytes()), Vec::<&str>::new(), "{place}");
+    }
+    eprintln!("{} forms; {bytes} bytes of {} places: nothing", search.forms(), seen.len());
 }
 
 /// What values that hold secrets say of themselves.

@@ -71,9 +71,12 @@ const LABELS: [&str; 30] = [
     "scale.shares",
 ];
 /// And those of the base and the delegation.
-const MORE: [&str; 14] = [
+const MORE: [&str; 17] = [
     "scale.client",
     "scale.helper",
+    "normalise.query",
+    "normalise.client",
+    "normalise.helper",
     "input.x",
     "input_bits.x",
     "reshare.z",
@@ -181,6 +184,7 @@ fn combined(run: &[Message]) -> Vec<Message> {
             "linear.client" => ("linear.helper", "linear, both", Join::Sum),
             "lookup.client" => ("lookup.helper", "lookup, both", Join::Xor),
             "evaluate.client" => ("evaluate.helper", "evaluate, sum", Join::Sum),
+            "normalise.client" => ("normalise.helper", "normalise, sum", Join::Sum),
             "lift.client" => ("lift.helper", "lift, both", Join::Xor),
             "product.client" => ("product.helper", "product, both", Join::Sum),
             "cached.client" => ("cached.helper", "cached, both", Join::Sum),
@@ -194,8 +198,10 @@ fn combined(run: &[Message]) -> Vec<Message> {
         let step = Address { label: partner, ..a.step.clone() };
         let b = run.iter().find(|m| m.step == step).expect("both halves of a step");
         out.push(a.with(b, label, join));
-        if a.step.label == "evaluate.client" {
-            out.push(a.with(b, "evaluate, difference", Join::Difference));
+        match a.step.label {
+            "evaluate.client" => out.push(a.with(b, "evaluate, difference", Join::Difference)),
+            "normalise.client" => out.push(a.with(b, "normalise, difference", Join::Difference)),
+            _ => {}
         }
     }
     out

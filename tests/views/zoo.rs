@@ -14,8 +14,8 @@ use trefoil::protocol::lookup::{self, Indicator, Table};
 use trefoil::protocol::open::open;
 use trefoil::protocol::product::{Elementwise, product};
 use trefoil::protocol::thermometer::{Thermometer, reference};
-use trefoil::protocol::window::Digits;
-use trefoil::protocol::{argmax, compare, guard, input, lift, polynomial, square};
+use trefoil::protocol::window::{Digits, Window};
+use trefoil::protocol::{argmax, compare, concat, evaluate, guard, input, lift, normalise, polynomial, square};
 use trefoil::ring;
 use trefoil::session::{Scope, Session};
 use trefoil::share::Rows;
@@ -93,6 +93,12 @@ fn program(s: &mut Session, parts: &Parts, caches: &[Mutex<Cached>; 3]) -> Resul
     let indicator = Indicator::cyclic(8, &[1, 1, 4], |i, j| i > j)?;
     lookup::indicator(s, &at("indicator"), &Digits::cut(&a, 4, 3)?, &indicator, 0, 9)?.finish(s)?;
     lift::lift(s, &at("lift"), &c, 50)?.finish(s)?;
+    let wide = lift::lift(s, &at("wide"), &c, 64)?.finish(s)?;
+    let columns = [3u64, 17, 1].map(|m| evaluate::Table::cyclic(&(0..16).map(|i| i * m).collect::<Vec<_>>()));
+    let [first, second, column] = columns;
+    let lines = evaluate::Lines::new(first, second, vec![column]);
+    let window = Window { hi: Digits::cut(&a, 40, 4)?, lo: Digits::cut(&a, 34, 6)? };
+    normalise::normalise(s, &at("normalise"), &concat(&[&wide, &wide])?, &window, &lines, 12)?.finish(s)?;
     compare::is_negative(s, &at("compare"), &c.narrow(16)?, 7)?.finish(s)?;
     if let Some(g) = guard::guard(s, &at("guard"), &a, 30, true, 16)? {
         g.finish(s)?;
@@ -118,14 +124,20 @@ fn width(step: &Address) -> Option<u32> {
     let Address { path, label, .. } = step;
     let path = path.as_str();
     match *label {
-        "lookup.query" | "evaluate.query" | "square.shares" | "scale.shares" | "embed.query" => None,
+        "lookup.query" | "evaluate.query" | "square.shares" | "scale.shares" | "embed.query" | "normalise.query" => {
+            None
+        }
         "lift.query" => Some(1),
-        "lift.client" | "lift.helper" => Some(if path == "lift" { 22 } else { 12 }),
+        "lift.client" | "lift.helper" => Some(match path {
+            "lift" => 22,
+            "wide" => 36,
+            _ => 12,
+        }),
         _ => match path {
             "a" | "b" | "linear" | "product" | "cached" | "polynomial" => Some(44),
             "c" | "embed" => Some(28),
             "l" => Some(12),
-            "square" | "scale" => Some(64),
+            "square" | "scale" | "normalise" => Some(64),
             "words" | "word" => Some(20),
             "indicator" => Some(9),
             "compare.sign" => Some(7),
