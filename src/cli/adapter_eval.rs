@@ -51,12 +51,11 @@ pub fn run(a: &Args) -> Result<()> {
     let (vit, preprocess) = super::backbone(&a.backbone)?;
     let (config, weights) = super::adapter(&a.adapter, &vit)?;
     let set = a.data.load(&vit, &preprocess)?;
-    let named = config.labels.is_empty() || config.labels == set.labels;
-    if !named || config.classes != set.labels.len() {
+    let set = if config.labels.is_empty() { set } else { set.relabelled(&config.labels)? };
+    if set.labels.len() > config.classes {
         return Err(Error::Config(format!(
-            "the adapter tells {} labels apart, {:?}, but the images have {}, {:?}: give images of the adapter's labels",
+            "the adapter tells {} classes apart, which have no names, but the images have {} labels, {:?}: give fewer",
             config.classes,
-            config.labels,
             set.labels.len(),
             set.labels
         )));
