@@ -16,10 +16,14 @@
 //! prepare   what each party gets
 //! secure    the private adapter, walked by all three parties
 //! local     all three in one process
+//! synthetic labelled images, made from a seed or read from folders
+//! eval      features of labelled images, and the accuracy in float
+//! train     adapters and head learned on cached features; cargo feature `train`
 //! ```
 
 pub mod adapter;
 mod disk;
+pub mod eval;
 pub mod float;
 pub mod image;
 pub mod local;
@@ -27,18 +31,25 @@ pub mod maps;
 pub mod plan;
 pub mod prepare;
 pub mod secure;
+pub mod synthetic;
 mod tensors;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod tests_refused;
+#[cfg(feature = "train")]
+pub mod train;
+#[cfg(feature = "train")]
+mod twin;
 pub mod vit;
 mod vit_disk;
 
 pub use adapter::{AdapterConfig, AdapterLayer, AdapterWeights, Affine, Block, LayerNorm};
+pub use eval::{accuracy, cached_features};
 pub use float::{Features, Watch, logits};
 pub use image::Preprocess;
 pub use local::LocalAdapter;
 pub use plan::{Plan, plan};
 pub use secure::{Opened, SecureAdapter};
+pub use synthetic::{Dataset, Example};
 pub use vit::{Layout, Vit, VitConfig};
