@@ -16,16 +16,22 @@
 //! prepare   what each party gets
 //! secure    the private adapter, walked by all three parties
 //! local     all three in one process
+//! latency   how long it takes: measured, and by the paper's linear model
+//! estimate  how long it takes: by counting what is sent and computed
+//! search    which heads, rank and number of adapters to train
 //! ```
 
 pub mod adapter;
 mod disk;
+pub mod estimate;
 pub mod float;
 pub mod image;
+pub mod latency;
 pub mod local;
 pub mod maps;
 pub mod plan;
 pub mod prepare;
+pub mod search;
 pub mod secure;
 mod tensors;
 #[cfg(test)]
