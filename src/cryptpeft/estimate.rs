@@ -126,7 +126,7 @@ impl CostModel {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::local::Pace;
     use super::super::{LocalAdapter, latency};
     use super::*;
@@ -150,7 +150,7 @@ mod tests {
     }
 
     /// A machine of round numbers: nothing is measured.
-    fn rates() -> Rates {
+    pub(in crate::cryptpeft) fn rates() -> Rates {
         let one_process = Fit { word_s: 1e-9, message_s: 1e-5 };
         Rates {
             isa: "none",

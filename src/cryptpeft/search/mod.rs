@@ -5,6 +5,7 @@
 //! policy    the controller: a softmax over the choices of each dimension, trained by REINFORCE
 //! history   the file of all evaluated points
 //! plot      accuracy against latency, with the Pareto front
+//! timing    latencies of all points, from measurements of a few
 //! ```
 //!
 //! In each step the controller draws a point, gets its reward, and is moved towards what was better than usual. A point met
@@ -18,6 +19,7 @@ mod plot;
 mod policy;
 #[cfg(test)]
 mod tests;
+pub mod timing;
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -64,6 +66,8 @@ pub struct Space {
 
 /// Every point is looked at in every step.
 const MOST_POINTS: usize = 100_000;
+/// No choice is larger.
+const LARGEST: usize = 4096;
 
 impl Space {
     /// Its points, each as the indices of its choices: those whose heads divide the rank.
@@ -79,6 +83,9 @@ impl Space {
             }
             if choices.contains(&0) {
                 return wrong("0 is no choice; give 1 or more".into());
+            }
+            if let Some(large) = choices.iter().find(|c| **c > LARGEST) {
+                return wrong(format!("{large} is too large; give {LARGEST} or less"));
             }
             let twice = choices.iter().enumerate().find(|(i, c)| choices[..*i].contains(c));
             if let Some((_, twice)) = twice {

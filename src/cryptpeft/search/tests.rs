@@ -173,6 +173,7 @@ fn spaces_targets_and_answers_that_are_none() {
         (points(&[1], &[8, 0], &[1]), "--ranks: 0"),
         (points(&[1], &[8], &[1, 2, 1]), "--layers: 1 is there twice"),
         (points(&[3], &[8, 16], &[1]), "divide none"),
+        (points(&[1], &[usize::MAX], &[1]), "too large"),
     ] {
         assert!(space.as_ref().is_err_and(|e| e.contains(what)), "{space:?}");
     }
