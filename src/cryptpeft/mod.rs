@@ -19,11 +19,15 @@
 //! latency   how long it takes: measured, and by the paper's linear model
 //! estimate  how long it takes: by counting what is sent and computed
 //! search    which heads, rank and number of adapters to train
+//! synthetic labelled images, made from a seed or read from folders
+//! eval      features of labelled images, and the accuracy in float
+//! train     adapters and head learned on cached features; cargo feature `train`
 //! ```
 
 pub mod adapter;
 mod disk;
 pub mod estimate;
+pub mod eval;
 pub mod float;
 pub mod image;
 pub mod latency;
@@ -33,18 +37,25 @@ pub mod plan;
 pub mod prepare;
 pub mod search;
 pub mod secure;
+pub mod synthetic;
 mod tensors;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod tests_refused;
+#[cfg(feature = "train")]
+pub mod train;
+#[cfg(feature = "train")]
+mod twin;
 pub mod vit;
 mod vit_disk;
 
 pub use adapter::{AdapterConfig, AdapterLayer, AdapterWeights, Affine, Block, LayerNorm};
+pub use eval::{accuracy, cached_features};
 pub use float::{Features, Watch, logits};
 pub use image::Preprocess;
 pub use local::LocalAdapter;
 pub use plan::{Plan, plan};
 pub use secure::{Opened, SecureAdapter};
+pub use synthetic::{Dataset, Example};
 pub use vit::{Layout, Vit, VitConfig};

@@ -24,7 +24,7 @@ fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
 }
 
 /// Shows the numbers of `t`, row after row.
-pub(super) fn with_values<R>(t: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
+pub(crate) fn with_values<R>(t: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
     let t = t.contiguous()?;
     let (storage, layout) = t.storage_and_layout();
     match &*storage {
@@ -44,7 +44,7 @@ fn rows_of(layout: &Layout) -> (usize, usize) {
 }
 
 /// `y = x w^T`, `x [n, in]`, `w [out, in]`.
-pub(super) struct Linear {
+pub(crate) struct Linear {
     /// Whether `x` leads to something that is trained.
     pub input: bool,
     /// Whether `w` is trained.
@@ -74,7 +74,7 @@ impl CustomOp2 for Linear {
 }
 
 /// RMSNorm of every row of `x [.., d]` with gains `g [d]`.
-pub(super) struct RmsNorm {
+pub(crate) struct RmsNorm {
     pub eps: f64,
     /// Whether the gains are trained.
     pub gain: bool,
@@ -300,7 +300,7 @@ pub(super) fn exp(x: f32) -> f32 {
 
 /// The loss of logits `[rows, vocab]`: the mean over rows of `nll * (negative log-likelihood of the target) + kl * KL(teacher,
 /// student)`, in nats (MARILL, appendix E).
-pub(super) struct Loss {
+pub(crate) struct Loss {
     pub targets: Arc<Vec<u32>>,
     pub nll: f32,
     pub kl: f32,

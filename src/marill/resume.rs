@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::disk;
 use super::ops::with_values;
-use super::optimiser::{AdamW, Moments};
+use super::optimiser::{AdamW, DECAY, Moments};
 use super::student::{Parameter, defect};
 use crate::error::{Error, Result};
 
@@ -118,7 +118,7 @@ impl Checkpoint {
             moments.push(Moments { mean: of("mean")?, square: of("square")? });
         }
         let seconds = metadata.get(SECONDS).and_then(|s| s.parse().ok()).unwrap_or_default();
-        Ok(Some(State { step, seconds, losses: read(LOSSES, None)?, optimiser: AdamW { moments } }))
+        Ok(Some(State { step, seconds, losses: read(LOSSES, None)?, optimiser: AdamW { moments, decay: DECAY } }))
     }
 
     /// The model is made: the way there is not needed any more.

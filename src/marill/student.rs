@@ -14,7 +14,7 @@ use crate::model::{LayerWeights, Linear, ModelConfig, Weights, float};
 use crate::plan::Module;
 
 /// What candle reports means a defect here: shapes were checked when the model was read.
-pub(super) fn defect(e: candle_core::Error) -> Error {
+pub(crate) fn defect(e: candle_core::Error) -> Error {
     Error::Internal(format!("training: {e}"))
 }
 

@@ -14,7 +14,7 @@ use super::adapter::Lora;
 use super::data::{Batch, DataOptions, Dataset, Example, Source, shuffle};
 use super::evaluate::{Score, score};
 use super::ops::{Loss, with_values};
-use super::optimiser::{AdamW, rate};
+use super::optimiser::{AdamW, DECAY, rate};
 use super::reshape::{MergeBy, Reshape, Reshaped};
 use super::resume::{Checkpoint as Saved, State, difference};
 use super::student::{Student, Trace, defect};
@@ -425,7 +425,7 @@ impl Run<'_> {
     /// Takes the steps that are left; `None` if `watch` ended it.
     fn steps(&self, saved: &Saved, watch: &mut dyn FnMut(Progress) -> bool) -> Result<Option<Done>> {
         let parameters = self.student.parameters();
-        let fresh = || State { step: 0, seconds: 0.0, losses: Vec::new(), optimiser: AdamW::new(parameters) };
+        let fresh = || State { step: 0, seconds: 0.0, losses: Vec::new(), optimiser: AdamW::new(parameters, DECAY) };
         let mut state = saved.load(parameters)?.unwrap_or_else(fresh);
         let (resumed_at, before, started) = (state.step, state.seconds, Instant::now());
         let mut order: (Option<usize>, Vec<&Example>) = (None, Vec::new());
@@ -441,7 +441,7 @@ impl Run<'_> {
             let batch = Batch::new(order.1.iter().skip(at * size).take(size).copied());
             if state.step == self.matching {
                 // Another loss: its moments start anew.
-                state.optimiser = AdamW::new(parameters);
+                state.optimiser = AdamW::new(parameters, DECAY);
             }
             let loss = self.step(&mut state, &batch)?;
             state.losses.push(loss);
