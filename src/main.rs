@@ -5,6 +5,8 @@ use std::io::Write;
 use clap::{Parser, Subcommand};
 use trefoil::error::{Error, Result};
 
+#[path = "cli/adapter.rs"]
+mod adapter;
 #[path = "cli/bench.rs"]
 mod bench;
 #[path = "cli/calibrate.rs"]
@@ -79,6 +81,8 @@ enum Command {
     /// Train a model to be private and cheap to serve: layers frozen, adapters, merged heads, another softmax.
     #[cfg(feature = "train")]
     Finetune(Box<finetune::Args>),
+    /// Private adapters over a public vision transformer: train them, measure them, classify images.
+    Adapter(Box<adapter::Args>),
     /// Train, score and run every technique that makes a model cheaper, and put them in one table (the paper's ablation).
     #[cfg(feature = "train")]
     Study(Box<study::Args>),
@@ -110,6 +114,7 @@ fn main() -> std::process::ExitCode {
         Command::Inspect(args) => inspect::run(&args),
         Command::Recommend(args) => recommend::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Adapter(args) => adapter::run(&args),
         #[cfg(feature = "train")]
         Command::Finetune(args) => finetune::run(&args),
         #[cfg(feature = "train")]

@@ -118,6 +118,23 @@ impl Dataset {
         Ok(Dataset { train, test, labels })
     }
 
+    /// With the labels in this order, which may have more of them: an adapter's.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming a label that is not among them.
+    pub fn relabelled(mut self, labels: &[String]) -> Result<Self> {
+        let place = |name: &String| {
+            labels.iter().position(|l| l == name).ok_or_else(|| {
+                let text = format!("the label `{name}` is none of the adapter's, {labels:?}; give images of those");
+                Error::Config(text)
+            })
+        };
+        let places = self.labels.iter().map(place).collect::<Result<Vec<_>>>()?;
+        self.train.iter_mut().chain(&mut self.test).for_each(|e| e.label = places[e.label]);
+        self.labels = labels.to_vec();
+        Ok(self)
+    }
+
     /// Images from -1 to 1, as [`Dataset::synthetic`] makes them, normalised as a backbone takes them.
     #[must_use]
     pub fn normalised(mut self, preprocess: &Preprocess) -> Self {
