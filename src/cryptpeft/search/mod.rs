@@ -6,6 +6,7 @@
 //! history   the file of all evaluated points
 //! plot      accuracy against latency, with the Pareto front
 //! timing    latencies of all points, from measurements of a few
+//! trained   points judged by training them; cargo feature `train`
 //! ```
 //!
 //! In each step the controller draws a point, gets its reward, and is moved towards what was better than usual. A point met
@@ -20,6 +21,8 @@ mod policy;
 #[cfg(test)]
 mod tests;
 pub mod timing;
+#[cfg(feature = "train")]
+pub mod trained;
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;

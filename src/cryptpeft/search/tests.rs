@@ -25,9 +25,9 @@ impl Formula {
 }
 
 fn accuracy(p: Point) -> f64 {
-    let rank = 0.2 * (1.0 - (-(p.rank as f64) / 12.0).exp());
-    let heads = 0.01 * (p.heads as f64 - 2.0).abs();
-    0.7 + rank - heads + 0.005 * (p.layers - 1) as f64
+    let rank = 0.2 * (1.0 - (-(p.rank as f64) / 10.0).exp());
+    let heads = 0.01 * ((p.heads as f64).log2() - 0.5).abs();
+    0.7 + rank - heads + 0.002 * (p.layers - 1) as f64
 }
 
 fn latency(p: Point) -> f64 {
