@@ -206,7 +206,7 @@ mod tests {
         let p = Point { heads: 1, rank: 4, layers: 2 };
         assert!(first.seconds(p).unwrap() > 0.05 && first.held_out.is_some() && first.factor > 0.0, "{first:?}");
         assert_eq!(open(shape, &space, "4,1").unwrap().fit, first.fit);
-        let narrow = Space { ranks: vec![4], ..space.clone() };
+        let narrow = Space { ranks: vec![4, 16], ..space.clone() };
         for (what, got) in [
             ("--net", open(shape, &space, "lan")),
             ("shape", open(Shape { classes: 4, ..shape }, &space, "4,1")),
