@@ -14,6 +14,8 @@ use trefoil::party::Role;
 mod classify;
 #[path = "adapter_eval.rs"]
 mod eval;
+#[path = "adapter_search.rs"]
+mod search;
 #[path = "adapter_train.rs"]
 mod train;
 
@@ -33,6 +35,9 @@ enum Command {
     Eval(eval::Args),
     /// Say what images show, with owner, client and helper in this process. Only the label is opened, and only to the client.
     Classify(classify::Args),
+    /// Find which heads, rank and number of adapters to train: a controller trains some and learns from their accuracy and
+    /// latency which to try next. Needs a build with --features train.
+    Search(Box<search::Args>),
 }
 
 /// Runs the command.
@@ -44,6 +49,7 @@ pub fn run(a: &Args) -> Result<()> {
         Command::Train(args) => train::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Classify(args) => classify::run(args),
+        Command::Search(args) => search::run(args),
     }
 }
 

@@ -16,6 +16,9 @@
 //! prepare   what each party gets
 //! secure    the private adapter, walked by all three parties
 //! local     all three in one process
+//! latency   how long it takes: measured, and by the paper's linear model
+//! estimate  how long it takes: by counting what is sent and computed
+//! search    which heads, rank and number of adapters to train
 //! synthetic labelled images, made from a seed or read from folders
 //! eval      features of labelled images, and the accuracy in float
 //! train     adapters and head learned on cached features; cargo feature `train`
@@ -23,13 +26,16 @@
 
 pub mod adapter;
 mod disk;
+pub mod estimate;
 pub mod eval;
 pub mod float;
 pub mod image;
+pub mod latency;
 pub mod local;
 pub mod maps;
 pub mod plan;
 pub mod prepare;
+pub mod search;
 pub mod secure;
 pub mod synthetic;
 mod tensors;

@@ -65,6 +65,11 @@ impl Prepared {
         })
     }
 
+    /// Shapes alone, for a walk that counts.
+    pub(super) fn shape(plan: &Plan) -> Result<Prepared> {
+        Self::of(plan, &mut |i, slot| Ok(OwnerMatrix::shape(i as u64, slot.dim(&plan.config), F_WEIGHT, false)))
+    }
+
     pub(super) fn matrix(&self, slot: Slot) -> Result<&OwnerMatrix> {
         self.parts.get(&slot).ok_or_else(|| Error::Internal(format!("no matrix {slot:?}")))
     }
