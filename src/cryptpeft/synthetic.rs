@@ -43,7 +43,7 @@ const MOST_FILES: usize = 100_000;
 /// The largest synthetic set, in numbers: 2 GiB.
 const MOST_NUMBERS: usize = 1 << 29;
 /// Deviation of the noise on every colour of every pixel, where black is -1 and white 1.
-const NOISE: f32 = 0.15;
+const NOISE: f32 = 0.05;
 
 impl Dataset {
     /// `per_class` images of each of the first `classes` [`SHAPES`], of `image` pixels a side and from -1 to 1: at a random
@@ -194,16 +194,16 @@ fn within(label: usize, u: f32, v: f32) -> bool {
 fn draw(label: usize, image: usize, rng: &mut ChaCha8Rng) -> Array3<f32> {
     let mut uniform =
         |from: f32, to: f32| from + (to - from) * ((rng.next_u32() >> 8) as f32 * (1.0 / (1 << 24) as f32));
-    let radius = uniform(0.18, 0.32);
+    let radius = uniform(0.28, 0.4);
     let (x, y) = (uniform(radius, 1.0 - radius), uniform(radius, 1.0 - radius));
-    let (sin, cos) = uniform(-0.4, 0.4).sin_cos();
+    let (sin, cos) = uniform(-0.25, 0.25).sin_cos();
     let hue = uniform(0.0, std::f32::consts::TAU);
-    let contrast = uniform(0.3, 0.8);
+    let contrast = uniform(0.5, 0.9);
     let third = std::f32::consts::TAU / 3.0;
     // Of each colour: in the shape, on the ground, and how the ground changes across the image.
     let colours: [[f32; 4]; CHANNELS] = std::array::from_fn(|c| {
         let front = 0.5 * (hue - c as f32 * third).cos() + 0.1;
-        [front, -front * contrast + uniform(-0.25, 0.25), uniform(-0.3, 0.3), uniform(-0.3, 0.3)]
+        [front, -front * contrast + uniform(-0.1, 0.1), uniform(-0.15, 0.15), uniform(-0.15, 0.15)]
     });
     let mut noise = Gaussian::new(rng.next_u64());
     Array3::from_shape_fn((CHANNELS, image, image), |(c, row, column)| {
