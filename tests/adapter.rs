@@ -28,7 +28,7 @@ fn features(c: &AdapterConfig, seed: u64) -> Features {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut uniform = move || f64::from(rng.next_u32()) / f64::from(u32::MAX) - 0.5;
     let mut normal = move || (0..12).map(|_| uniform()).sum::<f64>();
-    let mut row = |j: usize| (normal() * if j % 97 == 0 { 4.0 } else { 1.0 }) as f32;
+    let mut row = |j: usize| (normal() * if j.is_multiple_of(97) { 4.0 } else { 1.0 }) as f32;
     Features {
         inputs: c.layers.iter().map(|_| Array2::from_shape_fn((c.tokens, c.hidden), |(_, j)| row(j))).collect(),
         last: Array1::from_shape_fn(c.hidden, row),

@@ -136,8 +136,8 @@ impl LinearFit {
         if let Some(m) = measured.iter().find(|m| !m.seconds.is_finite()) {
             return refuse(format!("{} took {} s, which is no time; measure it again", m.point(), m.seconds));
         }
-        let dimensions: [(&str, fn(&Measurement) -> usize); 3] =
-            [("heads", |m| m.heads), ("rank", |m| m.rank), ("layers", |m| m.layers)];
+        type Of = fn(&Measurement) -> usize;
+        let dimensions: [(&str, Of); 3] = [("heads", |m| m.heads), ("rank", |m| m.rank), ("layers", |m| m.layers)];
         for (name, of) in dimensions {
             let first = of(&measured[0]);
             if measured.iter().all(|m| of(m) == first) {

@@ -146,14 +146,17 @@ fn centred_vector(v: &Array1<f32>) -> Array1<f32> {
     v - v.mean().unwrap_or(0.0)
 }
 
+/// A private matrix in float, and its bias.
+pub type Matrix = (Slot, Array2<f32>, Option<Array1<f32>>);
+
 /// The matrix of each slot, and its bias: of a sink's maps the first has the whole stream's.
 ///
 /// # Errors
 /// [`Error::Internal`] for weights that are not of this configuration.
-pub fn matrices(c: &AdapterConfig, w: &AdapterWeights) -> Result<Vec<(Slot, Array2<f32>, Option<Array1<f32>>)>> {
+pub fn matrices(c: &AdapterConfig, w: &AdapterWeights) -> Result<Vec<Matrix>> {
     let folded = |m: &Array2<f32>, bias: &Array1<f32>, norm: &LayerNorm| (m * &norm.weight, m.dot(&norm.bias) + bias);
     let mut streams = Vec::new();
-    let mut out: Vec<(Slot, Array2<f32>, Option<Array1<f32>>)> = Vec::new();
+    let mut out: Vec<Matrix> = Vec::new();
     let mut sink = |sink: Sink, stream: Stream| {
         let bias = centred_vector(&stream.bias);
         for (i, (source, m)) in stream.terms.into_iter().enumerate() {

@@ -10,7 +10,7 @@ use ndarray::{Array1, Array2};
 use serde::{Deserialize, Serialize};
 
 use super::float::{Features, Watch, logits};
-use super::maps::{Sink, Slot, Source, matrices};
+use super::maps::{Matrix, Sink, Slot, Source, matrices};
 use super::{AdapterConfig, AdapterWeights};
 use crate::error::{Error, Result};
 use crate::model::calibrate::spectral_bound;
@@ -141,7 +141,7 @@ fn ring_for(bound: f64, f: u32) -> u32 {
 }
 
 fn row_bound(m: &Array2<f32>) -> f64 {
-    m.rows().into_iter().map(|r| length(r)).fold(0.0, f64::max)
+    m.rows().into_iter().map(length).fold(0.0, f64::max)
 }
 
 fn largest(v: Option<&Array1<f32>>) -> f64 {
@@ -151,7 +151,7 @@ fn largest(v: Option<&Array1<f32>>) -> f64 {
 /// Bounds from the weights.
 struct Bounds<'a> {
     config: &'a AdapterConfig,
-    matrices: &'a [(Slot, Array2<f32>, Option<Array1<f32>>)],
+    matrices: &'a [Matrix],
     /// Lengths of the rows of sources.
     sources: Vec<(Source, f64)>,
 }
@@ -169,7 +169,7 @@ impl Bounds<'_> {
             let (m, bias) = self.matrix(Slot::Map(sink, source))?;
             let length = self.sources.iter().find(|(s, _)| *s == source).map_or(0.0, |(_, l)| *l);
             element += row_bound(m) * length + largest(bias);
-            all += spectral_bound(m.view()) * length + bias.map_or(0.0, |b| self::length(b));
+            all += spectral_bound(m.view()) * length + bias.map_or(0.0, self::length);
         }
         Ok((element, all))
     }
@@ -218,7 +218,7 @@ pub fn plan(config: &AdapterConfig, w: &AdapterWeights, samples: &[Features]) ->
         let _ = logits(config, w, f, &mut seen);
         let (sums, centred) = given(f);
         for (row, sum) in row.iter_mut().zip(&sums) {
-            *row = sum.rows().into_iter().map(|r| length(r)).fold(*row, f64::max);
+            *row = sum.rows().into_iter().map(length).fold(*row, f64::max);
         }
         last = last.max(length(&centred));
     }
@@ -289,7 +289,7 @@ pub fn plan(config: &AdapterConfig, w: &AdapterWeights, samples: &[Features]) ->
             if relu_k > 24 {
                 fits("the MLP", hidden, F, 24)?;
             }
-            let length = spectral_bound(mlp.view()) * root + bias.map_or(0.0, |b| length(b));
+            let length = spectral_bound(mlp.view()) * root + bias.map_or(0.0, length);
             bounds.sources.push((Source::Hidden(i, b), length + (rank as f64).sqrt() * 0.1));
             of_layer.push(BlockPlan { ln_1, f_qk, score_k, context_bits, ln_2, relu_k });
         }

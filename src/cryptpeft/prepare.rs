@@ -67,7 +67,7 @@ impl Prepared {
 
     /// Shapes alone, for a walk that counts.
     pub(super) fn shape(plan: &Plan) -> Result<Prepared> {
-        Self::of(plan, &mut |i, slot| Ok(OwnerMatrix::shape(i as u64, slot.dim(&plan.config), F_WEIGHT, false)))
+        Self::of(plan, &mut |i, slot| Ok(OwnerMatrix::shape(i as u64, slot.dim(&plan.config), slot.fraction(), false)))
     }
 
     pub(super) fn matrix(&self, slot: Slot) -> Result<&OwnerMatrix> {

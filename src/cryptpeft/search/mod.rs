@@ -379,7 +379,8 @@ impl Search {
         let rounded = |v: f64| (v * 1e9).round() / 1e9;
         let accuracy = rounded(evaluator.accuracy(point, self.seed)?);
         let latency = rounded(evaluator.latency(point)?);
-        if !(0.0..=1.0).contains(&accuracy) || !(latency > 0.0 && latency < 1e6) {
+        let good = (0.0..=1.0).contains(&accuracy) && latency > 0.0 && latency < 1e6;
+        if !good {
             return Err(Error::Config(format!(
                 "{point}: accuracy {accuracy} and latency {latency} s; an evaluator gives an accuracy from 0 to 1 and a time above 0"
             )));
