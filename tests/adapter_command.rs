@@ -164,7 +164,7 @@ fn what_does_not_fit_is_refused() {
     refused(&[&common[..], &["models/none", "x.png"]].concat(), "models/none");
     refused(&[&common[..], &[ADAPTER, "x.png"]].concat(), "x.png");
     refused(&[&common[..], &[ADAPTER, "--net", "moon", "x.png"]].concat(), "moon");
-    refused(&[&common[..], &["tests/fixtures/cryptpeft-vit/adapter", "x.png"]].concat(), "tokens");
+    refused(&[&common[..], &["tests/fixtures/cryptpeft-vit/adapter", "x.png"]].concat(), "hidden size");
     refused(
         &["train", "--backbone", BACKBONE, "--out", "x"],
         if cfg!(feature = "train") { "--synthetic SEED" } else { "--features train" },

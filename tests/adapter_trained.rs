@@ -50,4 +50,4 @@ fn secure_labels_are_the_float_ones() {
 }
 
 /// A little below what was measured.
-const ACCURACY: f64 = 0.9;
+const ACCURACY: f64 = 0.96;
