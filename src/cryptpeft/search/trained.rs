@@ -163,6 +163,8 @@ mod tests {
     use crate::cryptpeft::adapter::Gaussian;
     use crate::cryptpeft::latency::{LinearFit, Shape};
 
+    const STEPS: usize = 60;
+
     /// Two labels that a line tells apart.
     fn features(shape: Shape, layers: usize) -> Set {
         let mut g = Gaussian::new(1);
@@ -170,7 +172,7 @@ mod tests {
             let label = n % shape.classes;
             let inputs = (0..layers).map(|_| g.matrix(shape.tokens, shape.hidden, 1.0)).collect();
             let mut last = g.matrix(1, shape.hidden, 1.0).row(0).to_owned();
-            last[label] += 4.0;
+            last[label] += 8.0;
             (Features { inputs, last }, label)
         };
         (0..60).map(&mut one).collect()
@@ -182,7 +184,14 @@ mod tests {
         let shape = Shape { hidden: 12, tokens: 4, classes: 2 };
         let fit = LinearFit { a: 1e-3, b: 1e-4, c: 0.01, d: 0.02 };
         let timing = Timing { shape, net: "none".into(), measured: Vec::new(), fit, factor: 1.0, held_out: None };
-        let options = TrainOptions { backbone_layers: 3, layers: 2, steps: 30, batch: 16, ..TrainOptions::default() };
+        let options = TrainOptions {
+            backbone_layers: 3,
+            layers: 2,
+            steps: STEPS,
+            batch: 16,
+            lr: 2e-2,
+            ..TrainOptions::default()
+        };
         let labels = vec!["a".to_owned(), "b".to_owned()];
         let space = Space { heads: vec![1, 2], ranks: vec![4, 6], layers: vec![1, 2] };
         let floor = dir.path().join("floor.json");
@@ -201,7 +210,8 @@ mod tests {
         };
         let (_, found, trained) = run(3, 0).unwrap();
         // The largest was trained before the search, whether that came to it or not.
-        let times = |records: &[super::super::Record]| 30 * (1 + records.iter().filter(|r| r.point != largest).count());
+        let times =
+            |records: &[super::super::Record]| STEPS * (1 + records.iter().filter(|r| r.point != largest).count());
         assert_eq!((found.records.len(), trained), (3, times(&found.records)));
         let (accuracy, found, all) = run(8, 0).unwrap();
         assert!(found.records.len() > 3 && all == times(&found.records), "{all} {found:?}");
