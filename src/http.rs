@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -11,7 +13,7 @@ use axum::body::Body;
 use axum::extract::ConnectInfo;
 use axum::http::Request;
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
@@ -43,6 +45,8 @@ struct Entry {
 enum Doing {
     /// Waits for a request, or for all of one's head.
     Nothing,
+    /// Waits for a request's body.
+    Body,
     /// Works on an answer.
     Answer,
     /// Writes one.
@@ -66,7 +70,7 @@ impl Entries {
         }
         let quiet = |e: &Entry| {
             let limit = match e.doing {
-                Doing::Nothing => QUIET,
+                Doing::Nothing | Doing::Body => QUIET,
                 Doing::Write => STALLED,
                 Doing::Answer => WORKING,
             };
@@ -109,6 +113,36 @@ struct Active(Entries, u64);
 impl Drop for Active {
     fn drop(&mut self) {
         self.0.now(self.1, Doing::Nothing);
+    }
+}
+
+/// A request's body. One that comes piece by piece is one that comes; behind its end the answer is worked on.
+struct Watched {
+    body: Incoming,
+    entries: Entries,
+    number: u64,
+}
+
+impl hyper::body::Body for Watched {
+    type Data = <Incoming as hyper::body::Body>::Data;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        let more = matches!(frame, Some(Ok(_))) && !self.body.is_end_stream();
+        self.entries.now(self.number, if more { Doing::Body } else { Doing::Answer });
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 
@@ -171,9 +205,10 @@ async fn connection(
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
         let (router, entries) = (router.clone(), seen.clone());
         async move {
-            entries.now(number, Doing::Answer);
-            let active = Active(entries, number);
-            let mut request = request.map(Body::new);
+            let reading = if request.is_end_stream() { Doing::Answer } else { Doing::Body };
+            entries.now(number, reading);
+            let active = Active(entries.clone(), number);
+            let mut request = request.map(|body| Body::new(Watched { body, entries, number }));
             request.extensions_mut().insert(ConnectInfo(from));
             let response = match router.oneshot(request).await {
                 Ok(response) => response,

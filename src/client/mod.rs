@@ -230,6 +230,7 @@ impl Client {
         let inner = self.inner();
         // Those that a session is free for do not wait.
         let limit = inner.limits.waiting + inner.limits.sessions.saturating_sub(inner.busy.load(Relaxed));
+        inner.drop_abandoned();
         // Before the work of reading it.
         if inner.queue.full(request.caller, limit) {
             return Err(Failure::Busy(inner.limits.waiting));
@@ -268,8 +269,6 @@ impl Client {
             caller: request.caller,
             out,
         };
-        // Places of callers that have gone away are free.
-        inner.queue.retain(|job| !job.out.is_closed());
         let gone = inner.queue.push(request.caller, job, limit).map_err(|e| match e {
             Refused::Full => Failure::Busy(inner.limits.waiting),
             Refused::Closed => Failure::Closing,
@@ -300,6 +299,7 @@ impl Client {
     #[must_use]
     pub fn state(&self) -> State {
         let inner = self.inner();
+        inner.drop_abandoned();
         let mut watch = inner.watch();
         let mut links = watch.links.clone();
         watch.open.values().for_each(|view| add(&mut links, view.links()));
@@ -334,6 +334,7 @@ impl Client {
     /// What keeps Owner or Helper from it.
     pub async fn reachable(&self) -> Result<()> {
         let inner = self.inner();
+        inner.drop_abandoned();
         let waiting = inner.queue.len();
         if waiting >= inner.limits.waiting.max(1) {
             return Err(Failure::Busy(waiting).into());
@@ -353,6 +354,13 @@ impl Client {
             workers.into_iter().for_each(|w| drop(w.join()));
         };
         let _ = tokio::task::spawn_blocking(wait).await;
+    }
+}
+
+impl Inner {
+    /// Callers that have gone away hold no place in the queue.
+    fn drop_abandoned(&self) {
+        self.queue.retain(|job| !job.out.is_closed());
     }
 }
 

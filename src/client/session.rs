@@ -136,6 +136,11 @@ impl View {
         [sum(Doing::Compute) + sum(Doing::Streams), sum(Doing::Wait), sum(Doing::Network)]
     }
 
+    /// Forgets them: sessions serve one caller after another, and a sample is for the caller whose message it was.
+    pub fn forget_samples(&self) {
+        self.meters.iter().for_each(|(_, meter)| meter.forget_samples());
+    }
+
     /// The beginning of a message on each link.
     pub fn samples(&self) -> Samples {
         let mut out = Samples::new();

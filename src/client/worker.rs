@@ -247,6 +247,7 @@ impl Inner {
 
     fn begin(&self, number: u64, view: View, job: &Job) {
         let now = Instant::now();
+        view.forget_samples();
         let base = (view.links(), view.time());
         let facts = Latest { running: true, prompt_tokens: job.prompt.len(), ..Latest::default() };
         let caller = job.caller;

@@ -9,6 +9,7 @@ use std::fmt;
 use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate, s};
 
 use super::adapter::{AdapterConfig, AdapterLayer, AdapterWeights, Block};
+use crate::error::{Error, Result};
 
 /// What the adapters read of the backbone.
 #[derive(Clone, PartialEq)]
@@ -17,6 +18,21 @@ pub struct Features {
     pub inputs: Vec<Array2<f32>>,
     /// The CLS row of the last hidden state, before the backbone's own final LayerNorm: `[hidden]`.
     pub last: Array1<f32>,
+}
+
+impl Features {
+    /// Checks that they are what adapters of this configuration read.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] with both shapes.
+    pub fn check(&self, c: &AdapterConfig) -> Result<()> {
+        let shapes = self.inputs.iter().all(|x| x.dim() == (c.tokens, c.hidden)) && self.last.len() == c.hidden;
+        if self.inputs.len() == c.layers.len() && shapes {
+            return Ok(());
+        }
+        let (lhs, rhs) = (format!("{self:?}"), format!("{} inputs of {} x {}", c.layers.len(), c.tokens, c.hidden));
+        Err(Error::Shape { op: "features", lhs, rhs })
+    }
 }
 
 impl fmt::Debug for Features {

@@ -69,11 +69,7 @@ fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 /// [`Error::Config`] for features of another shape, or beyond the plan's range.
 pub fn encode(p: &Plan, f: &Features) -> Result<Vec<u64>> {
     let c = &p.config;
-    let shapes = f.inputs.iter().all(|x| x.dim() == (c.tokens, c.hidden)) && f.last.len() == c.hidden;
-    if f.inputs.len() != c.layers.len() || !shapes {
-        let (lhs, rhs) = (format!("{f:?}"), format!("{} inputs of {} x {}", c.layers.len(), c.tokens, c.hidden));
-        return Err(Error::Shape { op: "features", lhs, rhs });
-    }
+    f.check(c)?;
     let (sums, last) = given(f);
     let mut out = Vec::with_capacity(p.inputs());
     let most = f64::from(p.input_k - 2 - F).exp2();

@@ -15,6 +15,7 @@ use super::{AdapterConfig, AdapterWeights};
 use crate::error::{Error, Result};
 use crate::model::calibrate::spectral_bound;
 use crate::plan::{F, NormPlan};
+use crate::protocol::guard::AT_ONCE;
 
 /// Fraction bits of most private matrices.
 pub const F_WEIGHT: u32 = 12;
@@ -213,6 +214,9 @@ pub fn plan(config: &AdapterConfig, w: &AdapterWeights, samples: &[Features]) ->
     if samples.is_empty() {
         return Err(Error::Config("an adapter is calibrated on at least one input".into()));
     }
+    config.check("the adapter's configuration")?;
+    w.check_shapes(config)?;
+    samples.iter().try_for_each(|f| f.check(config))?;
     let (mut seen, mut row, mut last) = (Seen::default(), vec![0f64; config.layers.len()], 0f64);
     for f in samples {
         let _ = logits(config, w, f, &mut seen);
@@ -298,8 +302,11 @@ pub fn plan(config: &AdapterConfig, w: &AdapterWeights, samples: &[Features]) ->
     let n = config.hidden;
     let (element, all) = bounds.sink(Sink::Head, last)?;
     let (low, high) = seen.at("ln.var")?;
-    let norm = norm("the last norm", n, element, (low * n as f64, high * n as f64))?;
-    let norm_proven = ((all * all * f64::from(2 * F).exp2()).log2().ceil() as u32 + 1).clamp(norm.bits, 63);
+    let norm_proven = ((all * all * f64::from(2 * F).exp2()).max(1.0).log2().ceil() as u32 + 1).clamp(24, 63);
+    // Its flag takes one look-up, of 2^16 rows at most: where the proven sum is far above the calibrated one, the window follows it.
+    let most = (f64::from(norm_proven.saturating_sub(AT_ONCE - 4)) - f64::from(2 * F)).exp2() / SUM_MARGIN;
+    let norm = norm("the last norm", n, element, (low * n as f64, (high * n as f64).max(most)))?;
+    let norm_proven = norm_proven.max(norm.bits);
     let (head, bias) = bounds.matrix(Slot::Head)?;
     let logit = row_bound(head) * (n as f64).sqrt() * 1.01 + largest(bias);
     if ring_for(logit, F + norm.f_gain + F_WEIGHT) > 63 {

@@ -193,12 +193,6 @@ impl SecureAdapter {
         &self.plan
     }
 
-    /// Names of the range flags, in the order in which they come: those of [`Ports::flags`].
-    #[must_use]
-    pub fn flag_names(&self, flags: &[(String, &'static str)]) -> Vec<String> {
-        flags.iter().map(|(layer, quantity)| format!("{layer}: {quantity}")).collect()
-    }
-
     /// One pass over the session's batch: for each image the input to what is opened. Returns what its flags stand for.
     ///
     /// # Errors

@@ -77,6 +77,12 @@ impl Sample {
         }
     }
 
+    /// Nothing is kept of what was; the next message is.
+    fn forget(&self) {
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.wanted.store(true, Relaxed);
+    }
+
     fn take(&self) -> Vec<u8> {
         self.wanted.store(true, Relaxed);
         self.bytes.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -106,6 +112,11 @@ impl Meter {
     #[must_use]
     pub fn ledger(&self) -> &Arc<Ledger> {
         &self.ledger
+    }
+
+    /// Forgets samples: what comes next is another caller's.
+    pub fn forget_samples(&self) {
+        self.samples.iter().flatten().for_each(Sample::forget);
     }
 
     /// The first 1024 bytes of a message of a request to `peer`, and of one from it, as they went over the link; empty before there

@@ -168,8 +168,8 @@ pub fn guard(
     })))
 }
 
-/// The longest chunk of [`guard_at_once`].
-const AT_ONCE: u32 = 16;
+/// The longest chunk of [`guard_at_once`], in bits.
+pub(crate) const AT_ONCE: u32 = 16;
 
 /// As [`guard`] of an unsigned value, in one look-up of as many rows as that takes: for few values whose flag cannot wait for the
 /// product that several chunks need. Nonzero where the value does not fit.

@@ -79,14 +79,18 @@ pub(super) fn router(gateway: Arc<Gateway>) -> Router {
         .with_state(gateway)
 }
 
-fn refusal(status: StatusCode, code: Option<&str>, param: Option<&str>, text: &str) -> Response {
-    let kind = match status {
+/// An error's type, as OpenAI names it.
+fn kind(status: StatusCode) -> &'static str {
+    match status {
         StatusCode::UNAUTHORIZED => "authentication_error",
         StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
         s if s.is_client_error() => "invalid_request_error",
         _ => "server_error",
-    };
-    let mut response = (status, axum::Json(openai::error(kind, code, param, text))).into_response();
+    }
+}
+
+fn refusal(status: StatusCode, code: Option<&str>, param: Option<&str>, text: &str) -> Response {
+    let mut response = (status, axum::Json(openai::error(kind(status), code, param, text))).into_response();
     if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
         response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
     }
@@ -342,8 +346,7 @@ async fn speak(
             }
             Some(Err(f)) => {
                 let (status, code, text) = failure(&f);
-                let kind = if status.is_client_error() { "invalid_request_error" } else { "server_error" };
-                let _ = out.send(json(&openai::error(kind, Some(code), None, &text))).await;
+                let _ = out.send(json(&openai::error(kind(status), Some(code), None, &text))).await;
                 return;
             }
             None if done => {

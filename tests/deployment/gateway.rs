@@ -6,7 +6,7 @@
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -73,6 +73,11 @@ fn body(tokens: usize, prompt: &str) -> Value {
 
 /// A streamed chat: the text, time to the first piece, time to the end; or what went wrong.
 fn chat(at: &str, tokens: usize) -> Result<(String, Duration, Duration), String> {
+    chat_seen(at, tokens, &AtomicUsize::new(0))
+}
+
+/// Counted in `answering` from its first piece to its end.
+fn chat_seen(at: &str, tokens: usize, answering: &AtomicUsize) -> Result<(String, Duration, Duration), String> {
     let begun = Instant::now();
     let sent = http::try_send(at, "POST", "/v1/chat/completions", &[], &body(tokens, PROMPT).to_string());
     let mut c = sent.map_err(|e| {
@@ -87,7 +92,11 @@ fn chat(at: &str, tokens: usize) -> Result<(String, Duration, Duration), String>
         bytes.extend_from_slice(&buffer[..n]);
         if first.is_none() && bytes.windows(11).any(|w| w == b"\"content\":\"") {
             first = Some(begun.elapsed());
+            answering.fetch_add(1, Ordering::Relaxed);
         }
+    }
+    if first.is_some() {
+        answering.fetch_sub(1, Ordering::Relaxed);
     }
     let text = String::from_utf8_lossy(&bytes).into_owned();
     if !text.starts_with("HTTP/1.1 200") || !text.contains("data: [DONE]") {
@@ -117,7 +126,8 @@ fn many_chats_at_once_and_a_party_dies_under_them() {
     let (want, ..) = chat(at, TOKENS).unwrap();
     let seconds = std::env::var("TREFOIL_LOAD_SECONDS").ok().and_then(|n| n.parse().ok()).unwrap_or(4);
     let times: Mutex<Vec<(Duration, Duration)>> = Mutex::default();
-    let memory: Mutex<Vec<u64>> = Mutex::default();
+    let memory: Mutex<Vec<[u64; 3]>> = Mutex::default();
+    let taken = || [gateway.memory(), trio.owner.memory("VmRSS:"), trio.helper.memory("VmRSS:")];
     let (until, warm) = (Instant::now() + Duration::from_secs(seconds), Duration::from_secs(seconds / 4));
     std::thread::scope(|s| {
         for _ in 0..CHATS {
@@ -131,39 +141,41 @@ fn many_chats_at_once_and_a_party_dies_under_them() {
         }
         s.spawn(|| {
             std::thread::sleep(warm);
-            memory.lock().unwrap().push(gateway.memory());
+            memory.lock().unwrap().push(taken());
             while Instant::now() < until {
                 std::thread::sleep(Duration::from_millis(500));
-                memory.lock().unwrap().push(gateway.memory());
+                memory.lock().unwrap().push(taken());
             }
         });
     });
     let times = times.into_inner().unwrap();
     let (mut first, mut each): (Vec<_>, Vec<_>) = times.iter().copied().unzip();
     let memory = memory.into_inner().unwrap();
+    let (warm, end) = (memory[0], *memory.last().unwrap());
     eprintln!(
-        "{} chats of {TOKENS} tokens in {seconds} s, {CHATS} at once: first token p50 {:.0} ms, p95 {:.0}; per token p50 {:.1} ms, p95 {:.1}; gateway's memory {:.1} to {:.1} MB after warm-up",
+        "{} chats of {TOKENS} tokens in {seconds} s, {CHATS} at once: first token p50 {:.0} ms, p95 {:.0}; per token p50 {:.1} ms, p95 {:.1}; memory of gateway, Owner, Helper after warm-up {:.1?} MB, at the end {:.1?} MB",
         times.len(),
         quantile(&mut first, 0.5),
         quantile(&mut first, 0.95),
         quantile(&mut each, 0.5),
         quantile(&mut each, 0.95),
-        memory[0] as f64 / 1e6,
-        *memory.last().unwrap() as f64 / 1e6,
+        warm.map(|b| b as f64 / 1e6),
+        end.map(|b| b as f64 / 1e6),
     );
     // In a few seconds the sessions have only just begun.
-    let grown = *memory.last().unwrap() as f64 / memory[0] as f64;
+    let grown = warm.iter().zip(&end).map(|(a, b)| *b as f64 / *a as f64).fold(0.0, f64::max);
     assert!(seconds < 60 || grown < 1.15, "{memory:?}");
 
     for role in ["helper", "owner", "gateway"] {
         let stop = AtomicBool::new(false);
         let failures: Mutex<Vec<String>> = Mutex::default();
         let answered: Mutex<Vec<Instant>> = Mutex::default();
+        let answering = AtomicUsize::new(0);
         let back = std::thread::scope(|s| {
             for _ in 0..CHATS {
                 s.spawn(|| {
                     while !stop.load(Ordering::Relaxed) {
-                        match chat(at, 24) {
+                        match chat_seen(at, 24, &answering) {
                             Ok((said, ..)) => {
                                 assert!(said.starts_with(&want));
                                 answered.lock().unwrap().push(Instant::now());
@@ -173,7 +185,11 @@ fn many_chats_at_once_and_a_party_dies_under_them() {
                     }
                 });
             }
-            std::thread::sleep(Duration::from_millis(700));
+            // In the middle of answers.
+            let deadline = Instant::now() + Duration::from_secs(30);
+            while answering.load(Ordering::Relaxed) < CHATS / 2 && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(5));
+            }
             match role {
                 "helper" => trio.helper.kill(),
                 "owner" => trio.owner.kill(),
@@ -197,6 +213,7 @@ fn many_chats_at_once_and_a_party_dies_under_them() {
         let recovered = first.map(|at| at - back).filter(|d| *d < Duration::from_secs(10));
         let failures = failures.into_inner().unwrap();
         assert!(recovered.is_some(), "nothing works 10 s after the {role} is back: {:?}", failures.last());
+        assert!(!failures.is_empty(), "nobody was in the middle of an answer when the {role} died");
         for text in &failures {
             // Said as an error, by name; in the middle of an answer, as an event. Of the gateway's own end only the connection tells.
             assert!(!text.contains("[DONE]"), "{text}");

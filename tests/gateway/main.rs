@@ -1,5 +1,5 @@
 //! The gateway with all three parties in its process: OpenAI's API, what it refuses, and who cannot keep others out. Behind a
-//! deployment: tests/deployment/gateway.rs; with the `openai` package and a browser: tests/clients.sh.
+//! deployment: tests/deployment/gateway.rs; with the `openai` package and a browser: tests/clients/run.sh.
 
 mod http;
 
@@ -248,8 +248,13 @@ fn who_goes_away_frees_the_place_and_who_comes_too_late_is_told() {
     let third = ask(at, "/v1/chat/completions", &chat("third"));
     assert_eq!((third.status, code(&third).as_str()), (429, "queue_full"));
     assert!(third.head.to_lowercase().contains("retry-after"));
+    // Nobody is served yet, and the second no longer waits: its place is free.
+    drop(second);
+    wait(at, "left", |s| s["queue"]["waiting"] == 0);
+    let second = http::send(at, "POST", "/v1/chat/completions", &[], &chat("second").to_string());
+    wait(at, "waiting again", |s| s["queue"]["waiting"] == 1);
     drop(first);
-    // The second has the place of the first.
+    // It has the place of the first.
     let mut second = second;
     assert_eq!(Reply::read(&mut second).unwrap().status, 200);
     let state = wait(at, "abandoned", |s| s["totals"]["abandoned"] == 1);
@@ -300,13 +305,13 @@ fn nobody_keeps_others_out() {
     let at = &served.address;
     // Heads and bodies that do not come to an end.
     let mut slow: Vec<_> = (0..100).map(|_| connect(at)).collect();
+    let body = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{";
     for (i, c) in slow.iter_mut().enumerate() {
-        let body = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{";
         c.write_all(if i % 2 == 0 { "GET / HTTP/1.1\r\nX-Slow: ".as_bytes() } else { body.as_bytes() }).unwrap();
     }
     let asked = || ask(at, "/v1/completions", &json!({"prompt": PROMPT, "max_tokens": 2}));
     assert_eq!(asked().status, 200);
-    // More connections than there may be: the quiet ones make room.
+    // More connections than there may be: the quiet ones make room, also those whose body does not go on.
     let wanted = std::env::var("TREFOIL_CONNECTIONS").ok().and_then(|n| n.parse().ok()).unwrap_or(1500);
     let mut files = getrlimit(Resource::Nofile);
     files.current = files.maximum;
@@ -315,7 +320,12 @@ fn nobody_keeps_others_out() {
     let mut many = Vec::new();
     for _ in 0..wanted {
         match std::net::TcpStream::connect(at.as_str()) {
-            Ok(c) => many.push(c),
+            Ok(mut c) => {
+                if many.len() % 2 == 1 {
+                    let _ = c.write_all(body.as_bytes());
+                }
+                many.push(c);
+            }
             // This test's own limit on files.
             Err(_) => break,
         }
