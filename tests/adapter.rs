@@ -48,8 +48,10 @@ fn label(l: &Array1<f32>) -> usize {
 /// Largest error of a logit; labels agree wherever the two largest are not close.
 fn compare(c: &AdapterConfig, w: &AdapterWeights, inputs: &[Features], got: &Classified) -> f32 {
     let mut worst = 0f32;
+    assert_eq!((got.logits.len(), got.labels.len()), (inputs.len(), inputs.len()));
     for (f, (l, got_label)) in inputs.iter().zip(got.logits.iter().zip(&got.labels)) {
         let want = logits(c, w, f, &mut ());
+        assert!(l.len() == want.len() && l.iter().all(|v| v.is_finite()));
         worst = l.iter().zip(&want).fold(worst, |m, (a, b)| m.max((a - b).abs()));
         assert!(margin(&want) < 0.1 || label(&want) == *got_label, "label {got_label}, {want}");
     }
@@ -62,7 +64,7 @@ fn online(got: &Classified, inputs: usize) -> f64 {
 
 #[test]
 fn shapes_of_the_paper() {
-    for shape in [(1, 240), (4, 120), (12, 60)] {
+    for shape in [(1, 240), (4, 120), (12, 60), (6, 180), (1, 120)] {
         let c = config(768, 197, shape, 1, 1);
         let w = AdapterWeights::random(&c, 5);
         let all: Vec<Features> = (0..6).map(|i| features(&c, 50 + i)).collect();

@@ -254,7 +254,8 @@ impl Cold {
         for ((got_label, l), want) in got.labels.iter().zip(&got.logits).zip(want) {
             let mut best = [f32::NEG_INFINITY; 2];
             for (a, b) in l.iter().zip(want) {
-                self.error = self.error.max(f64::from((a - b).abs()));
+                let error = f64::from((a - b).abs());
+                self.error = if error.is_nan() { f64::INFINITY } else { self.error.max(error) };
                 match *b {
                     b if b > best[0] => best = [b, best[0]],
                     b => best[1] = best[1].max(b),

@@ -158,21 +158,29 @@ impl LocalAdapter {
         let wall = begun.elapsed();
         let mut spent = spent();
         spent.iter_mut().zip(&before).for_each(|(all, before)| *all = all.since(before));
-        self.check(&out.client, &outputs)?;
+        self.check(&out.client, &outputs, inputs.len())?;
         let (labels, logits) = self.read(&outputs, opened);
+        if labels.len() != inputs.len() {
+            return Err(Error::Internal(format!("{} labels of {} inputs", labels.len(), inputs.len())));
+        }
         let sent = Role::ALL
             .map(|from| Role::ALL.map(|to| if from == to { LinkTotals::default() } else { world.sent(from, to) }));
         let messages = world.meter(Role::Client).depth() / inputs.len().max(1) as u32;
         Ok(Classified { labels, logits, wall, sent, messages, spent })
     }
 
-    fn check(&self, names: &[(String, &'static str)], o: &Outputs) -> Result<()> {
-        for bits in o.flags.try_iter() {
+    fn check(&self, names: &[(String, &'static str)], o: &Outputs, inputs: usize) -> Result<()> {
+        let (flags, last): (Vec<_>, Vec<_>) = (o.flags.try_iter().collect(), o.last.try_iter().collect());
+        let all = flags.iter().all(|bits| bits.len() == names.len()) && last.iter().all(|counts| !counts.is_empty());
+        if flags.len() != inputs || last.len() != inputs || !all {
+            return Err(Error::Internal("range flags of some inputs are missing".into()));
+        }
+        for bits in flags {
             if let Some(((layer, quantity), _)) = names.iter().zip(bits).find(|(_, bit)| *bit != 0) {
                 return Err(Error::Range { layer: layer.clone(), quantity: (*quantity).into() });
             }
         }
-        match o.last.try_iter().flatten().any(|count| count != 0) {
+        match last.into_iter().flatten().any(|count| count != 0) {
             true => Err(Error::Range { layer: "head".into(), quantity: "variance before the head".into() }),
             false => Ok(()),
         }

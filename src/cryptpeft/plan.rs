@@ -137,8 +137,22 @@ impl Seen {
     }
 }
 
+/// Bits of a signed ring for `|x| <= bound`; of what is no number, more than there are.
 fn ring_for(bound: f64, f: u32) -> u32 {
-    (bound * 1.001 + 1e-3).max(1e-300).log2().ceil().max(0.0) as u32 + f + 1
+    if !bound.is_finite() {
+        return u32::from(u16::MAX);
+    }
+    (bound * 1.001 + 1e-3).max(1e-300).log2().ceil().clamp(0.0, 1e4) as u32 + f + 1
+}
+
+/// As it is multiplied.
+fn rounded((slot, m, bias): Matrix) -> Result<Matrix> {
+    let scale = f64::from(slot.fraction()).exp2();
+    let m = m.mapv(|v| ((f64::from(v) * scale).round() / scale) as f32);
+    if m.iter().chain(bias.iter().flatten()).all(|v| v.is_finite()) {
+        return Ok((slot, m, bias));
+    }
+    Err(Error::Model(format!("{slot:?}: weights multiplied out are beyond a float's range; is `scale` far too large?")))
 }
 
 fn row_bound(m: &Array2<f32>) -> f64 {
@@ -166,11 +180,13 @@ impl Bounds<'_> {
     /// Largest element, and length, of what `sink` reads; `given` is the length of what it reads beside.
     fn sink(&self, sink: Sink, given: f64) -> Result<(f64, f64)> {
         let (mut element, mut all) = (given, given);
+        // What a truncation may add, and the bias's rounding.
+        let ulp = 2.0 * (-f64::from(F)).exp2();
         for source in sink.sources(self.config) {
             let (m, bias) = self.matrix(Slot::Map(sink, source))?;
             let length = self.sources.iter().find(|(s, _)| *s == source).map_or(0.0, |(_, l)| *l);
-            element += row_bound(m) * length + largest(bias);
-            all += spectral_bound(m.view()) * length + bias.map_or(0.0, self::length);
+            element += row_bound(m) * length + largest(bias) + ulp;
+            all += spectral_bound(m.view()) * length + bias.map_or(0.0, self::length) + ulp * (m.nrows() as f64).sqrt();
         }
         Ok((element, all))
     }
@@ -186,7 +202,7 @@ fn norm(place: &str, n: usize, element: f64, sum: (f64, f64)) -> Result<NormPlan
     let widest = WIDEST.min(62u32.saturating_sub((n as f64).log2().ceil() as u32) / 2 + 2);
     if k > widest {
         return refuse(format!(
-            "an element may reach {element:.0}, beyond the {:.0} that a 64-bit ring can carry here; an adapter's weight is far outside the usual",
+            "an element may reach {element:.0}, beyond the {:.0} that a 64-bit ring can carry here: a weight far outside the usual, or too many adapters of this rank; fewer layers, a smaller rank or scale keep it within",
             f64::from(widest - 2 - F).exp2()
         ));
     }
@@ -195,7 +211,7 @@ fn norm(place: &str, n: usize, element: f64, sum: (f64, f64)) -> Result<NormPlan
     let window = (f64::from(bits) - low.log2() + 5.05).max(0.0).ceil() as u32;
     let (windows, window) = match window {
         w if w <= *WINDOW.end() => (1, w.max(*WINDOW.start())),
-        w => (2, (w / 2 + 3).clamp(12, 16)),
+        w => (2, (w.div_ceil(2) + 3).clamp(12, 16)),
     };
     // 15 bits of 1/rms at the largest sum: the slope of a line is multiplied by up to 2^7, and its rounding with it.
     let rms = (f64::from(bits).exp2() / unit / n as f64).sqrt();
@@ -228,8 +244,13 @@ pub fn plan(config: &AdapterConfig, w: &AdapterWeights, samples: &[Features]) ->
     }
     row.iter_mut().for_each(|r| *r *= ROW_MARGIN);
     last *= ROW_MARGIN;
-    let all = matrices(config, w)?;
-    let inputs = row.iter().enumerate().map(|(i, &r)| (Source::Input(i), r)).collect();
+    if !row.iter().chain([&last]).all(|r| r.is_finite()) {
+        return Err(Error::Config("an input for calibration has values that are no numbers".into()));
+    }
+    let all = matrices(config, w)?.into_iter().map(rounded).collect::<Result<Vec<_>>>()?;
+    // Elements are rounded to F bits.
+    let encoded = (config.hidden as f64).sqrt() * (-f64::from(F)).exp2();
+    let inputs = row.iter().enumerate().map(|(i, &r)| (Source::Input(i), r + encoded)).collect();
     let mut bounds = Bounds { config, matrices: &all, sources: inputs };
     let rank = config.rank;
     let root = (rank as f64).sqrt() * 1.01;
@@ -252,7 +273,11 @@ pub fn plan(config: &AdapterConfig, w: &AdapterWeights, samples: &[Features]) ->
                 let part = bias.map_or(0.0, |v| length(v.slice(ndarray::s![from..from + dim])));
                 spectral_bound(m.slice(rows)) * root + part
             };
-            let score = (0..config.heads).map(|h| of(q, q_bias, h * dim) * of(k, k_bias, h * dim)).fold(0.0, f64::max);
+            let score = (0..config.heads)
+                .map(|h| (of(q, q_bias, h * dim), of(k, k_bias, h * dim)))
+                // With what the truncation to 7 bits or more adds to either.
+                .map(|(q, k)| q * k + (q + k) * (dim as f64).sqrt() / 128.0 + dim as f64 / 16384.0)
+                .fold(0.0, f64::max);
             let value = row_bound(v) * root + largest(v_bias);
             let output = (row_bound(q) * root + largest(q_bias)).max(row_bound(k) * root + largest(k_bias)).max(value);
             let carried = F + ln_1.f_gain + F_WEIGHT_QK;
@@ -289,12 +314,16 @@ pub fn plan(config: &AdapterConfig, w: &AdapterWeights, samples: &[Features]) ->
             let hidden = row_bound(mlp) * root + largest(bias);
             fits("the MLP", hidden, F + ln_2.f_gain + F_WEIGHT, 64)?;
             // The lowest row of a window belongs to the carry; an exact ReLU takes rings of multiples of 4 bits.
-            let relu_k = ring_for(hidden * 1.01 + 0.1, F).max(16).next_multiple_of(4);
+            let relu_k = ring_for(hidden * 1.01 + 0.1, F).max(16);
+            let one_row = i + 1 == config.layers.len() && b + 1 == config.blocks;
+            let relu_k = if one_row { relu_k } else { relu_k.next_multiple_of(4) };
             if relu_k > 24 {
                 fits("the MLP", hidden, F, 24)?;
             }
             let length = spectral_bound(mlp.view()) * root + bias.map_or(0.0, length);
-            bounds.sources.push((Source::Hidden(i, b), length + (rank as f64).sqrt() * 0.1));
+            // A line over the kink errs by an eighth of its row, which the carry makes twice as wide.
+            let kink = (f64::from(relu_k) - f64::from(RELU_WINDOW + F) - 2.0).exp2() + (-f64::from(F)).exp2();
+            bounds.sources.push((Source::Hidden(i, b), length + (rank as f64).sqrt() * (kink + 0.01)));
             of_layer.push(BlockPlan { ln_1, f_qk, score_k, context_bits, ln_2, relu_k });
         }
         blocks.push(of_layer);
@@ -302,13 +331,14 @@ pub fn plan(config: &AdapterConfig, w: &AdapterWeights, samples: &[Features]) ->
     let n = config.hidden;
     let (element, all) = bounds.sink(Sink::Head, last)?;
     let (low, high) = seen.at("ln.var")?;
-    let norm_proven = ((all * all * f64::from(2 * F).exp2()).max(1.0).log2().ceil() as u32 + 1).clamp(24, 63);
+    let norm_proven =
+        ((all * all * f64::from(2 * F).exp2()).max(1.0).log2().ceil().min(100.0) as u32 + 1).clamp(24, 63);
     // Its flag takes one look-up, of 2^16 rows at most: where the proven sum is far above the calibrated one, the window follows it.
     let most = (f64::from(norm_proven.saturating_sub(AT_ONCE - 4)) - f64::from(2 * F)).exp2() / SUM_MARGIN;
     let norm = norm("the last norm", n, element, (low * n as f64, (high * n as f64).max(most)))?;
     let norm_proven = norm_proven.max(norm.bits);
     let (head, bias) = bounds.matrix(Slot::Head)?;
-    let logit = row_bound(head) * (n as f64).sqrt() * 1.01 + largest(bias);
+    let logit = row_bound(head) * (n as f64).sqrt() * 1.01 + largest(bias) + 2.0 * (-f64::from(F)).exp2();
     if ring_for(logit, F + norm.f_gain + F_WEIGHT) > 63 {
         return Err(Error::Model(format!("the head: a logit may reach {logit:.0}, beyond what a ring can carry here")));
     }

@@ -330,12 +330,16 @@ impl SecureAdapter {
         let x = self.sum(&mut w, &scope.at("norm"), Sink::Head, true, p.norm.k)?;
         let x = x.add(&last.narrow(p.norm.k)?)?;
         let (sum, lifted) = square_sum(w.s, &scope.at("norm.square"), &x, p.config.hidden)?;
-        let wide = lift(w.s, &scope.at("norm.lift"), &x, 64)?;
-        let (total, wide) = (sum.finish(w.s)?, wide.finish(w.s)?);
+        let wide = match p.norm.windows {
+            1 => Some(lift(w.s, &scope.at("norm.lift"), &x, 64)?),
+            _ => None,
+        };
+        let total = sum.finish(w.s)?;
+        let wide = wide.map(|wide| wide.finish(w.s)).transpose()?;
         w.flags.advance(w.s, &range)?;
         let count_bits = w.flags.count_bits();
         let g = guard_at_once(w.s, &scope.at("norm.guard"), &total.narrow(p.norm_proven)?, p.norm.bits, count_bits)?;
-        let (y, faults) = if p.norm.windows == 1 {
+        let (y, faults) = if let Some(wide) = wide {
             let n = positive::normalise(w.s, &scope.at("norm.scale"), &total, &wide, &self.norm)?.finish(w.s)?;
             (n.y, n.column.narrow(count_bits)?)
         } else {

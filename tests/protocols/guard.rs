@@ -4,7 +4,7 @@ use std::sync::mpsc::channel;
 
 use trefoil::error::Error;
 use trefoil::party::Role;
-use trefoil::protocol::guard::{Counts, RangeFlags, cost, guard};
+use trefoil::protocol::guard::{Counts, RangeFlags, cost, guard, guard_at_once};
 use trefoil::ring;
 use trefoil::session::Scope;
 
@@ -146,4 +146,37 @@ fn flags_name_layer_and_quantity() {
         let want: Vec<u64> = (0..5).map(|q| u64::from(BAD[pass] == Some(q))).collect();
         assert_eq!(*bits, want, "pass {pass}");
     }
+}
+
+#[test]
+fn a_guard_in_one_look_up_accepts_the_same() {
+    let mut r = Random(8);
+    for (k, b) in [(25, 24), (36, 24), (58, 50), (63, 51)] {
+        let x = values(&mut r, k, b, false);
+        let given = Given::even(&x, &[1], k, 0);
+        let ran = run(&[1], |s| {
+            let x = given.share(s, "x")?;
+            Ok(vec![guard_at_once(s, &Scope::new("g"), &x, b, 16)?.expect("the ring is wider").finish(s)?])
+        });
+        let (low, half) = (1i128 << (b - 4), 1i128 << (b - 1));
+        let (mut accepted, mut inside) = (0, 0);
+        for (&count, &x) in ran.values[0].iter().zip(&x) {
+            let v = i128::from(ring::signed(x, k));
+            assert!(count <= 1, "opened as it is");
+            assert!(count != 0 || (-low..2 * half).contains(&v), "{v} accepted as {b} bits");
+            assert!(count == 0 || !(0..2 * half - low).contains(&v), "{v} refused as {b} bits of {k}");
+            accepted += usize::from(count == 0);
+            inside += usize::from((0..2 * half - low).contains(&v));
+        }
+        assert!(accepted >= inside && inside > 300, "{accepted} {inside}");
+    }
+    let x = Given::even(&[1, 2], &[1], 40, 0);
+    let refused = |b: u32| {
+        let world = trefoil::world::World::seeded(1);
+        world.run(1, &[1], |s| {
+            let x = x.share(s, "x")?;
+            guard_at_once(s, &Scope::new("g"), &x, b, 16).map(|_| ())
+        })
+    };
+    assert!(matches!(refused(27), Err(Error::Shape { .. })));
 }
