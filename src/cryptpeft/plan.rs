@@ -28,7 +28,7 @@ pub const F_RELU: u32 = 14;
 /// How far beyond what calibration saw a row of the Client's may be, a sum of squares, and an element of a context.
 const ROW_MARGIN: f64 = 2.0;
 const SUM_MARGIN: f64 = 8.0;
-const CONTEXT_MARGIN: f64 = 4.0;
+const CONTEXT_MARGIN: f64 = 2.0;
 /// Row bits of the only window of a norm: a factor of `2^(w - 5)` between the smallest sum of squares and the largest.
 const WINDOW: std::ops::RangeInclusive<u32> = 12..=14;
 

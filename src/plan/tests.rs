@@ -146,7 +146,7 @@ fn fits(p: &Plan) -> bool {
         let rotated = a.qk_norm.as_ref().map_or(qkv, |n| 64 - n.f_gain - a.f_qk_gain.unwrap()) - 10;
         64 - a.f_inverse - a.f_o >= p.residual_k
             && 64 - m.f_table - m.f_down >= p.residual_k
-            && (a.f_o == FW_LEAST || a.f_inverse + 11 >= a.total_bits)
+            && (a.f_o == FW_LEAST || a.f_inverse + a.f_prob >= a.total_bits + if a.exp.is_some() { 3 } else { 0 })
             && (m.f_down == FW_LEAST || m.f_table >= m.gate_lo_bits + 7)
             && rotated >= 3
             && gate_up >= m.gate_proven

@@ -265,12 +265,14 @@ fn nothing_secret_from_the_gateway_its_page_and_its_metrics() {
     assert!(search.find(answer.body.as_bytes()).contains(&"answer, raw"), "the search does not find what is there");
 
     // As chats, through the template, whole and as a stream to its end.
-    let talk = |role: &str, stream: bool| {
-        let said = serde_json::json!([{"role": role, "content": SECRET_PROMPT}]);
+    let picture = serde_json::json!([{"type": "image_url", "image_url": {"url": SECRET_PROMPT}}]);
+    let talk = |content: &serde_json::Value, stream: bool| {
+        let said = serde_json::json!([{"role": "user", "content": content}]);
         let body = serde_json::json!({"messages": said, "max_tokens": 4, "stream": stream});
         post(at, "/v1/chat/completions", &[("Authorization", &by(ours))], &body.to_string())
     };
-    assert_eq!((talk("user", false).status, talk("user", true).status), (200, 200));
+    let text = serde_json::json!(SECRET_PROMPT);
+    assert_eq!((talk(&text, false).status, talk(&text, true).status), (200, 200));
 
     // What goes wrong: too long, refused by name, no request, a wrong key, a caller that leaves, a Helper that dies.
     let mut seen: Vec<(String, String)> = Vec::new();
@@ -281,7 +283,7 @@ fn nothing_secret_from_the_gateway_its_page_and_its_metrics() {
     for (what, reply) in [
         ("too long", ask(ours, long)),
         ("refused", ask(ours, tools)),
-        ("a chat of nobody", talk("nobody", false)),
+        ("a picture", talk(&picture, false)),
         ("torn", post(at, "/v1/completions", &[("Authorization", &by(ours))], &torn)),
         ("without a key", post(at, "/v1/completions", &[], &body(4).to_string())),
         ("a wrong key", ask(&format!("{ours}-not"), body(4))),
