@@ -173,7 +173,7 @@ fn a_guard_in_one_look_up_accepts_the_same() {
     let x = Given::even(&[1, 2], &[1], 40, 0);
     let refused = |b: u32| {
         let world = trefoil::world::World::seeded(1);
-        world.run(1, &[1], |s| {
+        world.run(crate::support::FIRST, &[1], |s| {
             let x = x.share(s, "x")?;
             guard_at_once(s, &Scope::new("g"), &x, b, 16).map(|_| ())
         })
