@@ -15,7 +15,7 @@ fn words(n: usize) -> Vec<u64> {
 }
 
 fn gemms(c: &mut Criterion) {
-    for (t, m, n) in [(1, 2048, 2048), (16, 512, 2048), (128, 512, 2048)] {
+    for (t, m, n) in [(1, 2048, 2048), (16, 512, 2048), (128, 512, 2048), (512, 2048, 2048)] {
         let mut group = c.benchmark_group(format!("gemm/{t}x{m}x{n}"));
         group.throughput(Throughput::Elements((t * m * n) as u64));
         let (x, w) = (words(t * n), words(m * n));

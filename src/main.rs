@@ -1,9 +1,11 @@
 //! The `trefoil` command. Dispatches; the work is in the library.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 
 use clap::{Parser, Subcommand};
 use trefoil::error::{Error, Result};
+use trefoil::generate::LinkReport;
 
 #[path = "cli/adapter.rs"]
 mod adapter;
@@ -132,5 +134,14 @@ fn main() -> std::process::ExitCode {
             eprintln!("error: {error}");
             std::process::ExitCode::FAILURE
         }
+    }
+}
+
+/// The traffic of each directed link, in the summary of a command.
+fn show_links(links: &BTreeMap<String, LinkReport>) {
+    let mb = |b: u64| b as f64 / 1e6;
+    for (link, l) in links {
+        let (online, ahead) = (mb(l.online_bytes), mb(l.ahead_bytes));
+        eprintln!("{link:<15} {online:>9.3} MB online {ahead:>9.3} MB run-ahead {:>7} messages", l.messages);
     }
 }

@@ -1,9 +1,8 @@
 //! Private adapters against their float twins: logits, labels, messages and bytes.
 
-use ndarray::{Array1, Array2};
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use ndarray::Array1;
 use trefoil::Error;
+use trefoil::cryptpeft::eval::label;
 use trefoil::cryptpeft::local::{Classified, Pace};
 use trefoil::cryptpeft::{AdapterConfig, AdapterWeights, Features, LocalAdapter, Opened, logits};
 use trefoil::world::Setup;
@@ -23,26 +22,10 @@ fn config(hidden: usize, tokens: usize, (heads, rank): (usize, usize), layers: u
     }
 }
 
-/// About normal, as hidden states in the middle of a transformer: some columns are larger than others.
-fn features(c: &AdapterConfig, seed: u64) -> Features {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut uniform = move || f64::from(rng.next_u32()) / f64::from(u32::MAX) - 0.5;
-    let mut normal = move || (0..12).map(|_| uniform()).sum::<f64>();
-    let mut row = |j: usize| (normal() * if j.is_multiple_of(97) { 4.0 } else { 1.0 }) as f32;
-    Features {
-        inputs: c.layers.iter().map(|_| Array2::from_shape_fn((c.tokens, c.hidden), |(_, j)| row(j))).collect(),
-        last: Array1::from_shape_fn(c.hidden, row),
-    }
-}
-
 fn margin(l: &Array1<f32>) -> f32 {
     let mut v = l.to_vec();
     v.sort_by(|a, b| b.total_cmp(a));
     v[0] - v[1]
-}
-
-fn label(l: &Array1<f32>) -> usize {
-    l.iter().enumerate().fold((0, f32::NEG_INFINITY), |m, (i, &v)| if v > m.1 { (i, v) } else { m }).0
 }
 
 /// Largest error of a logit; labels agree wherever the two largest are not close.
@@ -67,7 +50,7 @@ fn shapes_of_the_paper() {
     for shape in [(1, 240), (4, 120), (12, 60), (6, 180), (1, 120)] {
         let c = config(768, 197, shape, 1, 1);
         let w = AdapterWeights::random(&c, 5);
-        let all: Vec<Features> = (0..6).map(|i| features(&c, 50 + i)).collect();
+        let all: Vec<Features> = (0..6).map(|i| Features::random(&c, 50 + i)).collect();
         let (samples, inputs) = all.split_at(3);
         let local = LocalAdapter::new(&c, &w, samples, Setup::default()).unwrap();
         let got = local.classify(inputs, Opened::Logits, Pace::Cold).unwrap();
@@ -87,7 +70,7 @@ fn several_adapters_of_several_blocks() {
         c.classes = 10;
         c.scale = 0.5;
         let w = AdapterWeights::random(&c, 3);
-        let all: Vec<Features> = (0..20).map(|i| features(&c, i)).collect();
+        let all: Vec<Features> = (0..20).map(|i| Features::random(&c, i)).collect();
         let (samples, inputs) = all.split_at(12);
         let local = LocalAdapter::new(&c, &w, samples, Setup::default()).unwrap();
         let got = local.classify(inputs, Opened::Logits, Pace::Ready).unwrap();
@@ -106,7 +89,7 @@ fn several_adapters_of_several_blocks() {
 fn beyond_the_calibrated_range_is_refused_and_not_classified_wrongly() {
     let c = config(48, 17, (3, 24), 1, 1);
     let w = AdapterWeights::random(&c, 3);
-    let samples: Vec<Features> = (0..8).map(|i| features(&c, i)).collect();
+    let samples: Vec<Features> = (0..8).map(|i| Features::random(&c, i)).collect();
     let local = LocalAdapter::new(&c, &w, &samples, Setup::default()).unwrap();
     let one = |f: Features| local.classify(&[f], Opened::Label, Pace::Cold).unwrap_err();
     let mut long = samples[0].clone();
@@ -123,5 +106,5 @@ fn beyond_the_calibrated_range_is_refused_and_not_classified_wrongly() {
     assert!(matches!(&e, Error::Range { .. }), "{e}");
     // Another shape.
     let other = config(48, 16, (3, 24), 1, 1);
-    assert!(matches!(one(features(&other, 1)), Error::Shape { .. }));
+    assert!(matches!(one(Features::random(&other, 1)), Error::Shape { .. }));
 }

@@ -2,13 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use ndarray::{Array1, Array2, Array3};
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use ndarray::{Array1, Array3};
 use serde::Serialize;
 
 use super::breakdown::{ByOperation, Steps, Times};
 use super::measure::peak_memory;
+use crate::cryptpeft::eval::label;
 use crate::cryptpeft::local::{Classified, LocalAdapter, Pace};
 use crate::cryptpeft::{AdapterConfig, AdapterWeights, Features, Layout, Opened, Vit, VitConfig, adapter, logits};
 use crate::error::{Error, Result};
@@ -142,22 +141,6 @@ pub struct AdapterRow {
     pub ready_by_operation: Steps,
 }
 
-/// About normal, with some large columns, as the hidden states of a vision transformer have.
-fn features(c: &AdapterConfig, seed: u64) -> Features {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut uniform = move || f64::from(rng.next_u32()) / f64::from(u32::MAX) - 0.5;
-    let mut normal = move || (0..12).map(|_| uniform()).sum::<f64>();
-    let mut row = |j: usize| (normal() * if j.is_multiple_of(97) { 4.0 } else { 1.0 }) as f32;
-    Features {
-        inputs: c.layers.iter().map(|_| Array2::from_shape_fn((c.tokens, c.hidden), |(_, j)| row(j))).collect(),
-        last: Array1::from_shape_fn(c.hidden, row),
-    }
-}
-
-fn label(l: &Array1<f32>) -> usize {
-    l.iter().enumerate().fold((0, f32::NEG_INFINITY), |m, (i, &v)| if v > m.1 { (i, v) } else { m }).0
-}
-
 /// Images of a run whose run-ahead is there: all of it is held.
 const READY: usize = 4;
 /// Images that it is calibrated on.
@@ -180,7 +163,7 @@ pub fn run(name: &str, shape: Shape, n: usize, net: Profile, progress: &dyn Fn(&
     let c = shape.config();
     progress(&format!("{name}: random weights over {} layers of ViT-B/16", shape.layers));
     let w = AdapterWeights::random(&c, 7);
-    let samples: Vec<Features> = (0..CALIBRATED as u64).map(|i| features(&c, i)).collect();
+    let samples: Vec<Features> = (0..CALIBRATED as u64).map(|i| Features::random(&c, i)).collect();
     progress("backbone and adapter in float");
     let vit = Vit::random(vit(), 7)?;
     let pixels = Array3::from_shape_fn((3, 224, 224), |(a, b, c)| ((a + 3 * b + 7 * c) % 17) as f32 / 8.0 - 1.0);
@@ -198,7 +181,8 @@ pub fn run(name: &str, shape: Shape, n: usize, net: Profile, progress: &dyn Fn(&
     let (mut cold, mut float, mut done) = (Cold::default(), Duration::ZERO, 0);
     while done < n {
         // Some at a time: hidden states of many images are much memory.
-        let some: Vec<Features> = (done..n.min(done + 64)).map(|i| features(&c, (CALIBRATED + i) as u64)).collect();
+        let some: Vec<Features> =
+            (done..n.min(done + 64)).map(|i| Features::random(&c, (CALIBRATED + i) as u64)).collect();
         let begun = Instant::now();
         let want: Vec<Array1<f32>> = some.iter().map(|f| logits(&c, &w, f, &mut ())).collect();
         float += begun.elapsed();

@@ -126,13 +126,6 @@ fn summary(r: &Report) {
     eprintln!("backbone      {:.1} ms per image (client, plaintext)", r.backbone_ms_per_image);
     eprintln!("adapter       {:.1} ms per image, run-ahead included, {} images", r.ms_per_image, r.images.len());
     eprintln!("messages      {} in sequence per image", r.messages_per_image);
-    for (link, l) in &r.links {
-        eprintln!(
-            "{link:<15} {:>9.3} MB online {:>9.3} MB run-ahead {:>7} messages",
-            mb(l.online_bytes),
-            mb(l.ahead_bytes),
-            l.messages
-        );
-    }
+    crate::show_links(&r.links);
     eprintln!("peak memory   {:.0} MB for all three parties", mb(r.peak_memory_bytes));
 }

@@ -442,14 +442,7 @@ fn summary(r: &Report) {
         );
     }
     eprintln!("messages      {} in sequence per private layer", r.messages_per_private_layer);
-    for (link, l) in &r.links {
-        eprintln!(
-            "{link:<15} {:>9.3} MB online {:>9.3} MB run-ahead {:>7} messages",
-            mb(l.online_bytes),
-            mb(l.ahead_bytes),
-            l.messages
-        );
-    }
+    crate::show_links(&r.links);
     eprintln!("left over     {} slots walked ahead and dropped, {:.3} MB", r.discarded_slots, mb(r.discarded_bytes));
     let whose = if r.session.is_some() { "this client" } else { "all three parties" };
     eprintln!("peak memory   {:.0} MB for {whose}", mb(r.peak_memory_bytes));

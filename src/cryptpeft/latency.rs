@@ -1,10 +1,9 @@
 //! How long private inference takes with an adapter of given heads, rank and layers: measured, and the paper's linear model
 //! `(a h + b r + c) s + d` fitted to that (CryptPEFT, arXiv 2508.12264). Our own model of it: [`super::estimate`].
 
-use ndarray::{Array1, Array2};
 use serde::{Deserialize, Serialize};
 
-use super::adapter::{EPS, Gaussian};
+use super::adapter::EPS;
 use super::estimate::CostModel;
 use super::local::Pace;
 use super::search::Point;
@@ -47,11 +46,7 @@ impl Shape {
         let config = self.config(p);
         config.check(&p.to_string())?;
         let weights = AdapterWeights::random(&config, 1);
-        let mut g = Gaussian::new(2);
-        let features = Features {
-            inputs: (0..p.layers).map(|_| g.matrix(self.tokens, self.hidden, 1.0)).collect::<Vec<Array2<f32>>>(),
-            last: g.matrix(1, self.hidden, 1.0).row(0).to_owned() as Array1<f32>,
-        };
+        let features = Features::random(&config, 2);
         Ok((config, weights, features))
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use ndarray::Array1;
 
+use super::eval::label;
 use super::float::Features;
 use super::plan::{Plan, given, length, plan};
 use super::prepare::Prepared;
@@ -132,12 +133,12 @@ impl LocalAdapter {
             setup.ahead_capacity = usize::MAX / 4;
         }
         let world = World::new(Keys::fresh()?, &setup);
-        let ((to, source), (logits, got), (label, said)) = (channel(), channel(), channel());
+        let ((to, source), (logits, got), (chosen, said)) = (channel(), channel(), channel());
         let ((flags, up), (last, of_last)) = (channel(), channel());
         for x in given {
             to.send(x).map_err(|_| Error::Internal("the client's input".into()))?;
         }
-        let ports = Ports { source: embedding::source(source), logits: Some(logits), label: Some(label), flags, last };
+        let ports = Ports { source: embedding::source(source), logits: Some(logits), label: Some(chosen), flags, last };
         let outputs = Outputs { logits: got, label: said, flags: up, last: of_last };
         let (gate, clock) = (Gate::default(), Mutex::new((Instant::now(), [Spent::default(); 3])));
         let spent = || Role::ALL.map(|role| world.meter(role).ledger().spent());
@@ -194,9 +195,6 @@ impl LocalAdapter {
         let f = F + p.norm.f_gain + super::plan::F_WEIGHT;
         let decode = |v: Vec<u64>| v.into_iter().map(|v| fixed::decode(v, f, 64) as f32).collect::<Array1<f32>>();
         let logits: Vec<Array1<f32>> = o.logits.try_iter().map(decode).collect();
-        let largest = |l: &Array1<f32>| {
-            l.iter().enumerate().fold((0, f32::NEG_INFINITY), |m, (i, &v)| if v > m.1 { (i, v) } else { m }).0
-        };
-        (logits.iter().map(largest).collect(), logits)
+        (logits.iter().map(label).collect(), logits)
     }
 }

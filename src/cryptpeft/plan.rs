@@ -76,7 +76,7 @@ impl Plan {
     /// Whether only the classification row of what block `b` of adapter `i` puts out is needed.
     #[must_use]
     pub fn one_row(&self, i: usize, b: usize) -> bool {
-        i + 1 == self.config.layers.len() && b + 1 == self.config.blocks
+        last_block(&self.config, i, b)
     }
 
     /// Rows of queries there.
@@ -153,6 +153,11 @@ fn rounded((slot, m, bias): Matrix) -> Result<Matrix> {
         return Ok((slot, m, bias));
     }
     Err(Error::Model(format!("{slot:?}: weights multiplied out are beyond a float's range; is `scale` far too large?")))
+}
+
+/// Behind the last block only the classification row is needed.
+fn last_block(c: &AdapterConfig, i: usize, b: usize) -> bool {
+    i + 1 == c.layers.len() && b + 1 == c.blocks
 }
 
 fn row_bound(m: &Array2<f32>) -> f64 {
@@ -315,8 +320,7 @@ pub fn plan(config: &AdapterConfig, w: &AdapterWeights, samples: &[Features]) ->
             fits("the MLP", hidden, F + ln_2.f_gain + F_WEIGHT, 64)?;
             // The lowest row of a window belongs to the carry; an exact ReLU takes rings of multiples of 4 bits.
             let relu_k = ring_for(hidden * 1.01 + 0.1, F).max(16);
-            let one_row = i + 1 == config.layers.len() && b + 1 == config.blocks;
-            let relu_k = if one_row { relu_k } else { relu_k.next_multiple_of(4) };
+            let relu_k = if last_block(config, i, b) { relu_k } else { relu_k.next_multiple_of(4) };
             if relu_k > 24 {
                 fits("the MLP", hidden, F, 24)?;
             }

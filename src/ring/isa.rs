@@ -12,15 +12,17 @@ pub enum Isa {
     Avx2,
     /// 512-bit vectors with 64-bit products and mask registers (F, DQ, BW and VL).
     Avx512,
-    /// The same, with 52-bit products that add ([`Isa::Avx512`] and IFMA).
+    /// The same, with 16-bit products that add ([`Isa::Avx512`] and VNNI).
+    Vnni,
+    /// The same, with 52-bit products that add ([`Isa::Vnni`] and IFMA).
     Ifma,
 }
 
 impl Isa {
     /// All, from the plainest to the fastest.
-    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Ifma];
+    pub const ALL: [Isa; 5] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Vnni, Isa::Ifma];
 
-    /// What this process uses: `TREFOIL_ISA` (`portable`, `avx2`, `avx512` or `ifma`) where it is set, else the best that the
+    /// What this process uses: `TREFOIL_ISA` (`portable`, `avx2`, `avx512`, `vnni` or `ifma`) where it is set, else the best that the
     /// processor has. Read once. A name that is unknown or that the processor lacks is reported on standard error and
     /// means `portable`: someone who forces a path is looking for a defect, and must not get a third one silently.
     #[must_use]
@@ -51,9 +53,11 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vl")
             }
             #[cfg(target_arch = "x86_64")]
-            Isa::Ifma => Isa::Avx512.supported() && is_x86_feature_detected!("avx512ifma"),
+            Isa::Vnni => Isa::Avx512.supported() && is_x86_feature_detected!("avx512vnni"),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Ifma => Isa::Vnni.supported() && is_x86_feature_detected!("avx512ifma"),
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 | Isa::Ifma => false,
+            Isa::Avx2 | Isa::Avx512 | Isa::Vnni | Isa::Ifma => false,
         }
     }
 
@@ -69,6 +73,7 @@ impl Isa {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Vnni => "vnni",
             Isa::Ifma => "ifma",
         }
     }
@@ -88,7 +93,7 @@ impl Isa {
             Some(_) => (Isa::Portable, Some(format!("TREFOIL_ISA={asked}: this processor lacks it; using portable"))),
             None => (
                 Isa::Portable,
-                Some(format!("TREFOIL_ISA={asked} is not one of portable, avx2, avx512, ifma; using portable")),
+                Some(format!("TREFOIL_ISA={asked} is not one of portable, avx2, avx512, vnni, ifma; using portable")),
             ),
         }
     }

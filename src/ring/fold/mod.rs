@@ -74,7 +74,7 @@ fn folded<const ADD: bool>(isa: Isa, tables: &[&[u64]], n: usize, offset: &[u32]
         // SAFETY: `or_portable` has checked that the processor has the instructions; `check`, which holds for every run of
         // whole elements, bounds all reads.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Ifma => unsafe { avx512::shifted::<ADD>(tables, n, offset, queries, out) },
+        Isa::Avx512 | Isa::Vnni | Isa::Ifma => unsafe { avx512::shifted::<ADD>(tables, n, offset, queries, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::shifted::<ADD>(tables, n, offset, queries, out) },
@@ -137,7 +137,7 @@ pub fn scaled_on(isa: Isa, s: &Scaled<'_>, n: usize, offset: &[u32], factor: &[u
     let run = |offset: &[u32], factor: &[u32], queries: &[u8], out: &mut [u64]| match isa {
         // SAFETY: as in `folded`.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Ifma => unsafe { avx512::scaled(s, n, offset, factor, queries, out) },
+        Isa::Avx512 | Isa::Vnni | Isa::Ifma => unsafe { avx512::scaled(s, n, offset, factor, queries, out) },
         // SAFETY: as in `folded`.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::scaled(s, n, offset, factor, queries, out) },
@@ -180,7 +180,7 @@ pub fn rows_on(isa: Isa, rows: &[u64], n: usize, queries: &[u8], out: &mut [u64]
         // SAFETY: `or_portable` has checked that the processor has the instructions; the asserts above, which hold for
         // every run of whole elements, bound all reads.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Ifma => unsafe { avx512::rows(rows, n, queries, out) },
+        Isa::Avx512 | Isa::Vnni | Isa::Ifma => unsafe { avx512::rows(rows, n, queries, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::rows(rows, n, queries, out) },

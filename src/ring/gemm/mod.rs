@@ -14,6 +14,8 @@ mod ifma;
 #[cfg(target_arch = "x86_64")]
 mod planes;
 mod portable;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
 use super::Isa;
 use rayon::prelude::*;
@@ -68,7 +70,42 @@ pub struct Rows<'a> {
     x: &'a [u64],
     n: usize,
     #[cfg(target_arch = "x86_64")]
-    digits: Option<fma::Digits>,
+    digits: Option<Digits>,
+}
+
+/// Words that are cut beforehand, as some instruction set wants them.
+#[cfg(target_arch = "x86_64")]
+enum Digits {
+    Fma(fma::Digits),
+    Vnni(vnni::Digits),
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Digits {
+    /// Of rows of `n` words, where cutting them pays.
+    fn cut(isa: Isa, x: &[u64], n: usize, k: u32) -> Option<Digits> {
+        let rows = x.len().checked_div(n)?;
+        // 52-bit products do without, and are as fast.
+        // SAFETY: the processor has what `or_portable` leaves.
+        match isa.or_portable() {
+            Isa::Vnni if k <= vnni::WIDEST && rows >= vnni::FEWEST => {
+                Some(Digits::Vnni(unsafe { vnni::Digits::cut(x, n, k) }))
+            }
+            Isa::Avx512 | Isa::Vnni if k <= fma::WIDEST && rows >= fma::FEWEST => {
+                Some(Digits::Fma(unsafe { fma::Digits::cut(x, n, k) }))
+            }
+            _ => None,
+        }
+    }
+
+    /// A tile of the product with the rows `w`.
+    fn tile(&self, first: usize, w: &[u64], rows: &mut [&mut [u64]]) {
+        // SAFETY: there are digits only where `cut` has checked that the processor has the instructions.
+        match self {
+            Digits::Fma(x) => unsafe { x.tile(first, w, rows) },
+            Digits::Vnni(x) => unsafe { x.tile(first, w, rows) },
+        }
+    }
 }
 
 impl<'a> Rows<'a> {
@@ -89,18 +126,13 @@ impl<'a> Rows<'a> {
     pub fn on(isa: Isa, k: u32, x: &'a [u64], n: usize) -> Self {
         assert!(x.len().is_multiple_of(n.max(1)) && k >= 1, "x is t x n");
         let isa = isa.or_portable();
-        // Fewer rows do not pay for the cutting.
-        #[cfg(target_arch = "x86_64")]
-        let digits = (isa == Isa::Avx512 && k <= fma::WIDEST && n > 0 && x.len() / n >= fma::FEWEST)
-            // SAFETY: `or_portable` has checked that the processor has the instructions.
-            .then(|| unsafe { fma::Digits::cut(x, n, k) });
         Rows {
             isa,
             k,
             x,
             n,
             #[cfg(target_arch = "x86_64")]
-            digits,
+            digits: Digits::cut(isa, x, n, k),
         }
     }
 
@@ -114,8 +146,7 @@ impl<'a> Rows<'a> {
         #[cfg(target_arch = "x86_64")]
         if let Some(digits) = &self.digits {
             check(self.x, w, n, (t, m, n), c);
-            // SAFETY: there are digits only where `or_portable` has checked that the processor has the instructions.
-            let run = |s, j, rows: &mut [&mut [u64]]| unsafe { digits.tile(s, &w[j * n..][..rows[0].len() * n], rows) };
+            let run = |s, j, rows: &mut [&mut [u64]]| digits.tile(s, &w[j * n..][..rows[0].len() * n], rows);
             // On a worker of the pool others have parts of their own: smaller tiles would cut the same weights again and again.
             if c.is_empty() || rayon::current_thread_index().is_none() {
                 tiles(t, m, n, c, run);
@@ -171,6 +202,16 @@ pub fn multiply_i8(isa: Isa, k: u32, x: &[u64], w: &[i8], shape: (usize, usize, 
 }
 
 fn multiply_narrow<W: Narrow>(isa: Isa, k: u32, x: &[u64], w: &[W], (t, m, n): (usize, usize, usize), c: &mut [u64]) {
+    // One row reads the weights once, whichever way: then the cut with fewer blocks does.
+    #[cfg(target_arch = "x86_64")]
+    if isa.or_portable() >= Isa::Vnni && n > 0 && t > 1 {
+        check(x, w, n, (t, m, n), c);
+        // SAFETY: `or_portable` has checked that the processor has the instructions.
+        let digits = unsafe { vnni::Narrow::cut(x, n, k) };
+        // SAFETY: as above.
+        tiles(t, m, n, c, |s, j, rows| unsafe { digits.tile(s, &w[j * n..][..rows[0].len() * n], rows) });
+        return;
+    }
     #[cfg(target_arch = "x86_64")]
     if isa.or_portable() >= Isa::Avx512 && n > 0 {
         check(x, w, n, (t, m, n), c);
@@ -223,7 +264,7 @@ pub fn strided<W: Weight>(
         match isa {
             // SAFETY: `or_portable` has checked that the processor has the instructions.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Ifma => unsafe { avx512::tile(x, w, stride, n, rows) },
+            Isa::Avx512 | Isa::Vnni | Isa::Ifma => unsafe { avx512::tile(x, w, stride, n, rows) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => unsafe { avx2::tile(x, w, stride, n, rows) },
@@ -247,7 +288,7 @@ pub fn weighted(isa: Isa, x: &[u64], w: &[u64], stride: usize, (t, m, n): (usize
     match isa.or_portable() {
         // SAFETY: `or_portable` has checked that the processor has the instructions.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Ifma => unsafe { avx512::weighted(x, w, stride, n, m, c) },
+        Isa::Avx512 | Isa::Vnni | Isa::Ifma => unsafe { avx512::weighted(x, w, stride, n, m, c) },
         isa => {
             for (x, c) in x.chunks_exact(n).zip(c.chunks_exact_mut(m)) {
                 for (&s, w) in x.iter().zip(w.chunks(stride)) {
