@@ -15,6 +15,9 @@ pub const FEWEST: usize = 4;
 /// Columns in one register.
 const LANES: usize = 32;
 
+/// Digits that stay in the L2 cache beside what they meet.
+const CACHED: usize = 1 << 18;
+
 /// A register in memory: one that straddles two cache lines is loaded at half the speed.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
@@ -387,8 +390,8 @@ impl Narrow {
     pub unsafe fn tile<W: Load>(&self, first: usize, w: &[W], rows: &mut [&mut [u64]]) {
         match self {
             Narrow::Two(x) => x.tile::<8, W>(first, w, rows),
-            Narrow::Three(x) => x.tile::<8, W>(first, w, rows),
-            Narrow::Four(x) => x.tile::<4, W>(first, w, rows),
+            Narrow::Three(x) => x.tile::<6, W>(first, w, rows),
+            Narrow::Four(x) => x.tile::<6, W>(first, w, rows),
             Narrow::Five(x) => x.tile::<4, W>(first, w, rows),
         }
     }
@@ -415,27 +418,38 @@ where
     fn tile<const M: usize, W: Load>(&self, first: usize, w: &[W], rows: &mut [&mut [u64]]) {
         let (n, m) = (self.n, rows.first().map_or(0, |r| r.len()));
         assert!(w.len() == m * n && rows.iter().all(|r| r.len() == m) && first + rows.len() <= self.rows);
-        let mut j = 0;
-        while j < m {
-            let wide = if m - j >= M { M } else { 1 };
+        // Where the digits of x do not stay in the cache, each block of them meets many rows of w before the next.
+        let most = if rows.len() * n * P <= CACHED { M } else { 8 * M };
+        let mut sums = vec![0; rows.len() * most];
+        for from in (0..m).step_by(most) {
+            let outputs = most.min(m - from);
             for block in Block::of(n, Ring::<P>::COLUMNS) {
-                let each = P * block.registers();
+                let (each, len) = (P * block.registers(), block.to - block.from);
                 let x = &self.blocks[block.rows(P, self.rows, first, rows.len())];
-                let w = &w[j * n + block.from..(j + wide - 1) * n + block.to];
-                for (x, row) in x.chunks_exact(each).zip(rows.iter_mut()) {
-                    let (len, out) = (block.to - block.from, &mut row[j..j + wide]);
-                    if wide == M {
-                        self.block::<M, W>(x, w, len, out);
-                    } else {
-                        self.block::<1, W>(x, w, len, out);
+                let mut j = 0;
+                while j < outputs {
+                    let wide = if outputs - j >= M { M } else { 1 };
+                    let w = &w[(from + j) * n + block.from..(from + j + wide - 1) * n + block.to];
+                    for (x, sums) in x.chunks_exact(each).zip(sums.chunks_exact_mut(most)) {
+                        let out = &mut sums[j..j + wide];
+                        if wide == M {
+                            self.block::<M, W>(x, w, len, out);
+                        } else {
+                            self.block::<1, W>(x, w, len, out);
+                        }
                     }
+                    j += wide;
                 }
             }
-            j += wide;
+            for (row, sums) in rows.iter_mut().zip(sums.chunks_exact_mut(most)) {
+                row[from..from + outputs].iter_mut().zip(sums.iter()).for_each(|(y, sum)| *y = y.wrapping_add(*sum));
+                sums.fill(0);
+            }
         }
     }
 
-    /// The first `len` columns of one row of digits by `M` rows of weights.
+    /// The first `len` columns of one row of digits by `M` rows of weights. Not inlined: the sums take nearly all registers.
+    #[inline(never)]
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
     fn block<const M: usize, W: Load>(&self, x: &[Register], w: &[W], len: usize, out: &mut [u64]) {
         let n = self.n;
