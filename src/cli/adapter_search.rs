@@ -31,6 +31,10 @@ pub struct Args {
     /// accuracy of at least FLOOR, 0 to 1). Without FLOOR: a hundredth below that of the largest adapters, which are trained first.
     #[arg(long, default_value = "utility", value_name = "utility|efficiency[:FLOOR]")]
     target: String,
+    /// An adapter to beat: heads, rank and layers. It is trained first; what is looked for is the lowest latency with an accuracy no
+    /// lower than its, and at the end both are measured in turns.
+    #[arg(long, value_name = "HEADS,RANK,LAYERS", conflicts_with = "target")]
+    beat: Option<String>,
     /// Points to train at most. More of them may be given to go on.
     #[arg(long, value_name = "N", default_value_t = 12)]
     budget: usize,
@@ -78,7 +82,7 @@ mod with_training {
     use std::time::Instant;
 
     use indicatif::{ProgressBar, ProgressStyle};
-    use trefoil::cryptpeft::latency::Shape;
+    use trefoil::cryptpeft::latency::{Shape, measure};
     use trefoil::cryptpeft::search::timing::Timing;
     use trefoil::cryptpeft::search::trained::{Trained, cut};
     use trefoil::cryptpeft::search::{Ended, Evaluator, Found, Point, Progress, Record, Search, Space, Target, plot};
@@ -118,8 +122,28 @@ mod with_training {
         Ok(timing)
     }
 
-    /// The floor is in the text, or follows from the largest adapters.
+    /// The adapter to beat.
+    fn rival(a: &Args) -> Result<Option<Point>> {
+        let Some(text) = &a.beat else { return Ok(None) };
+        let numbers: std::result::Result<Vec<usize>, _> = text.split(',').map(|n| n.trim().parse()).collect();
+        match numbers.as_deref() {
+            Ok(&[heads, rank, layers]) if heads > 0 && layers > 0 && rank > 0 && rank.is_multiple_of(heads) => {
+                Ok(Some(Point { heads, rank, layers }))
+            }
+            _ => Err(Error::Config(format!(
+                "--beat {text}: expected heads, a rank that they divide, and layers, such as 4,64,1"
+            ))),
+        }
+    }
+
+    /// The floor is in the text, or follows from the adapter to beat or the largest ones.
     fn target(a: &Args, evaluator: &mut Trained<'_>, points: &[Point], bar: &ProgressBar) -> Result<Target> {
+        if let Some(p) = rival(a)? {
+            bar.println(format!("training the adapter to beat: {p}"));
+            let accuracy = evaluator.reference(p, a.seed, &a.out.join("floor.json"))?;
+            bar.println(format!("floor: {:.2} %", 100.0 * accuracy));
+            return Ok(Target::Efficiency { floor: accuracy });
+        }
         if a.target != "efficiency" {
             return a.target.parse();
         }
@@ -142,9 +166,10 @@ mod with_training {
         if a.target != "efficiency" {
             a.target.parse::<Target>()?;
         }
+        let rival = rival(a)?;
         let points = space(a).points()?;
         let (vit, preprocess) = super::super::backbone(&a.backbone)?;
-        let most = a.layers.iter().copied().max().unwrap_or(1);
+        let most = a.layers.iter().copied().chain(rival.map(|p| p.layers)).max().unwrap_or(1);
         let options = TrainOptions {
             layers: most,
             backbone_layers: vit.config().layers,
@@ -180,7 +205,32 @@ mod with_training {
         let target = target(a, &mut evaluator, &points, &bar)?;
         let found = search(a, target, &mut evaluator, &bar)?;
         bar.finish_and_clear();
-        crate::say(&show(a, &found, &vit, &set)?)
+        let mut text = show(a, &found, &vit, &set)?;
+        if let (Some(rival), Some(best)) = (rival, &found.best) {
+            text += &in_turns(a, (shape, net), best.point, rival)?;
+        }
+        crate::say(&text)
+    }
+
+    /// Both measured one after the other, again and again, since a shared machine's speed comes and goes.
+    fn in_turns(a: &Args, (shape, net): (Shape, Profile), best: Point, rival: Point) -> Result<String> {
+        const TURNS: usize = 5;
+        let (mut found, mut fixed) = (Vec::new(), Vec::new());
+        for _ in 0..TURNS {
+            for (point, times) in [(best, &mut found), (rival, &mut fixed)] {
+                times.extend(measure(shape, &[point], net, a.repeats)?.iter().map(|m| m.seconds));
+            }
+        }
+        let median = |times: &mut Vec<f64>| {
+            times.sort_by(f64::total_cmp);
+            1e3 * times[times.len() / 2]
+        };
+        let (found, fixed) = (median(&mut found), median(&mut fixed));
+        let less = 100.0 * (1.0 - found / fixed);
+        Ok(format!(
+            "measured      {best}: {found:.2} ms; {rival}: {fixed:.2} ms; {less:.0} % less (medians of {TURNS} turns of {})\n",
+            a.repeats
+        ))
     }
 
     fn search(a: &Args, target: Target, evaluator: &mut dyn Evaluator, bar: &ProgressBar) -> Result<Found> {
