@@ -184,7 +184,6 @@ fn images_and_texts_are_not_mixed() {
     );
     refused(&["classify", "--backbone", BACKBONE, "--adapter", ADAPTER], "no images");
     refused(&["classify", "--model", MODEL, "--adapter", ADAPTER, "--text", "a"], "`model.embed_tokens.weight`");
-    refused(&["train", "--backbone", BACKBONE, "--out", "x", "--window", "8"], "--model <DIR>");
 }
 
 #[cfg(feature = "train")]
@@ -213,7 +212,8 @@ fn what_is_trained_over_a_language_model_can_be_used() {
     refused(&eval, "no texts: give --texts PATH");
     refused(&[&eval[..], &["--synthetic", "1"]].concat(), "with --model give --texts PATH");
     refused(&[&train[..], &["--images", "x"]].concat(), "with --model give --texts PATH");
-    refused(&[&train[..], &data, &["--window", "0"]].concat(), "--window");
+    refused(&["train", "--model", MODEL, "--out", "x", "--window", "0"], "an adapter can read 1 to 256");
+    refused(&["train", "--backbone", BACKBONE, "--out", "x", "--window", "8"], "--window 8 goes with --model DIR");
 }
 
 #[cfg(feature = "train")]

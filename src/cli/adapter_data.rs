@@ -99,10 +99,15 @@ pub enum Backbone {
 impl Backbone {
     /// To train an adapter that reads `window` tokens of a text.
     #[cfg(feature = "train")]
-    pub fn open(public: &Public, window: usize) -> Result<Self> {
-        match &public.model {
-            Some(dir) => Ok(Backbone::Texts(Box::new(TextBackbone::open(dir, window)?))),
-            None => public.vit(),
+    pub fn open(public: &Public, window: Option<usize>) -> Result<Self> {
+        /// About two sentences.
+        const WINDOW: usize = 32;
+        match (&public.model, window) {
+            (Some(dir), n) => Ok(Backbone::Texts(Box::new(TextBackbone::open(dir, n.unwrap_or(WINDOW))?))),
+            (None, None) => public.vit(),
+            (None, Some(n)) => Err(Error::Config(format!(
+                "--window {n} goes with --model DIR: a vision transformer says itself how many tokens an image has; leave it out"
+            ))),
         }
     }
 

@@ -12,9 +12,9 @@ pub struct Args {
     public: super::data::Public,
     #[command(flatten)]
     data: super::data::Labelled,
-    /// With --model: how many tokens, the last ones of a text, the adapters read. It costs what the tokens of an image do.
-    #[arg(long, value_name = "N", default_value_t = 32, requires = "model")]
-    window: usize,
+    /// With --model: how many tokens, the last ones of a text, the adapters read; each costs what one of an image does. Default: 32.
+    #[arg(long, value_name = "N")]
+    window: Option<usize>,
     /// With --next-token: at most so many labels, the most frequent next tokens.
     #[arg(long, value_name = "N", default_value_t = 64, requires = "next_token")]
     vocabulary: usize,
