@@ -148,7 +148,8 @@ impl TextBackbone {
         (0..count).map(|n| self.padded(&ids[..end(n)])).collect()
     }
 
-    fn padded(&self, ids: &[u32]) -> Vec<u32> {
+    /// The last of `ids`, as many as the window has, with the begin token in front where there are fewer.
+    pub(super) fn padded(&self, ids: &[u32]) -> Vec<u32> {
         let ids = &ids[ids.len().saturating_sub(self.window)..];
         let mut all = vec![self.begin; self.window - ids.len()];
         all.extend(ids);

@@ -184,7 +184,12 @@ pub fn samples(path: Option<&Path>, backbone: &TextBackbone, count: usize) -> Re
         let labels = sentences::LABELS.len();
         let all = sentences::sentences(count.div_ceil(labels).max(PARTS), 0)?;
         let texts: Vec<String> = all.into_iter().map(|(text, _)| text).collect();
-        let alone = texts.iter().take(count / 2).map(|text| backbone.last_window(text));
+        // Of every length that leaves room for begin tokens.
+        let alone = (0..count / 2).zip(&texts).map(|(n, text)| {
+            let ids = backbone.encode(text)?;
+            let long = (1 + n * backbone.tokens() / (count / 2)).min(ids.len());
+            Ok(backbone.padded(&ids[ids.len() - long..]))
+        });
         let mut windows = alone.collect::<Result<Vec<_>>>()?;
         windows.extend(backbone.windows(&backbone.encode(&texts.join(" "))?, count - count / 2));
         let from =
