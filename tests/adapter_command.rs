@@ -9,6 +9,7 @@ use trefoil::cryptpeft::{Dataset, Example, Preprocess, Vit};
 
 const BACKBONE: &str = "models/tiny-vit";
 const ADAPTER: &str = "models/tiny-vit-shapes";
+const MODEL: &str = "models/quill-4m";
 
 fn trefoil(args: &[&str]) -> Command {
     let mut command = Command::cargo_bin("trefoil").unwrap();
@@ -169,6 +170,50 @@ fn what_does_not_fit_is_refused() {
         &["train", "--backbone", BACKBONE, "--out", "x"],
         if cfg!(feature = "train") { "--synthetic SEED" } else { "--features train" },
     );
+}
+
+#[test]
+fn images_and_texts_are_not_mixed() {
+    let of_images = ["eval", "--backbone", BACKBONE, "--adapter", ADAPTER];
+    refused(&[&of_images[..], &["--synthetic-text", "1"]].concat(), "go with --model DIR");
+    refused(&[&of_images[..], &["--model", MODEL, "--synthetic", "1"]].concat(), "cannot be used with");
+    refused(&["eval", "--adapter", ADAPTER, "--synthetic", "1"], "--backbone <DIR>|--model <DIR>");
+    refused(
+        &["classify", "--backbone", BACKBONE, "--adapter", ADAPTER, "--text", "a"],
+        "with --backbone give PNG or JPEG files",
+    );
+    refused(&["classify", "--backbone", BACKBONE, "--adapter", ADAPTER], "no images");
+    refused(&["classify", "--model", MODEL, "--adapter", ADAPTER, "--text", "a"], "`model.embed_tokens.weight`");
+}
+
+#[cfg(feature = "train")]
+#[test]
+fn what_is_trained_over_a_language_model_can_be_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("adapter");
+    let data = ["--synthetic-text", "5", "--per-class", "30"];
+    let train = ["train", "--model", MODEL, "--out", text(&out), "--steps", "60", "--rank", "8", "--heads", "2"];
+    let train = [&train[..], &["--json", "--layers", "1", "--window", "8"]].concat();
+    let report = json(&[&train[..], &data].concat());
+    assert_eq!(report["test_texts"], 24);
+    let eval = ["eval", "--model", MODEL, "--adapter", text(&out), "--json"];
+    let measured = json(&[&eval[..], &data, &["--secure", "4"]].concat());
+    assert_eq!(measured["float_accuracy"], report["test_accuracy"]);
+    assert!(measured["secure"]["max_logit_error"].as_f64().unwrap() < 0.1, "{measured}");
+
+    let classify = ["classify", "--model", MODEL, "--adapter", text(&out)];
+    let said =
+        json(&[&classify[..], &["--text", "He saw the ship and was sad.", "--text", "A bed.", "--json"]].concat());
+    let names: Vec<&str> = said["texts"].as_array().unwrap().iter().filter_map(|t| t["name"].as_str()).collect();
+    assert!(names.len() == 2 && names.iter().all(|n| report["labels"].as_array().unwrap().contains(&(*n).into())));
+    refused(&[&classify[..], &["x.png"]].concat(), "with --model give --text");
+    refused(&classify, "no texts");
+    refused(&[&classify[..], &["--text", ""]].concat(), "--text, number 1: the text is empty");
+    refused(&eval, "no texts: give --texts PATH");
+    refused(&[&eval[..], &["--synthetic", "1"]].concat(), "with --model give --texts PATH");
+    refused(&[&train[..], &["--images", "x"]].concat(), "with --model give --texts PATH");
+    refused(&["train", "--model", MODEL, "--out", "x", "--window", "0"], "an adapter can read 1 to 256");
+    refused(&["train", "--backbone", BACKBONE, "--out", "x", "--window", "8"], "--window 8 goes with --model DIR");
 }
 
 #[cfg(feature = "train")]

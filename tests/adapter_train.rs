@@ -1,9 +1,17 @@
 //! Training of adapters: it learns, the same weights come of the same seed, they are carried by fixed point, and what cannot be
-//! trained is refused with the reason.
+//! trained is refused with the reason. Over a language model too, where the secure run says what the float one does.
 
+use std::path::Path;
+
+use trefoil::cryptpeft::eval::label;
+use trefoil::cryptpeft::local::Pace;
 use trefoil::cryptpeft::plan::plan;
 use trefoil::cryptpeft::train::{Optimiser, TrainOptions, train};
-use trefoil::cryptpeft::{Dataset, Features, Layout, Vit, VitConfig, accuracy, cached_features};
+use trefoil::cryptpeft::{
+    Dataset, Features, Layout, LocalAdapter, Opened, TextBackbone, TextSet, Vit, VitConfig, accuracy, cached_features,
+    logits,
+};
+use trefoil::world::Setup;
 
 fn vit() -> Vit {
     let (hidden, intermediate) = (32, 64);
@@ -75,4 +83,40 @@ fn what_cannot_be_trained_is_refused() {
     refused(o(), &[], &labels, "there is no image");
     refused(o(), &features, &labels[..2], "there are 2 labels");
     refused(TrainOptions { scale: f32::NAN, ..o() }, &features, &labels, "scale");
+}
+
+#[test]
+fn it_learns_over_a_language_model() {
+    let backbone = TextBackbone::open(Path::new("models/quill-4m"), 8).unwrap();
+    let set = TextSet::synthetic(&backbone, 120, 1).unwrap();
+    let all = backbone.config().num_layers;
+    let options = TrainOptions { layers: 2, backbone_layers: all, steps: 300, lr: 5e-3, ..options() };
+    let layers = options.adapted().unwrap();
+    let learn = backbone.cached_features(&set.train, &layers).unwrap();
+    let test = backbone.cached_features(&set.test, &layers).unwrap();
+    let (config, weights) = train(&options, &learn, &set.labels, &mut |_, _| ()).unwrap();
+    assert_eq!((config.tokens, config.hidden, config.layers.as_slice()), (8, 192, &[6, 7][..]));
+    backbone.check(&config).unwrap();
+    // By chance a quarter, by the topic alone a half.
+    let right = accuracy(&config, &weights, &test);
+    assert!(right > 0.55, "{right}");
+
+    let samples: Vec<Features> = learn.iter().step_by(learn.len() / 32).map(|(f, _)| f.clone()).collect();
+    let inputs: Vec<Features> = test.into_iter().step_by(6).map(|(f, _)| f).collect();
+    let local = LocalAdapter::new(&config, &weights, &samples, Setup::default()).unwrap();
+    let opened = local.classify(&inputs, Opened::Logits, Pace::Cold).unwrap();
+    let labels = local.classify(&inputs, Opened::Label, Pace::Cold).unwrap();
+    let mut clear = 0;
+    for (i, f) in inputs.iter().enumerate() {
+        let want = logits(&config, &weights, f, &mut ());
+        let error = want.iter().zip(&opened.logits[i]).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+        assert!(error < 0.1, "text {i}: a logit is off by {error}");
+        let most = label(&want);
+        let second = (0..want.len()).filter(|n| *n != most).map(|n| want[n]).fold(f32::NEG_INFINITY, f32::max);
+        if want[most] - second > 0.1 {
+            clear += 1;
+            assert_eq!(labels.labels[i], most, "text {i}");
+        }
+    }
+    assert!(clear > inputs.len() / 2, "{clear} of {}", inputs.len());
 }

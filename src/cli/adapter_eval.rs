@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde_json::json;
 use trefoil::cryptpeft::eval::label;
 use trefoil::cryptpeft::local::Pace;
-use trefoil::cryptpeft::{Features, LocalAdapter, Opened, accuracy, cached_features, logits};
+use trefoil::cryptpeft::{Features, LocalAdapter, Opened, accuracy, logits};
 use trefoil::error::{Error, Result};
 use trefoil::net::shape::Profile;
 use trefoil::world::Setup;
@@ -13,20 +13,19 @@ use trefoil::world::Setup;
 /// Options of `trefoil adapter eval`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// The public vision transformer that the adapter was trained on.
-    #[arg(long, value_name = "DIR")]
-    backbone: PathBuf,
-    /// The adapter.
+    #[command(flatten)]
+    public: super::data::Public,
+    /// The adapter, which was trained on that model.
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
     #[command(flatten)]
-    data: super::Data,
-    /// Run so many of the test images with the three parties, in this process, and compare with float. Opens the logits to the
-    /// client, for this check only. Ranges are calibrated on images of the part to learn from, or on --calibrate.
+    data: super::data::Labelled,
+    /// Run so many of the test images or texts with the three parties, in this process, and compare with float. Opens the logits to the
+    /// client, for this check only. Ranges are calibrated on some of the part to learn from, or on --calibrate.
     #[arg(long, value_name = "N")]
     secure: Option<usize>,
-    /// Images to calibrate fixed-point ranges on.
-    #[arg(long, value_name = "DIR")]
+    /// Images (a directory) or texts (a .txt or .jsonl file, or a directory of .txt files) to calibrate fixed-point ranges on.
+    #[arg(long, value_name = "PATH")]
     calibrate: Option<PathBuf>,
     /// Simulated network: none, lan (0.1 ms, 16 Gbit/s), wan (20 ms, 0.4 Gbit/s), or RTT_MS,GBPS. Round-trip figures.
     #[arg(long, default_value = "none")]
@@ -42,36 +41,33 @@ const CLEAR: f32 = 0.1;
 /// Runs the command.
 ///
 /// # Errors
-/// Whatever options, images, backbone or adapter got wrong, or a party.
+/// Whatever options, data, backbone or adapter got wrong, or a party.
 pub fn run(a: &Args) -> Result<()> {
     let profile: Profile = a.net.parse()?;
     if a.secure == Some(0) {
-        return Err(Error::Config("--secure 0: give at least one image to run".into()));
+        return Err(Error::Config("--secure 0: give at least one to run".into()));
     }
-    let (vit, preprocess) = super::backbone(&a.backbone)?;
-    let (config, weights) = super::adapter(&a.adapter, &vit)?;
-    let set = a.data.load(&vit, &preprocess)?;
-    let set = if config.labels.is_empty() { set } else { set.relabelled(&config.labels)? };
+    let (backbone, config, weights) = a.public.with_adapter(&a.adapter)?;
+    let noun = backbone.noun();
+    let set = backbone.load(&a.data, &config.labels, config.classes)?;
     if set.labels.len() > config.classes {
         return Err(Error::Config(format!(
-            "the adapter tells {} classes apart, which have no names, but the images have {} labels, {:?}: give fewer",
+            "the adapter tells {} classes apart, which have no names, but the {noun}s have {} labels, {:?}: give fewer",
             config.classes,
             set.labels.len(),
             set.labels
         )));
     }
-    let test = cached_features(&vit, &set.test, &config.layers)?;
+    let test = backbone.features(&set.test, &config.layers)?;
     let right = accuracy(&config, &weights, &test);
-    let mut text = format!("float         {:.1} % of {} test images get their label\n", 100.0 * right, test.len());
-    let mut report = json!({ "test_images": test.len(), "float_accuracy": right });
+    let mut text = format!("float         {:.1} % of {} test {noun}s get their label\n", 100.0 * right, test.len());
+    let mut report = json!({ format!("test_{noun}s"): test.len(), "float_accuracy": right });
     if let Some(n) = a.secure {
         let (samples, from) = match &a.calibrate {
-            Some(dir) => super::samples(Some(dir), &vit, &preprocess, &config)?,
+            Some(path) => backbone.samples(Some(path), &config.layers)?,
             None => {
-                let every = set.train.len().div_ceil(super::CALIBRATION).max(1);
-                let some: Vec<_> = set.train.iter().step_by(every).cloned().collect();
-                let features = cached_features(&vit, &some, &config.layers)?;
-                let from = format!("{} images of the part to learn from", features.len());
+                let features = backbone.features(&set.train.some(), &config.layers)?;
+                let from = format!("{} {noun}s of the part to learn from", features.len());
                 (features.into_iter().map(|(f, _)| f).collect(), from)
             }
         };
@@ -97,26 +93,26 @@ pub fn run(a: &Args) -> Result<()> {
         let bytes =
             |ahead: bool| -> u64 { links.values().map(|l| if ahead { l.ahead_bytes } else { l.online_bytes }).sum() };
         let kb = |bytes: u64| bytes as f64 / 1e3 / count as f64;
-        let ms = super::ms_per_image(&by_label);
+        let ms = super::ms_each(&by_label);
         text += &format!("calibrated    on {from}\n");
         text += &format!("secure        {:.1} % of {count} of them\n", 100.0 * hits as f64 / count as f64);
         text += &format!(
             "same label    {same} of {count}; {clear_same} of the {clear} whose two largest logits are more than {CLEAR} apart\n"
         );
         text += &format!("logits        off by at most {error:.4} (opened to the client for this check only)\n");
-        text += &format!("messages      {} in sequence per image\n", by_label.messages);
+        text += &format!("messages      {} in sequence per {noun}\n", by_label.messages);
         text += &format!(
-            "traffic       {:.1} kB online, {:.1} kB run-ahead per image\n",
+            "traffic       {:.1} kB online, {:.1} kB run-ahead per {noun}\n",
             kb(bytes(false)),
             kb(bytes(true))
         );
         text += &format!(
-            "time          {ms:.1} ms per image, run-ahead included, network {profile}, all three parties here\n"
+            "time          {ms:.1} ms per {noun}, run-ahead included, network {profile}, all three parties here\n"
         );
         report["secure"] = json!({
-            "images": count, "accuracy": hits as f64 / count as f64, "same_label": same, "clear": clear,
-            "clear_same_label": clear_same, "max_logit_error": error, "messages_per_image": by_label.messages,
-            "ms_per_image": ms, "net": profile.to_string(), "links": links, "calibrated_on": from,
+            format!("{noun}s"): count, "accuracy": hits as f64 / count as f64, "same_label": same, "clear": clear,
+            "clear_same_label": clear_same, "max_logit_error": error, format!("messages_per_{noun}"): by_label.messages,
+            format!("ms_per_{noun}"): ms, "net": profile.to_string(), "links": links, "calibrated_on": from,
         });
     }
     if a.json {

@@ -8,11 +8,16 @@ use trefoil::error::Result;
 #[derive(clap::Args)]
 #[cfg_attr(not(feature = "train"), allow(dead_code))]
 pub struct Args {
-    /// The public vision transformer: a directory with model.safetensors and config.json.
-    #[arg(long, value_name = "DIR")]
-    backbone: PathBuf,
     #[command(flatten)]
-    data: super::Data,
+    public: super::data::Public,
+    #[command(flatten)]
+    data: super::data::Labelled,
+    /// With --model: how many tokens, the last ones of a text, the adapters read; each costs what one of an image does. Default: 32.
+    #[arg(long, value_name = "N")]
+    window: Option<usize>,
+    /// With --next-token: at most so many labels, the most frequent next tokens.
+    #[arg(long, value_name = "N", default_value_t = 64, requires = "next_token")]
+    vocabulary: usize,
     /// The directory to make: adapter.safetensors and adapter_config.json.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -31,13 +36,13 @@ pub struct Args {
     /// Steps.
     #[arg(long, value_name = "N", default_value_t = 1000)]
     steps: usize,
-    /// Images in a step.
+    /// Images or texts in a step.
     #[arg(long, value_name = "N", default_value_t = 32)]
     batch: usize,
     /// The largest learning rate: reached after a twentieth of the steps, then falling to 0. Default: 0.003 for adamw, 0.03 for sgd.
     #[arg(long, allow_negative_numbers = true)]
     lr: Option<f64>,
-    /// Of the first weights and of the order of the images.
+    /// Of the first weights and of the order of the data.
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Factor of what an adapter adds.
@@ -72,26 +77,29 @@ pub fn run(_: &Args) -> Result<()> {
 /// Runs the command.
 ///
 /// # Errors
-/// Whatever options, images or backbone got wrong, or what could not be saved.
+/// Whatever options, data or backbone got wrong, or what could not be saved.
 #[cfg(feature = "train")]
 pub fn run(a: &Args) -> Result<()> {
     use std::time::Instant;
 
     use indicatif::{ProgressBar, ProgressStyle};
+    use trefoil::cryptpeft::accuracy;
     use trefoil::cryptpeft::plan::plan;
     use trefoil::cryptpeft::train::{Optimiser, TrainOptions, train};
-    use trefoil::cryptpeft::{accuracy, cached_features};
     use trefoil::error::Error;
 
+    use super::data::Backbone;
+
     crate::finetune::threads(a.threads)?;
-    let (vit, preprocess) = super::backbone(&a.backbone)?;
+    let backbone = Backbone::open(&a.public, a.window)?;
+    let noun = backbone.noun();
     let optimiser: Optimiser = a.optimiser.parse()?;
     let options = TrainOptions {
         heads: a.heads,
         rank: a.rank,
         blocks: a.blocks,
         layers: a.layers,
-        backbone_layers: vit.config().layers,
+        backbone_layers: backbone.layers(),
         steps: a.steps,
         batch: a.batch,
         lr: a.lr.unwrap_or(if optimiser == Optimiser::Sgd { 3e-2 } else { 3e-3 }),
@@ -101,12 +109,12 @@ pub fn run(a: &Args) -> Result<()> {
         decay: a.decay,
     };
     let layers = options.adapted()?;
-    let set = a.data.load(&vit, &preprocess)?;
+    let set = backbone.load(&a.data, &[], a.vocabulary)?;
     if !a.json {
-        eprintln!("running the backbone over {} images ...", set.train.len() + set.test.len());
+        eprintln!("running the backbone over {} {noun}s ...", set.train.len() + set.test.len());
     }
-    let learn = cached_features(&vit, &set.train, &layers)?;
-    let test = cached_features(&vit, &set.test, &layers)?;
+    let learn = backbone.features(&set.train, &layers)?;
+    let test = backbone.features(&set.test, &layers)?;
     let bar = if a.json { ProgressBar::hidden() } else { ProgressBar::new(a.steps as u64) };
     if let Ok(style) = ProgressStyle::with_template("training {bar:30} {pos}/{len} steps, {msg}, {eta} left") {
         bar.set_style(style);
@@ -135,15 +143,16 @@ pub fn run(a: &Args) -> Result<()> {
     let loss = mean.unwrap_or(f32::NAN);
     if a.json {
         let json = serde_json::json!({
-            "train_images": learn.len(), "train_accuracy": learned,
-            "test_images": test.len(), "test_accuracy": held_out,
+            format!("train_{noun}s"): learn.len(), "train_accuracy": learned,
+            format!("test_{noun}s"): test.len(), "test_accuracy": held_out,
             "labels": set.labels, "steps": a.steps, "loss": loss, "seconds": seconds, "out": a.out,
         });
         return crate::say(&format!("{json:#}\n"));
     }
     let mut out = format!("trained       {} steps, {seconds:.0} s, loss {loss:.4} nats\n", a.steps);
-    out += &format!("train         {:.1} % of {} images get their label\n", 100.0 * learned, learn.len());
-    out += &format!("test          {:.1} % of {} images, of {} labels\n", 100.0 * held_out, test.len(), config.classes);
+    out += &format!("train         {:.1} % of {} {noun}s get their label\n", 100.0 * learned, learn.len());
+    out +=
+        &format!("test          {:.1} % of {} {noun}s, of {} labels\n", 100.0 * held_out, test.len(), config.classes);
     out += &format!("written       {}\n", a.out.display());
     crate::say(&out)
 }

@@ -36,8 +36,8 @@ pub struct Dataset {
 /// What the synthetic images show, in the order of their labels.
 pub const SHAPES: [&str; 8] = ["disc", "square", "ring", "cross", "triangle", "diamond", "stripes", "checks"];
 
-/// One image in so many is of the test part.
-const PARTS: usize = 5;
+/// One image or text in so many is of the test part.
+pub(super) const PARTS: usize = 5;
 /// The most images of a folder: all are held in memory.
 const MOST_FILES: usize = 100_000;
 /// The largest synthetic set, in numbers: 2 GiB.
@@ -123,13 +123,7 @@ impl Dataset {
     /// # Errors
     /// [`Error::Config`] naming a label that is not among them.
     pub fn relabelled(mut self, labels: &[String]) -> Result<Self> {
-        let place = |name: &String| {
-            labels.iter().position(|l| l == name).ok_or_else(|| {
-                let text = format!("the label `{name}` is none of the adapter's, {labels:?}; give images of those");
-                Error::Config(text)
-            })
-        };
-        let places = self.labels.iter().map(place).collect::<Result<Vec<_>>>()?;
+        let places = places(&self.labels, labels)?;
         self.train.iter_mut().chain(&mut self.test).for_each(|e| e.label = places[e.label]);
         self.labels = labels.to_vec();
         Ok(self)
@@ -148,6 +142,16 @@ impl Dataset {
     }
 }
 
+/// Where each of these labels is among an adapter's.
+pub(super) fn places(these: &[String], labels: &[String]) -> Result<Vec<usize>> {
+    let place = |name: &String| {
+        labels.iter().position(|l| l == name).ok_or_else(|| {
+            Error::Config(format!("the label `{name}` is none of the adapter's, {labels:?}; give data with those"))
+        })
+    };
+    these.iter().map(place).collect()
+}
+
 /// Fisher and Yates.
 pub(super) fn shuffle<T>(items: &mut [T], rng: &mut ChaCha8Rng) {
     for i in (1..items.len()).rev() {
@@ -155,7 +159,8 @@ pub(super) fn shuffle<T>(items: &mut [T], rng: &mut ChaCha8Rng) {
     }
 }
 
-fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
+/// What is in a directory, but for hidden files.
+pub(super) fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
     let failed = |e| Error::io(dir.display().to_string(), e);
     let hidden = |path: &PathBuf| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.'));
     let all = std::fs::read_dir(dir).map_err(failed)?.map(|entry| entry.map(|e| e.path()).map_err(failed));
