@@ -105,7 +105,7 @@ mod with_training {
         let path = a.out.join("latency.json");
         let known = path.exists();
         let mut said = |m: trefoil::cryptpeft::search::timing::Measuring| {
-            bar.println(format!("measuring {} of {}: {}", m.done + 1, m.all, m.point));
+            bar.println(format!("measuring {} points, round {} of {}", m.points, m.round, m.rounds));
         };
         let timing = Timing::open_or_measure(&path, shape, &space(a), (net, a.repeats), Rates::measure, &mut said)?;
         if let (Some(c), false) = (&timing.held_out, known) {
@@ -212,24 +212,15 @@ mod with_training {
         crate::say(&text)
     }
 
-    /// Both measured one after the other, again and again, since a shared machine's speed comes and goes.
+    /// Both measured in turns, since a shared machine's speed comes and goes.
     fn in_turns(a: &Args, (shape, net): (Shape, Profile), best: Point, rival: Point) -> Result<String> {
-        const TURNS: usize = 5;
-        let (mut found, mut fixed) = (Vec::new(), Vec::new());
-        for _ in 0..TURNS {
-            for (point, times) in [(best, &mut found), (rival, &mut fixed)] {
-                times.extend(measure(shape, &[point], net, a.repeats)?.iter().map(|m| m.seconds));
-            }
-        }
-        let median = |times: &mut Vec<f64>| {
-            times.sort_by(f64::total_cmp);
-            1e3 * times[times.len() / 2]
-        };
-        let (found, fixed) = (median(&mut found), median(&mut fixed));
-        let less = 100.0 * (1.0 - found / fixed);
+        let turns = 5 * a.repeats;
+        let measured = measure(shape, &[best, rival], net, turns, &mut |_| ())?;
+        let [found, fixed] = measured[..] else { return Err(Error::Internal("two points, two measurements".into())) };
+        let less = 100.0 * (1.0 - found.seconds / fixed.seconds);
+        let (found, fixed) = (1e3 * found.seconds, 1e3 * fixed.seconds);
         Ok(format!(
-            "measured      {best}: {found:.2} ms; {rival}: {fixed:.2} ms; {less:.0} % less (medians of {TURNS} turns of {})\n",
-            a.repeats
+            "measured      {best}: {found:.2} ms; {rival}: {fixed:.2} ms; {less:.0} % less (medians of {turns} turns)\n"
         ))
     }
 

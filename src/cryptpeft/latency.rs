@@ -72,28 +72,42 @@ impl Measurement {
     }
 }
 
-/// Measures each point with all three parties in this process, from cold (nothing was run ahead), on a simulated network: the
-/// median of so many inferences after one that does not count. The public backbone, the same for all, is not in it.
+/// Measures the points with all three parties in this process, from cold (nothing was run ahead), on a simulated network: the
+/// medians of so many rounds after one that does not count. A round is one inference of each, so that a shared machine's slow
+/// minutes fall on all of them; `progress` is told each, from 0. The public backbone, the same for all, is not in it.
 ///
 /// # Errors
-/// [`Error::Config`] for no repeats; those of a plan for a point that cannot be built.
-pub fn measure(shape: Shape, points: &[Point], net: Profile, repeats: usize) -> Result<Vec<Measurement>> {
-    if repeats == 0 {
+/// [`Error::Config`] for no rounds; those of a plan for a point that cannot be built.
+pub fn measure(
+    shape: Shape,
+    points: &[Point],
+    net: Profile,
+    rounds: usize,
+    progress: &mut dyn FnMut(usize),
+) -> Result<Vec<Measurement>> {
+    if rounds == 0 {
         return Err(Error::Config("latency is measured at least once; give 1 repeat or more".into()));
     }
-    let one = |&p: &Point| {
+    let ready = |&p: &Point| {
         let (config, weights, features) = shape.example(p)?;
         let samples = [features];
         let setup = Setup { profile: net, ..Setup::default() };
-        let local = LocalAdapter::new(&config, &weights, &samples, setup)?;
-        let once = || local.classify(&samples, Opened::Label, Pace::Cold).map(|done| done.wall.as_secs_f64());
-        once()?;
-        let mut seconds = (0..repeats).map(|_| once()).collect::<Result<Vec<f64>>>()?;
-        seconds.sort_by(f64::total_cmp);
-        let median = (seconds[(repeats - 1) / 2] + seconds[repeats / 2]) / 2.0;
-        Ok(Measurement { heads: p.heads, rank: p.rank, layers: p.layers, seconds: median })
+        Ok((p, LocalAdapter::new(&config, &weights, &samples, setup)?, samples, Vec::new()))
     };
-    points.iter().map(one).collect()
+    let mut ready = points.iter().map(ready).collect::<Result<Vec<_>>>()?;
+    for round in 0..=rounds {
+        progress(round);
+        for (_, local, samples, seconds) in &mut ready {
+            seconds.push(local.classify(samples, Opened::Label, Pace::Cold)?.wall.as_secs_f64());
+        }
+    }
+    let median = |(p, _, _, mut seconds): (Point, LocalAdapter, [Features; 1], Vec<f64>)| {
+        seconds.remove(0);
+        seconds.sort_by(f64::total_cmp);
+        let seconds = (seconds[(rounds - 1) / 2] + seconds[rounds / 2]) / 2.0;
+        Measurement { heads: p.heads, rank: p.rank, layers: p.layers, seconds }
+    };
+    Ok(ready.into_iter().map(median).collect())
 }
 
 /// `(a h + b r + c) s + d` seconds for `h` heads, rank `r` and `s` layers.
@@ -291,11 +305,16 @@ mod tests {
     fn small_adapters_are_measured() {
         let shape = Shape { hidden: 16, tokens: 5, classes: 3 };
         let all = points(&[(1, 4, 1), (2, 8, 2)]);
-        let measured = measure(shape, &all, "1,1".parse().unwrap(), 2).unwrap();
+        let measured = measure(shape, &all, "1,1".parse().unwrap(), 2, &mut |_| ()).unwrap();
         // 26 messages and the argmax's at half a millisecond each, at least.
         assert!(measured.iter().all(|m| m.seconds > 0.013), "{measured:?}");
         assert!(measured[1].seconds > measured[0].seconds && measured[1].point() == all[1]);
-        assert!(measure(shape, &all, Profile::NONE, 0).is_err());
-        assert!(measure(shape, &points(&[(3, 4, 1)]), Profile::NONE, 1).unwrap_err().to_string().contains("heads"));
+        assert!(measure(shape, &all, Profile::NONE, 0, &mut |_| ()).is_err());
+        assert!(
+            measure(shape, &points(&[(3, 4, 1)]), Profile::NONE, 1, &mut |_| ())
+                .unwrap_err()
+                .to_string()
+                .contains("heads")
+        );
     }
 }

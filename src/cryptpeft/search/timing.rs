@@ -32,12 +32,12 @@ pub struct Timing {
 /// Where measuring is.
 #[derive(Clone, Copy, Debug)]
 pub struct Measuring {
-    /// The point that is measured now.
-    pub point: Point,
-    /// Points done.
-    pub done: usize,
-    /// Of so many.
-    pub all: usize,
+    /// The round that begins: 0 does not count.
+    pub round: usize,
+    /// The last one.
+    pub rounds: usize,
+    /// Points in each.
+    pub points: usize,
 }
 
 /// The least and the largest choice, or another beside the only one: a fit takes two.
@@ -118,16 +118,10 @@ impl Timing {
             )));
         }
         let others = between(&points, &corners);
-        let all = corners.len() + others.len();
-        let mut all_of = |points: &[Point], before: usize| {
-            let one = |(i, &point): (usize, &Point)| {
-                progress(Measuring { point, done: before + i, all });
-                let m = measure(shape, &[point], net, repeats)?;
-                m.first().copied().ok_or_else(|| Error::Internal("a measurement of one point".into()))
-            };
-            points.iter().enumerate().map(one).collect::<Result<Vec<_>>>()
-        };
-        let (measured, held_out) = (all_of(&corners, 0)?, all_of(&others, corners.len())?);
+        let all: Vec<Point> = corners.iter().chain(&others).copied().collect();
+        let mut said = |round| progress(Measuring { round, rounds: repeats, points: all.len() });
+        let mut measured = measure(shape, &all, net, repeats, &mut said)?;
+        let held_out = measured.split_off(corners.len());
         let timing = Self::of(shape, net, measured, &held_out, rates()?)?;
         timing.write(path)?;
         Ok(timing)
@@ -200,7 +194,7 @@ mod tests {
         let mut told = Vec::new();
         let mut open = |shape, space, net: &str| {
             let net = (net.parse().unwrap(), 1);
-            Timing::open_or_measure(&path, shape, space, net, || Ok(rates()), &mut |m| told.push((m.done, m.all)))
+            Timing::open_or_measure(&path, shape, space, net, || Ok(rates()), &mut |m| told.push((m.round, m.points)))
         };
         let first = open(shape, &space, "4,1").unwrap();
         let p = Point { heads: 1, rank: 4, layers: 2 };
@@ -214,7 +208,7 @@ mod tests {
         ] {
             assert!(got.as_ref().is_err_and(|e| e.to_string().contains(what)), "{got:?}");
         }
-        assert_eq!(told, (0..11).map(|i| (i, 11)).collect::<Vec<_>>());
+        assert_eq!(told, [(0, 11), (1, 11)]);
         std::fs::write(&path, "{").unwrap();
         assert!(Timing::read(&path).unwrap_err().to_string().contains("remove it"));
         let far = Space { heads: vec![64, 81], ranks: vec![64, 81], layers: vec![1] };
