@@ -483,3 +483,56 @@ where
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ring::{Isa, mask};
+
+    /// Digits at the ends of their ranges in every column, so that all products have one sign: the largest sums there are.
+    #[test]
+    fn extreme_digits_of_either_sign() {
+        if !Isa::Vnni.supported() {
+            return;
+        }
+        let (t, m, n) = (5, 13, 1600);
+        let words = [
+            0x2000,
+            0x1fff,
+            0x2000 | 0x8000 << 14,
+            0x1fff | 0x7fff << 14,
+            0x0800,
+            0x07ff,
+            0x07ff | 0x7fff << 12,
+            0x0800 | 0x0800 << 12 | 0x0800 << 24 | 0x8000 << 36,
+            0x7f7f_7f7f_7f7f,
+            0x8000_8000_8000,
+            0x7fff_7fff_7fff,
+            0x80ff_80ff_80ff,
+            0x00ff_00ff_00ff,
+            1 << 43,
+            u64::MAX,
+        ];
+        let tile = |run: &dyn Fn(&mut [&mut [u64]]), k: u32, one: u64| {
+            let mut c = vec![0; t * m];
+            run(&mut c.chunks_mut(m).collect::<Vec<_>>());
+            let want = one.wrapping_mul(n as u64);
+            assert!(c.iter().all(|v| (v ^ want) & mask(k) == 0), "a column gives {one:x}, modulo 2^{k}");
+        };
+        for k in [32, 33, 40, 44, 45, 47, 48, 56, 64] {
+            for a in words {
+                let x = vec![a; t * n];
+                for b in words.into_iter().filter(|_| k <= WIDEST) {
+                    let w = vec![b; m * n];
+                    // SAFETY: the processor has the instructions.
+                    tile(&|rows| unsafe { Digits::cut(&x, n, k).tile(0, &w, rows) }, k, a.wrapping_mul(b));
+                }
+                for b in [i16::MIN, i16::MAX, -1] {
+                    let w = vec![b; m * n];
+                    // SAFETY: as above.
+                    tile(&|rows| unsafe { Narrow::cut(&x, n, k).tile(0, &w, rows) }, k, a.wrapping_mul(b as u64));
+                }
+            }
+        }
+    }
+}
