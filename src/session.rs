@@ -91,6 +91,8 @@ pub const JOBS_AHEAD_LAYERS: usize = 2;
 struct Queued {
     passes: BTreeMap<u64, (VecDeque<Job>, bool)>,
     ended: bool,
+    /// Nobody runs what the walker still leaves: the request has come to its end, and the walk has not.
+    abandoned: bool,
 }
 
 /// Jobs by pass, in program order. Filled by the walker, emptied by the online thread.
@@ -105,14 +107,18 @@ impl JobQueue {
     }
 
     fn push(&self, pass: u64, job: Job) {
-        self.with(|q| q.passes.entry(pass).or_default().0.push_back(job));
+        self.with(|q| {
+            if !q.abandoned {
+                q.passes.entry(pass).or_default().0.push_back(job);
+            }
+        });
     }
 
     /// Blocks while a pass that is walked by itself has as many jobs waiting as `limit`: what they captured is memory, of a
     /// long prompt a great deal. Nothing waits for this walk in turn: all that the jobs' own steps need of it has been sent.
     fn wait_room(&self, pass: u64, limit: usize) {
         let mut q = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        while !q.ended && q.passes.get(&pass).is_some_and(|(jobs, _)| jobs.len() >= limit) {
+        while !q.ended && !q.abandoned && q.passes.get(&pass).is_some_and(|(jobs, _)| jobs.len() >= limit) {
             q = self.0.1.wait(q).unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -164,10 +170,12 @@ impl JobQueue {
         }
     }
 
-    /// Lets a walker that waits for the queue to shrink go on (to notice that it should stop); `ended` if for good.
+    /// No more jobs will be run until [`JobQueue::discard`]: a walker that waits for the queue to shrink goes on, to its batch's end, where
+    /// it notices that it should stop; what it leaves until then is dropped. `ended` if for good.
     pub fn release(&self, ended: bool) {
         self.with(|q| {
             q.passes.clear();
+            q.abandoned = true;
             q.ended |= ended;
         });
     }
@@ -182,13 +190,12 @@ impl JobQueue {
         !q.ended
     }
 
-    /// Drops the jobs of passes that will never run; returns how many passes those were.
-    pub fn discard(&self) -> usize {
+    /// Drops the jobs of passes that will never run, once their walk has ended: the next request's will be run.
+    pub fn discard(&self) {
         self.with(|q| {
-            let n = q.passes.len();
             q.passes.clear();
-            n
-        })
+            q.abandoned = false;
+        });
     }
 }
 
@@ -507,4 +514,42 @@ impl Session {
 pub fn recv_words(links: &Links, from: Role, lane: Lane, step: &Address, n: usize, k: u32) -> Result<Vec<u64>> {
     let bytes = links.recv(from, lane, step, pack::packed_len(n, k))?;
     pack::unpack(&bytes, n, k).ok_or_else(|| blame(from, step, PeerFault::Malformed("padding bits set")))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_walk_that_nobody_answers_comes_to_its_end() {
+        let queue = JobQueue::default();
+        let (ended, end) = channel();
+        let walker = {
+            let queue = queue.clone();
+            move || {
+                for _ in 0..10 {
+                    queue.wait_room(7, 3);
+                    queue.push(7, Box::new(|_| Ok(())));
+                }
+                ended.send(()).unwrap();
+            }
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(walker);
+            // It waits for room: nobody has run anything.
+            assert!(end.recv_timeout(Duration::from_millis(50)).is_err());
+            queue.release(false);
+            let over = end.recv_timeout(Duration::from_secs(20));
+            queue.end();
+            over.expect("the walk goes on after the release, beyond the limit too");
+        });
+        let waiting = |queue: &JobQueue| queue.with(|q| q.passes.values().map(|(jobs, _)| jobs.len()).sum::<usize>());
+        assert_eq!(waiting(&queue), 0, "what nobody will run is not kept");
+        queue.discard();
+        queue.push(8, Box::new(|_| Ok(())));
+        assert_eq!(waiting(&queue), 1, "the next request's are");
+    }
 }

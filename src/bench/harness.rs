@@ -59,6 +59,22 @@ pub fn random_weights(config: ModelConfig) -> Result<Weights> {
     Ok(weights)
 }
 
+/// The plan of all layers of `weights` as private ones: all matrices with the fewest fraction bits. With adapters the base is
+/// public, and fraction bits are as a preparation has them.
+///
+/// # Errors
+/// [`Error::Model`] for weights that no plan fits.
+pub(super) fn planned(weights: &Weights, private_embedding: bool) -> Result<Plan> {
+    let config = &weights.config;
+    let ranges = calibrate::ranges(weights, 0, &calibrate::inputs(config, config.max_positions, None));
+    let fractions = match weights.first_adapted().is_some() {
+        true => Choice::new(weights, 0, private_embedding)?.fractions,
+        false => Fractions::least(config.num_layers),
+    };
+    let bounds = calibrate::bounds(weights, 0, &fractions)?;
+    plan(config, 0, private_embedding, &bounds, &ranges)
+}
+
 /// A model, prepared for all three parties.
 pub struct Harness {
     models: [SecureModel; 3],
@@ -108,20 +124,12 @@ impl Harness {
         Harness::prepare(&random_weights(config)?, false, setup)
     }
 
-    /// Calibrates and prepares `weights`, all layers private, all matrices with the fewest fraction bits. With adapters the base is
-    /// public, and fraction bits are as a preparation has them.
+    /// Calibrates, plans ([`planned`]) and prepares `weights`, all layers private.
     ///
     /// # Errors
     /// [`Error::Model`] for weights that no plan fits.
     pub fn prepare(weights: &Weights, private_embedding: bool, setup: Setup) -> Result<Harness> {
-        let config = &weights.config;
-        let ranges = calibrate::ranges(weights, 0, &calibrate::inputs(config, config.max_positions, None));
-        let fractions = match weights.first_adapted().is_some() {
-            true => Choice::new(weights, 0, private_embedding)?.fractions,
-            false => Fractions::least(config.num_layers),
-        };
-        let bounds = calibrate::bounds(weights, 0, &fractions)?;
-        let plan = plan(config, 0, private_embedding, &bounds, &ranges)?;
+        let (config, plan) = (&weights.config, planned(weights, private_embedding)?);
         let seed = PreparationSeed::from_bytes([3; 32]);
         let owner = Prepared::owner(weights, &plan, &seed)?;
         let (mut index, none) = (0, || Error::Internal("the helper's part is not what the owner made".into()));

@@ -91,7 +91,7 @@ fn weight_bytes(c: &ModelConfig, private_embedding: bool) -> u64 {
     4 * c.parameter_count() + 10 * shared + if private_embedding { 16 * table } else { 0 } + 12 * largest
 }
 
-fn enough_memory(what: &str, bytes: u64) -> Result<()> {
+pub(super) fn enough_memory(what: &str, bytes: u64) -> Result<()> {
     match machine::available() {
         Some(free) if bytes > free => Err(Error::Config(format!(
             "{what} take about {}, but {} are free: measure fewer layers (--layers) or shorter tests",

@@ -13,6 +13,7 @@ mod plaintext;
 mod plot;
 mod presets;
 mod report;
+mod shape;
 
 pub use breakdown::{ByOperation, Operation, Step, Steps};
 pub use harness::{Harness, Measured, Pace, Part, count, random_weights};
@@ -23,3 +24,4 @@ pub use plaintext::Plaintext;
 pub use plot::Plots;
 pub use presets::{PRESETS, Preset};
 pub use report::{Report, Row};
+pub use shape::source;

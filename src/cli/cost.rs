@@ -3,8 +3,11 @@
 use std::path::PathBuf;
 
 use super::private::Chosen;
+use trefoil::bench::{self, Preset};
 use trefoil::error::{Error, Result};
 use trefoil::model::preparation::Options;
+use trefoil::model::variant::Reshaping;
+use trefoil::model::{Activation, Softmax};
 use trefoil::net::shape::Profile;
 use trefoil::predict::{NamedLinks, Phase, Prediction, Rates, Source, predict};
 
@@ -17,6 +20,19 @@ pub struct Args {
     /// The public base that the model was fine-tuned from.
     #[arg(long, value_name = "DIR", conflicts_with = "adapter")]
     base: Option<PathBuf>,
+    /// Instead of a model the shape of a published one, as `trefoil bench` has them, with random weights: one layer is calibrated, the others are
+    /// taken to be like it. No weights are downloaded or kept.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["model", "base", "adapter"])]
+    preset: Option<String>,
+    /// Of a preset: heads that become one in the private layers.
+    #[arg(long, default_value_t = 1, value_name = "M", requires = "preset")]
+    merge_heads: usize,
+    /// Of a preset: how attention weighs, exact or 2relu.
+    #[arg(long, default_value = "exact", value_name = "KIND", requires = "preset")]
+    softmax: Softmax,
+    /// Of a preset: the MLP's activation, silu, relu or quad.
+    #[arg(long, default_value = "silu", value_name = "NAME", requires = "preset")]
+    activation: Activation,
     #[command(flatten)]
     private: super::private::Args,
     /// Positions to plan for. Default: those of the request, as `trefoil generate` does.
@@ -34,6 +50,13 @@ pub struct Args {
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
+}
+
+impl Args {
+    /// What the request takes: the last token is not computed with.
+    fn positions(&self) -> usize {
+        self.prefill.saturating_add(self.decode) - 1
+    }
 }
 
 /// Runs the command.
@@ -57,6 +80,12 @@ pub fn run(a: &Args) -> Result<()> {
 }
 
 fn source(a: &Args) -> Result<Source> {
+    if let Some(name) = &a.preset {
+        let reshaping = Reshaping { merged: a.merge_heads, softmax: a.softmax, activation: a.activation };
+        let positions = a.context.unwrap_or(a.positions());
+        within(a, positions)?;
+        return bench::source(Preset::find(name)?, a.private.private_layers.as_deref(), reshaping, positions);
+    }
     if Source::is_preparation(&a.model) {
         let chosen = [
             ("--base", a.base.is_some()),
@@ -73,19 +102,21 @@ fn source(a: &Args) -> Result<Source> {
         return Source::preparation(&a.model);
     }
     let Chosen { model, adapter, config, private_layers } = a.private.chosen(&a.model)?;
-    let request = a.prefill.saturating_add(a.decode);
-    let most = a.context.unwrap_or(usize::MAX).min(config.max_positions);
-    if request - 1 > most {
-        return Err(Error::Config(format!(
-            "--prefill {} and --decode {} take {} positions, but the context is {most}",
-            a.prefill,
-            a.decode,
-            request - 1
-        )));
-    }
+    within(a, a.context.unwrap_or(usize::MAX).min(config.max_positions))?;
     let base = a.base.clone();
     let options = Options { private_layers, max_positions: a.context, base, adapter, calibration_text: None };
     Source::checkpoint(&model, &options)
+}
+
+/// Whether a context of `most` positions holds the request.
+fn within(a: &Args, most: usize) -> Result<()> {
+    match a.positions() {
+        n if n > most => Err(Error::Config(format!(
+            "--prefill {} and --decode {} take {n} positions, but the context is {most}",
+            a.prefill, a.decode
+        ))),
+        _ => Ok(()),
+    }
 }
 
 fn text(p: &Prediction) -> String {

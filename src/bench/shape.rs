@@ -1,0 +1,47 @@
+//! What a published shape will cost: its plan without its weights.
+
+use super::harness::{planned, random_weights};
+use super::{Preset, measure};
+use crate::error::{Error, Result};
+use crate::model::preparation::parse_private_layers;
+use crate::model::variant::Reshaping;
+use crate::model::{ModelConfig, Variant};
+use crate::plan::memory::owner_words;
+use crate::predict::Source;
+
+/// The shape of `preset` for `positions` positions as `trefoil cost` takes it, `private_layers` of it private (as
+/// [`parse_private_layers`] reads them) and those reshaped. One layer with random weights is calibrated and planned, and
+/// all private ones are taken to be like it, as in a benchmark: the bytes are a benchmark's of that many positions.
+///
+/// # Errors
+/// [`Error::Config`] for a block, which no request can be made of, and numbers that do not fit the shape.
+pub fn source(preset: &Preset, private_layers: Option<&str>, reshaping: Reshaping, positions: usize) -> Result<Source> {
+    if !preset.is_model() {
+        return Err(Error::Config(format!(
+            "--preset {}: one layer by itself answers no request; `trefoil bench` measures it",
+            preset.name
+        )));
+    }
+    if positions > preset.positions() {
+        let most = preset.positions();
+        return Err(Error::Config(format!("the request takes {positions} positions, but {} has {most}", preset.name)));
+    }
+    let plain = |layers| preset.config(layers, positions);
+    let all = plain(preset.layers());
+    let chosen = parse_private_layers(private_layers, &all)?;
+    let private = chosen.unwrap_or(all.num_layers);
+    if private == 0 || private > all.num_layers {
+        let most = all.num_layers;
+        return Err(Error::Config(format!("--private-layers {private}: {} has 1 to {most} of them", preset.name)));
+    }
+    let variant = reshaping.of(all.layer(0), 0)?;
+    let one = ModelConfig { variant, ..plain(1) };
+    measure::enough_memory("random weights of a layer and the embedding", 4 * one.parameter_count())?;
+    let mut plan = planned(&random_weights(one)?, chosen.is_none())?;
+    plan.first_private = all.num_layers - private;
+    plan.layers = plan.layers.iter().cycle().take(private).cloned().collect();
+    let variant = variant.map(|v| Variant { from_layer: plan.first_private, ..v });
+    let config = ModelConfig { variant, ..all };
+    let owner_bytes = 2 * owner_words(&config, &plan);
+    Ok(Source { config, plan, owner_bytes })
+}
