@@ -87,6 +87,7 @@ pub mod ledger;
 pub mod marill;
 pub mod model;
 pub mod net;
+mod par;
 pub mod party;
 pub mod plan;
 pub mod predict;

@@ -8,11 +8,12 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use aes::Aes128;
 use aes::cipher::{Array, BlockCipherEncrypt, KeyInit, KeyIvInit, StreamCipher, StreamCipherSeek};
-use zeroize::{Zeroize, ZeroizeOnDrop};
+use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
 use crate::error::{Error, Result};
 use crate::party::Role;
@@ -272,7 +273,11 @@ pub fn bytes_per_word(k: u32) -> usize {
 }
 
 /// A keystream, read front to back.
-pub struct Stream(ctr::Ctr64LE<Aes128>);
+pub struct Stream {
+    keystream: ctr::Ctr64LE<Aes128>,
+    /// Key and first counter block, for whom parts of it are made apart.
+    from: Zeroizing<([u8; 16], [u8; 16])>,
+}
 
 impl fmt::Debug for Stream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -282,7 +287,8 @@ impl fmt::Debug for Stream {
 
 impl Stream {
     fn new(key: &[u8; 16], start: &[u8; 16]) -> Self {
-        Stream(ctr::Ctr64LE::<Aes128>::new(&Array::from(*key), &Array::from(*start)))
+        let keystream = ctr::Ctr64LE::<Aes128>::new(&Array::from(*key), &Array::from(*start));
+        Stream { keystream, from: Zeroizing::new((*key, *start)) }
     }
 
     /// Appends `n` words of `k` uniform bits, [`bytes_per_word`] of the stream each.
@@ -297,7 +303,7 @@ impl Stream {
         while left > 0 {
             let now = left.min(bytes.len() / each);
             let bytes = &mut bytes[..now * each];
-            self.0.write_keystream(bytes);
+            self.keystream.write_keystream(bytes);
             match each {
                 1 => out.extend(bytes.iter().map(|w| u64::from(*w) & m)),
                 2 => out.extend(bytes.as_chunks().0.iter().map(|w| u64::from(u16::from_le_bytes(*w)) & m)),
@@ -307,6 +313,14 @@ impl Stream {
             left -= now;
         }
         piece.zeroize();
+    }
+
+    /// The words at these places of a stream of words of `k` bits alone, counted from its beginning, wherever it is.
+    #[must_use]
+    pub fn words_at(&self, words: Range<usize>, k: u32) -> Vec<u64> {
+        let mut part = Stream::new(&self.from.0, &self.from.1);
+        part.keystream.seek((words.start * bytes_per_word(k)) as u64);
+        part.words(words.len(), k)
     }
 
     /// `n` words of `k` uniform bits.
@@ -324,7 +338,7 @@ impl Stream {
         let end = out.len() + n;
         while out.len() < end {
             let piece = &mut piece[..(end - out.len()).min(4096)];
-            self.0.write_keystream(piece);
+            self.keystream.write_keystream(piece);
             out.extend_from_slice(piece);
         }
         piece.zeroize();
@@ -390,6 +404,17 @@ mod tests {
 
     fn prf() -> Prf {
         Prf::new([(Pair::OwnerClient, PairKey::new([7; 16]))])
+    }
+
+    #[test]
+    fn parts_of_a_stream_are_those_of_the_whole() {
+        let stream = || Stream::new(&[7; 16], &[9; 16]);
+        for k in [1, 8, 13, 32, 44, 64] {
+            let whole = stream().words(3000, k);
+            for part in [0..3000, 0..0, 1..2, 7..1031, 2999..3000] {
+                assert_eq!(stream().words_at(part.clone(), k), whole[part], "k = {k}");
+            }
+        }
     }
 
     #[test]

@@ -20,6 +20,7 @@ use crate::error::{Error, PeerFault, Result};
 use crate::ledger::{self, Doing, Kind};
 use crate::net::meter::Meter;
 use crate::net::{Lane, Links, blame};
+use crate::par::in_blocks;
 use crate::party::Role;
 use crate::plan::cost::Cost;
 use crate::plan::work::{Counts, Work};
@@ -383,6 +384,11 @@ impl Session {
         for i in 0..self.passes.len() {
             let (number, n) = (self.passes[i].number, rows.range(&self.passes[i].tokens).len());
             let mut stream = self.stream(pair, scope, number, label)?;
+            if self.passes.len() == 1 {
+                let all = |n| n;
+                let part = |words| stream.words_at(words, k);
+                return Ok(ledger::during(Doing::Streams, || in_blocks(n * each, 1, all, part)));
+            }
             ledger::during(Doing::Streams, || stream.words_into(n * each, k, &mut out));
         }
         Ok(out)
@@ -472,6 +478,25 @@ impl Session {
         recv_words(&self.links, from, lane, &scope.address(self.the_pass()?, label), n, k)
     }
 
+    /// [`Session::recv_words`], for words that are wanted block by block.
+    ///
+    /// # Errors
+    /// [`Error::Peer`].
+    pub fn recv_packed(
+        &self,
+        from: Role,
+        lane: Lane,
+        scope: &Scope,
+        label: &'static str,
+        n: usize,
+        k: u32,
+    ) -> Result<Received> {
+        self.count(scope, Counts { words: n as u64, ..Counts::default() });
+        let step = scope.address(self.the_pass()?, label);
+        let bytes = self.links.recv(from, lane, &step, pack::packed_len(n, k))?;
+        Received::new(bytes, n, k, (from, &step))
+    }
+
     /// Lets the walk of a single pass run to its end before any of its jobs is done, whatever memory that takes: for
     /// measurements of the online part by itself.
     pub fn run_far_ahead(&mut self) {
@@ -504,6 +529,31 @@ impl Session {
     #[must_use]
     pub fn declared(&self) -> Cost {
         self.declared
+    }
+}
+
+/// Packed words as they came.
+pub struct Received {
+    bytes: Vec<u8>,
+    k: u32,
+}
+
+impl Received {
+    /// `n` words of `k` bits that `from` has sent at `step`.
+    ///
+    /// # Errors
+    /// [`Error::Peer`] for another length or padding bits that are set.
+    pub fn new(bytes: Vec<u8>, n: usize, k: u32, (from, step): (Role, &Address)) -> Result<Received> {
+        match pack::well_formed(&bytes, n, k) {
+            true => Ok(Received { bytes, k }),
+            false => Err(blame(from, step, PeerFault::Malformed("padding bits set"))),
+        }
+    }
+
+    /// Some of them.
+    #[must_use]
+    pub fn block(&self, words: Range<usize>) -> Vec<u64> {
+        pack::unpacked(&self.bytes, words, self.k)
     }
 }
 

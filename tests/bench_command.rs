@@ -66,6 +66,43 @@ fn rows_say_what_the_walk_counts() {
     }
 }
 
+fn cost(args: &str) -> std::process::Output {
+    Command::cargo_bin("trefoil").unwrap().arg("cost").args(args.split(' ')).output().unwrap()
+}
+
+/// Without running it: the same plan, the same bytes, but for those that open a request and tell who goes on.
+#[test]
+fn a_shape_costs_what_its_benchmark_counts() {
+    let shape = "--preset deep-256 --private-layers 3 --merge-heads 2 --softmax 2relu --json";
+    let out = bench(&format!("{shape} --test pp24 --layers 1"));
+    let rows: Vec<Value> = serde_json::from_slice(&out.stdout).unwrap();
+    let out = cost(&format!("{shape} --prefill 24 --decode 1"));
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let predicted: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!((&predicted["private_layers"], &predicted["context"]), (&3.into(), &24.into()));
+    for lane in ["online_bytes", "ahead_bytes"] {
+        let links = predicted["prefill_links"].as_object().unwrap().values();
+        let sum: u64 = links.map(|l| l[lane].as_u64().unwrap()).sum();
+        let counted = 24 * rows[0][format!("{lane}_per_token")].as_u64().unwrap();
+        assert!(sum.abs_diff(counted) < 256, "{lane}: {sum}, {counted}");
+    }
+    for (args, what) in [
+        ("--preset h768", "expected a model, one of deep-256"),
+        ("--preset cryptpeft-h1-r240", "expected a model"),
+        ("--preset deep-256 --private-layers 27", "has 1 to 26 of them"),
+        ("--preset deep-256 --private-layers 0", "has 1 to 26 of them"),
+        ("--preset deep-256 --merge-heads 3", "cannot be merged by 3"),
+        ("--preset deep-256 --context 23", "the context is 23"),
+        ("--preset deep-256 --context 2049", "deep-256 has 2048"),
+        ("--preset deep-256 --base models/quill-4m", "cannot be used with"),
+        ("--merge-heads 2", "--preset"),
+    ] {
+        let out = cost(&format!("{args} --prefill 24 --decode 1"));
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(!out.status.success() && said.contains(what), "{args}: {said}");
+    }
+}
+
 /// Bytes of all operations are those of the row, none without a name; the Owner's clock is the ready token's.
 fn operations_add_up(row: &Value) {
     let parties = row["by_operation"].as_object().unwrap();

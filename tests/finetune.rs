@@ -404,6 +404,27 @@ fn what_cannot_be_done_is_refused_with_the_reason() {
     assert!(refused(&taken).contains("another directory"));
 }
 
+/// Options that the others leave without a meaning are named, and nothing is trained.
+#[test]
+fn an_option_that_says_nothing_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out").display().to_string();
+    let text = format!("--data {BASE}/README.md");
+    for (options, what) in [
+        ("--data task:dates --rank 4", "--rank has no meaning"),
+        ("--data task:dates --method freeze --alpha 4", "--alpha has no meaning"),
+        ("--data task:dates --targets q_proj", "--targets has no meaning"),
+        ("--data task:dates --merge-by adjacent", "--merge-by has no meaning"),
+        (&format!("{text} --examples 9"), "--examples has no meaning"),
+    ] {
+        let args = format!("finetune --base {BASE} --out {out} {options}");
+        let out = assert_cmd::Command::cargo_bin("trefoil").unwrap().args(args.split(' ')).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(!out.status.success() && said.contains(what), "{options}: {said}");
+    }
+    assert!(!dir.path().join("out").exists());
+}
+
 /// What training writes runs in private as it is, and gives the float model's tokens.
 #[test]
 fn what_was_trained_passes_the_check() {

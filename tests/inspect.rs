@@ -45,6 +45,37 @@ fn what_is_public_and_private_adds_up() {
     assert!(text.contains("layers 4-7") && text.contains("private") && text.contains("8 query"), "{text}");
 }
 
+/// Fewer private layers than a model's own record says would give away what was trained.
+#[test]
+fn what_was_trained_is_not_given_away_by_an_option() {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(fixture("llama-plain")).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
+    }
+    let at = dir.path().to_str().unwrap();
+    for (record, fewer, enough) in [("2", vec!["0", "1"], vec!["2", "all"]), ("\"all\"", vec!["1", "2"], vec!["all"])] {
+        let record = format!("{{\"version\": 1, \"private_layers\": {record}}}");
+        std::fs::write(dir.path().join("trefoil.json"), record).unwrap();
+        for n in fewer {
+            let commands = [
+                vec!["inspect", at, "--private-layers", n],
+                vec!["cost", "--model", at, "--prefill", "4", "--decode", "2", "--private-layers", n],
+                vec!["generate", "--model", at, "--prompt-ids", "1,2", "--max-new-tokens", "1", "--private-layers", n],
+            ];
+            for command in commands {
+                let out = trefoil(&command);
+                let said = String::from_utf8_lossy(&out.stderr).into_owned();
+                assert!(!out.status.success() && said.contains("given to every client"), "{command:?}: {said}");
+            }
+        }
+        for n in enough {
+            assert!(trefoil(&["inspect", at, "--private-layers", n]).status.success(), "{n}");
+        }
+        assert!(trefoil(&["inspect", at]).status.success());
+    }
+}
+
 #[test]
 fn techniques_are_held_against_the_full_fine_tune() {
     let (dir, net) = (quill(), ["--net", "lan"]);

@@ -1,7 +1,7 @@
 //! What a published shape will cost: its plan without its weights.
 
 use super::harness::{planned, random_weights};
-use super::{Preset, measure};
+use super::{PRESETS, Preset, measure};
 use crate::error::{Error, Result};
 use crate::model::preparation::parse_private_layers;
 use crate::model::variant::Reshaping;
@@ -9,19 +9,21 @@ use crate::model::{ModelConfig, Variant};
 use crate::plan::memory::owner_words;
 use crate::predict::Source;
 
-/// The shape of `preset` for `positions` positions as `trefoil cost` takes it, `private_layers` of it private (as
+/// The shape of the model that is called `name` for `positions` positions as `trefoil cost` takes it, `private_layers` of it private (as
 /// [`parse_private_layers`] reads them) and those reshaped. One layer with random weights is calibrated and planned, and
 /// all private ones are taken to be like it, as in a benchmark: the bytes are a benchmark's of that many positions.
 ///
 /// # Errors
 /// [`Error::Config`] for a block, which no request can be made of, and numbers that do not fit the shape.
-pub fn source(preset: &Preset, private_layers: Option<&str>, reshaping: Reshaping, positions: usize) -> Result<Source> {
-    if !preset.is_model() {
-        return Err(Error::Config(format!(
-            "--preset {}: one layer by itself answers no request; `trefoil bench` measures it",
-            preset.name
-        )));
-    }
+pub fn source(name: &str, private_layers: Option<&str>, reshaping: Reshaping, positions: usize) -> Result<Source> {
+    let mut models = PRESETS.iter().filter(|p| p.is_model());
+    let preset: &Preset = models.clone().find(|p| p.name == name).ok_or_else(|| {
+        let known: Vec<&str> = models.by_ref().map(|p| p.name).collect();
+        let known = known.join(", ");
+        Error::Config(format!(
+            "--preset {name}: expected a model, one of {known}; `trefoil bench` knows parts of models too"
+        ))
+    })?;
     if positions > preset.positions() {
         let most = preset.positions();
         return Err(Error::Config(format!("the request takes {positions} positions, but {} has {most}", preset.name)));

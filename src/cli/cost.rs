@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::private::Chosen;
-use trefoil::bench::{self, Preset};
+use trefoil::bench;
 use trefoil::error::{Error, Result};
 use trefoil::model::preparation::Options;
 use trefoil::model::variant::Reshaping;
@@ -84,7 +84,7 @@ fn source(a: &Args) -> Result<Source> {
         let reshaping = Reshaping { merged: a.merge_heads, softmax: a.softmax, activation: a.activation };
         let positions = a.context.unwrap_or(a.positions());
         within(a, positions)?;
-        return bench::source(Preset::find(name)?, a.private.private_layers.as_deref(), reshaping, positions);
+        return bench::source(name, a.private.private_layers.as_deref(), reshaping, positions);
     }
     if Source::is_preparation(&a.model) {
         let chosen = [

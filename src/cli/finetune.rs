@@ -36,9 +36,9 @@ pub struct Args {
     /// Merge so many attention heads of private layers into one.
     #[arg(long, value_name = "M", default_value_t = 1)]
     merge_heads: usize,
-    /// Which ones: those that attend alike, or neighbours.
-    #[arg(long, value_enum, default_value_t = MergeByName::Similarity)]
-    merge_by: MergeByName,
+    /// Which ones: those that attend alike, or neighbours. Default: similarity.
+    #[arg(long, value_enum)]
+    merge_by: Option<MergeByName>,
     /// Keep one of so many heads of private layers, the most important ones (a baseline for merging).
     #[arg(long, value_name = "M", default_value_t = 1)]
     prune_heads: usize,
@@ -51,15 +51,15 @@ pub struct Args {
     /// The activation of private layers.
     #[arg(long, default_value = "silu", value_name = "silu|relu|quad")]
     activation: Activation,
-    /// Rank of the adapters.
-    #[arg(long, default_value_t = 16)]
-    rank: usize,
+    /// Rank of the adapters. Default: 16.
+    #[arg(long)]
+    rank: Option<usize>,
     /// Adapters are scaled by alpha / rank. Default: twice the rank.
     #[arg(long)]
     alpha: Option<f64>,
-    /// The maps that get adapters, with commas between.
-    #[arg(long, value_name = "LIST", default_value = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj")]
-    targets: String,
+    /// The maps that get adapters, with commas between. Default: q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj.
+    #[arg(long, value_name = "LIST")]
+    targets: Option<String>,
     /// Passes over the data. 0 changes the shape of the model and trains nothing.
     #[arg(long, default_value_t = 2)]
     epochs: usize,
@@ -84,9 +84,9 @@ pub struct Args {
     /// Longest example in tokens; text is cut into windows of this length. Default: 256, or the model's context if that is shorter.
     #[arg(long, value_name = "TOKENS")]
     context: Option<usize>,
-    /// Examples of a task to train on.
-    #[arg(long, default_value_t = 4096)]
-    examples: usize,
+    /// Examples of a task to train on. Default: 4096.
+    #[arg(long)]
+    examples: Option<usize>,
     /// Of the tasks, of the split, of the order of the data, of fresh adapters.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -169,11 +169,34 @@ pub fn threads(n: Option<usize>) -> Result<()> {
     Err(Error::io("this program, to start it with --threads", again.exec()))
 }
 
+const TARGETS: &str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj";
+
+/// Refuses options that the others leave without a meaning.
+fn meant(a: &Args, data: &Source) -> Result<()> {
+    let adapters = a.method == MethodName::Lora;
+    let task = matches!(data, Source::Task(_));
+    for (name, without, why) in [
+        ("--rank", a.rank.is_some() && !adapters, "only --method lora makes adapters"),
+        ("--alpha", a.alpha.is_some() && !adapters, "only --method lora makes adapters"),
+        ("--targets", a.targets.is_some() && !adapters, "only --method lora makes adapters"),
+        ("--merge-by", a.merge_by.is_some() && a.merge_heads == 1, "say with --merge-heads how many become one"),
+        ("--examples", a.examples.is_some() && !task, "files are read whole; only a task's examples are made up"),
+    ] {
+        if without {
+            return Err(Error::Config(format!("{name} has no meaning here: {why}")));
+        }
+    }
+    Ok(())
+}
+
 fn options(a: &Args) -> Result<Options> {
+    let data = Source::parse(&a.data)?;
+    meant(a, &data)?;
     let c = ModelConfig::open(&a.base)?;
     if a.save_every == 0 {
         return Err(Error::Config("--save-every 0: give 1 or more".into()));
     }
+    let rank = a.rank.unwrap_or(16);
     let method = match a.method {
         MethodName::Full => Method::Full,
         MethodName::Freeze => Method::Freeze,
@@ -182,10 +205,10 @@ fn options(a: &Args) -> Result<Options> {
     let stage1 = a.stage1_epochs.unwrap_or(if a.teacher.is_some() { a.epochs / 2 } else { 0 });
     Ok(Options {
         base: a.base.clone(),
-        data: Source::parse(&a.data)?,
+        data,
         sampling: DataOptions {
             context: a.context.unwrap_or(c.max_positions.min(256)),
-            examples: a.examples,
+            examples: a.examples.unwrap_or(4096),
             seed: a.seed,
         },
         out: a.out.clone(),
@@ -194,17 +217,17 @@ fn options(a: &Args) -> Result<Options> {
         reshape: Reshape {
             merge_heads: a.merge_heads,
             merge_by: match a.merge_by {
-                MergeByName::Similarity => MergeBy::Similarity,
-                MergeByName::Adjacent => MergeBy::Adjacent,
+                None | Some(MergeByName::Similarity) => MergeBy::Similarity,
+                Some(MergeByName::Adjacent) => MergeBy::Adjacent,
             },
             prune_heads: a.prune_heads,
             prune_layers: a.prune_layers,
             softmax: a.softmax,
             activation: a.activation,
         },
-        rank: a.rank,
-        alpha: a.alpha.unwrap_or(2.0 * a.rank as f64),
-        targets: parse_targets(&a.targets)?,
+        rank,
+        alpha: a.alpha.unwrap_or(2.0 * rank as f64),
+        targets: parse_targets(a.targets.as_deref().unwrap_or(TARGETS))?,
         epochs: a.epochs,
         stage1_epochs: stage1,
         stage1_steps: a.stage1_steps,

@@ -1,5 +1,7 @@
 //! Rates of this machine's kernels, measured in some seconds, small models included: the real kernels on sizes as in a layer.
 
+use std::hint::black_box;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use ndarray::Array2;
@@ -9,6 +11,7 @@ use super::rehearsal::{Overheads, rehearse};
 use crate::error::Result;
 use crate::generate::MAX_BATCH;
 use crate::model::matmul_transposed;
+use crate::par::in_blocks;
 use crate::plan::FW_LEAST;
 use crate::plan::work::Counts;
 use crate::prf::{Address, Pair, PairKey, Prf};
@@ -98,12 +101,15 @@ impl Rates {
             })
         };
         let (row_macs, cold_row_macs) = (row_rate(256, 1), row_rate(m, width / dim));
-        let (rows, elements) = (512usize, 256usize);
-        let offsets = vec![7u32; elements];
-        let queries = vec![0x5au8; elements * rows / 8];
-        let mut out = vec![0u64; elements];
+        let (rows, elements) = (512usize, 1 << 13);
+        let (offsets, queries) = (vec![7u32; elements], vec![0x5au8; elements * rows / 8]);
         let fold_words = per(rate((rows * elements) as f64, || {
-            fold::sums(&[&wide[..2 * rows]], rows, &offsets, &queries, &mut out);
+            let part = |b: Range<usize>| {
+                let (mut out, query) = (vec![0u64; b.len()], &queries[b.start * rows / 8..b.end * rows / 8]);
+                fold::sums(&[&wide[..2 * rows]], rows, &offsets[b], query, &mut out);
+                out
+            };
+            black_box(in_blocks(elements, 16, |n| n, part));
         }));
         let (floats, row) = (Array2::<f32>::ones((m, n)), Array2::<f32>::ones((1, n)));
         let mut product = Array2::<f32>::zeros((1, m));

@@ -27,12 +27,13 @@ use super::Pending;
 use super::window::{Digits, Window};
 use crate::error::{Error, Result};
 use crate::net::Lane;
+use crate::par::in_blocks;
 use crate::party::Role;
 use crate::plan::cost::Cost;
 use crate::plan::work::{Counts, Work};
 use crate::prf::Pair;
 use crate::ring::{self, fold, pack};
-use crate::session::{Scope, Session};
+use crate::session::{Received, Scope, Session};
 use crate::share::{Masked, Rows};
 
 /// A table of `2n` entries over an UNREDUCED digit `d + r` in `[0, 2n - 2]`; for a digit modulo `n` it repeats itself.
@@ -154,26 +155,31 @@ fn online(
     s.send_online(Role::Helper, scope, "evaluate.query", payload)?;
     let (scope, n) = (scope.clone(), rows.len() * form.replied());
     Ok(Pending::new(move |s| {
-        let client = s.recv_words(Role::Client, Lane::Ahead, &scope, "evaluate.client", n, k)?;
-        let helper = s.recv_words(Role::Helper, Lane::Online, &scope, "evaluate.helper", n, k)?;
-        let mut out = Vec::with_capacity(lacking.len() * form.results());
+        let client = s.recv_packed(Role::Client, Lane::Ahead, &scope, "evaluate.client", n, k)?;
+        let helper = s.recv_packed(Role::Helper, Lane::Online, &scope, "evaluate.helper", n, k)?;
         let (replied, first) = (form.replied(), usize::from(form.constant));
-        let replies = client.chunks(replied).zip(helper.chunks(replied)).zip(&lacking);
-        for (e, ((c, h), &lacking)) in replies.enumerate() {
-            let row = |j: usize| if lacking { c[j].wrapping_sub(h[j]) } else { h[j].wrapping_sub(c[j]) };
-            if form.results() > form.extras {
-                let mut value = if form.constant { row(0) } else { 0 };
-                for (j, o) in factors[e * form.factors..(e + 1) * form.factors].iter().enumerate() {
-                    value = value.wrapping_add(o.wrapping_mul(row(first + j)));
+        let results = |elements: Range<usize>| {
+            let words = elements.start * replied..elements.end * replied;
+            let (client, helper) = (client.block(words.clone()), helper.block(words));
+            let mut out = Vec::with_capacity(elements.len() * form.results());
+            let replies = client.chunks(replied).zip(helper.chunks(replied)).zip(&lacking[elements.clone()]);
+            for (e, ((c, h), &lacking)) in elements.zip(replies) {
+                let row = |j: usize| if lacking { c[j].wrapping_sub(h[j]) } else { h[j].wrapping_sub(c[j]) };
+                if form.results() > form.extras {
+                    let mut value = if form.constant { row(0) } else { 0 };
+                    for (j, o) in factors[e * form.factors..(e + 1) * form.factors].iter().enumerate() {
+                        value = value.wrapping_add(o.wrapping_mul(row(first + j)));
+                    }
+                    if form.factors > 0 {
+                        value = value.wrapping_add(c[replied - 1]).wrapping_add(h[replied - 1]);
+                    }
+                    out.push(value & m);
                 }
-                if form.factors > 0 {
-                    value = value.wrapping_add(c[replied - 1]).wrapping_add(h[replied - 1]);
-                }
-                out.push(value & m);
+                out.extend((first + form.factors..form.words()).map(|j| row(j) & m));
             }
-            out.extend((first + form.factors..form.words()).map(|j| row(j) & m));
-        }
-        Ok(out)
+            out
+        };
+        Ok(in_blocks(lacking.len(), replied, |n| n * form.results(), results))
     }))
 }
 
@@ -195,14 +201,25 @@ fn masks(s: &mut Session, scope: &Scope, rows: &Rows, form: Form, sums: Sums) ->
             0 => Vec::new(),
             factors => s.words_each(Pair::OwnerClient, scope, "evaluate.o1", rows, factors, k)?,
         };
-        let mut reply = replies(form, 0..rows.len(), &sums, &pick, &shares, &rout);
-        for (e, reply) in reply.chunks_mut(form.replied().max(1)).enumerate() {
-            let pad = &pad[e * form.replied()..];
-            reply.iter_mut().zip(pad).for_each(|(v, p)| *v = v.wrapping_add(*p) & m);
-            if let (Some(rz), Some(last)) = (rz.get(e), reply.last_mut()) {
-                *last = last.wrapping_sub(*rz) & m;
-            }
-        }
+        let (replied, factors) = (form.replied(), form.factors);
+        let reply = in_blocks(
+            rows.len(),
+            replied,
+            |n| n * replied,
+            |b| {
+                let (pick, shares) =
+                    (&pick[b.start * bytes..b.end * bytes], &shares[b.start * factors..b.end * factors]);
+                let mut reply = replies(form, b.clone(), &sums, pick, shares, &rout);
+                for (e, reply) in b.zip(reply.chunks_mut(replied.max(1))) {
+                    let pad = &pad[e * replied..];
+                    reply.iter_mut().zip(pad).for_each(|(v, p)| *v = v.wrapping_add(*p) & m);
+                    if let (Some(rz), Some(last)) = (rz.get(e), reply.last_mut()) {
+                        *last = last.wrapping_sub(*rz) & m;
+                    }
+                }
+                reply
+            },
+        );
         s.send_ahead(scope, "evaluate.client", rows, form.replied(), k, &reply)?;
     } else {
         let pad = Arc::new(pad);
@@ -217,20 +234,30 @@ fn masks(s: &mut Session, scope: &Scope, rows: &Rows, form: Form, sums: Sums) ->
                     let (queries, shared) = (range.len() * bytes, range.len() * form.factors);
                     let packed = pack::packed_len(shared, k);
                     let payload = links.recv(Role::Owner, Lane::Online, &from, queries + packed)?;
-                    let shares = pack::unpack(&payload[queries..], shared, k).ok_or_else(|| {
-                        let fault = crate::error::PeerFault::Malformed("padding bits set");
-                        crate::net::blame(Role::Owner, &from, fault)
-                    })?;
-                    let mut reply = replies(form, range.clone(), &sums, &payload[..queries], &shares, &rout);
-                    let replied = form.replied();
-                    for (reply, pad) in reply.chunks_mut(replied).zip(pad[range.start * replied..].chunks(replied)) {
-                        for (j, (v, p)) in reply.iter_mut().zip(pad).enumerate() {
-                            // The last pair is added at the Owner, the others are subtracted.
-                            let cross = j == form.words();
-                            *v = if cross { v.wrapping_sub(*p) } else { v.wrapping_add(*p) } & m;
-                        }
-                    }
-                    links.send(Role::Owner, Lane::Online, &to, pack::pack(&reply, k))
+                    let (queries, shares) = payload.split_at(queries);
+                    let shares = Received::new(shares.to_vec(), shared, k, (Role::Owner, &from))?;
+                    let (replied, factors) = (form.replied(), form.factors);
+                    let reply = in_blocks(
+                        range.len(),
+                        replied,
+                        |n| pack::packed_len(n * replied, k),
+                        |b| {
+                            let query = &queries[b.start * bytes..b.end * bytes];
+                            let shares = shares.block(b.start * factors..b.end * factors);
+                            let elements = range.start + b.start..range.start + b.end;
+                            let mut reply = replies(form, elements.clone(), &sums, query, &shares, &rout);
+                            let pads = pad[elements.start * replied..].chunks(replied);
+                            for (reply, pad) in reply.chunks_mut(replied).zip(pads) {
+                                for (j, (v, p)) in reply.iter_mut().zip(pad).enumerate() {
+                                    // The last pair is added at the Owner, the others are subtracted.
+                                    let cross = j == form.words();
+                                    *v = if cross { v.wrapping_sub(*p) } else { v.wrapping_add(*p) } & m;
+                                }
+                            }
+                            pack::packed(&reply, k)
+                        },
+                    );
+                    links.send(Role::Owner, Lane::Online, &to, reply)
                 }),
             );
         }

@@ -16,11 +16,12 @@ use std::sync::Arc;
 use super::Pending;
 use crate::error::{Error, Result};
 use crate::net::Lane;
+use crate::par::in_blocks;
 use crate::party::Role;
 use crate::plan::cost::Cost;
 use crate::prf::Pair;
 use crate::ring::{self, pack};
-use crate::session::{Scope, Session, recv_words};
+use crate::session::{Received, Scope, Session};
 use crate::share::{Masked, Side};
 
 /// What it costs for `n` elements.
@@ -67,13 +68,21 @@ fn masks(s: &mut Session, scope: &Scope, x: &Masked, m: u32) -> Result<Masked> {
             s.leave(
                 i,
                 Box::new(move |links| {
-                    let q = recv_words(links, Role::Owner, Lane::Online, &from, range.len(), 1)?;
-                    let reply: Vec<u64> = both[range]
-                        .iter()
-                        .zip(&q)
-                        .map(|(&(pad, both), &q)| pad ^ if q == 1 { both } else { 0 })
-                        .collect();
-                    links.send(Role::Owner, Lane::Online, &to, pack::pack(&reply, gap))
+                    let bytes = links.recv(Role::Owner, Lane::Online, &from, pack::packed_len(range.len(), 1))?;
+                    let q = Received::new(bytes, range.len(), 1, (Role::Owner, &from))?;
+                    let reply = in_blocks(
+                        range.len(),
+                        1,
+                        |n| pack::packed_len(n, gap),
+                        |b| {
+                            let both = &both[range.start + b.start..range.start + b.end];
+                            let reply = both.iter().zip(q.block(b));
+                            let reply: Vec<u64> =
+                                reply.map(|(&(pad, both), q)| pad ^ if q == 1 { both } else { 0 }).collect();
+                            pack::packed(&reply, gap)
+                        },
+                    );
+                    links.send(Role::Owner, Lane::Online, &to, reply)
                 }),
             );
         }
@@ -92,10 +101,18 @@ fn online(s: &mut Session, scope: &Scope, x: &Masked, m: u32) -> Result<Pending<
     s.send_online(Role::Helper, scope, "lift.query", pack::pack(&query, 1))?;
     let scope = scope.clone();
     Ok(Pending::new(move |s| {
-        let c = s.recv_words(Role::Client, Lane::Ahead, &scope, "lift.client", rows.len(), gap)?;
-        let h = s.recv_words(Role::Helper, Lane::Online, &scope, "lift.helper", rows.len(), gap)?;
-        let v =
-            d.iter().zip(c.iter().zip(&h)).map(|(d, (c, h))| d.wrapping_sub(bias).wrapping_sub((c ^ h) << k)).collect();
-        Ok(Masked::new(v, Side::Value, m, f, rows))
+        let c = s.recv_packed(Role::Client, Lane::Ahead, &scope, "lift.client", rows.len(), gap)?;
+        let h = s.recv_packed(Role::Helper, Lane::Online, &scope, "lift.helper", rows.len(), gap)?;
+        let wide = ring::mask(m);
+        let v = in_blocks(
+            rows.len(),
+            1,
+            |n| n,
+            |b| {
+                let gaps = c.block(b.clone()).into_iter().zip(h.block(b.clone())).map(|(c, h)| c ^ h);
+                d[b].iter().zip(gaps).map(|(d, gap)| d.wrapping_sub(bias).wrapping_sub(gap << k) & wide).collect()
+            },
+        );
+        Ok(Masked::reduced(v, Side::Value, m, f, rows))
     }))
 }

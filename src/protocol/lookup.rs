@@ -26,6 +26,7 @@ use super::evaluate::{Brings, Form, check, evaluate};
 use super::window::Digits;
 use crate::error::{Error, Result};
 use crate::net::Lane;
+use crate::par::in_blocks;
 use crate::party::Role;
 use crate::plan::cost::Cost;
 use crate::plan::work::{Counts, Work};
@@ -68,8 +69,16 @@ pub(crate) fn masks(s: &mut Session, scope: &Scope, q: &Query<'_>, answer: Answe
     let (words, k, bytes) = (q.words, q.k, q.n_rows / 8);
     if s.role() == Role::Client {
         let pick = s.bytes_each(Pair::OwnerClient, scope, "lookup.pick", q.rows, bytes)?;
-        let mut reply = answer(0..q.rows.len(), &pick);
-        reply.iter_mut().zip(&pad).for_each(|(a, p)| *a ^= p);
+        let n = q.rows.len();
+        let reply = in_blocks(
+            n,
+            words,
+            |n| n * words,
+            |b| {
+                let pick = &pick[b.start * bytes..b.end * bytes];
+                padded(&answer, b, pick, (&pad, words))
+            },
+        );
         return s.send_ahead(scope, "lookup.client", q.rows, words, k, &reply);
     }
     let pad = Arc::new(pad);
@@ -81,13 +90,24 @@ pub(crate) fn masks(s: &mut Session, scope: &Scope, q: &Query<'_>, answer: Answe
             i,
             Box::new(move |links| {
                 let query = links.recv(Role::Owner, Lane::Online, &from, range.len() * bytes)?;
-                let mut reply = answer(range.clone(), &query);
-                reply.iter_mut().zip(&pad[range.start * words..]).for_each(|(a, p)| *a ^= p);
-                links.send(Role::Owner, Lane::Online, &to, pack::pack(&reply, k))
+                let packed = |n: usize| pack::packed_len(n * words, k);
+                let reply = in_blocks(range.len(), words, packed, |b| {
+                    let query = &query[b.start * bytes..b.end * bytes];
+                    let elements = range.start + b.start..range.start + b.end;
+                    pack::packed(&padded(&answer, elements, query, (&pad, words)), k)
+                });
+                links.send(Role::Owner, Lane::Online, &to, reply)
             }),
         );
     }
     Ok(())
+}
+
+/// The answer for `elements`, whose queries these are, under the pad of all elements.
+fn padded(answer: &Answer, elements: Range<usize>, query: &[u8], (pad, words): (&[u64], usize)) -> Vec<u64> {
+    let mut reply = answer(elements.clone(), query);
+    reply.iter_mut().zip(&pad[elements.start * words..]).for_each(|(a, p)| *a ^= p);
+    reply
 }
 
 /// Zeros for every row, and what they would take: ahead at the Client, online at the Helper.
@@ -118,10 +138,18 @@ pub(crate) fn online(
     s.send_online(Role::Helper, scope, "lookup.query", query)?;
     let (scope, n, k) = (scope.clone(), q.rows.len() * q.words, q.k);
     Ok(Pending::new(move |s| {
-        let mut out = s.recv_words(Role::Client, Lane::Ahead, &scope, "lookup.client", n, k)?;
-        let h = s.recv_words(Role::Helper, Lane::Online, &scope, "lookup.helper", n, k)?;
-        out.iter_mut().zip(&h).for_each(|(a, b)| *a ^= b);
-        Ok(out)
+        let c = s.recv_packed(Role::Client, Lane::Ahead, &scope, "lookup.client", n, k)?;
+        let h = s.recv_packed(Role::Helper, Lane::Online, &scope, "lookup.helper", n, k)?;
+        Ok(in_blocks(
+            n,
+            1,
+            |n| n,
+            |b| {
+                let mut out = c.block(b.clone());
+                out.iter_mut().zip(h.block(b)).for_each(|(a, b)| *a ^= b);
+                out
+            },
+        ))
     }))
 }
 

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use super::Pending;
 use crate::error::{Error, Result};
 use crate::net::Lane;
+use crate::par::in_blocks;
 use crate::party::Role;
 use crate::plan::cost::Cost;
 use crate::prf::Pair;
@@ -206,7 +207,7 @@ pub(crate) fn receive(
     scope: &Scope,
     client: &'static str,
     helper: &'static str,
-    mut own: Vec<u64>,
+    own: Vec<u64>,
     k: u32,
     f: u32,
     out: Rows,
@@ -214,9 +215,18 @@ pub(crate) fn receive(
     let scope = scope.clone();
     Pending::new(move |s| {
         let n = out.len();
-        let c = s.recv_words(Role::Client, Lane::Ahead, &scope, client, n, k)?;
-        let h = s.recv_words(Role::Helper, Lane::Online, &scope, helper, n, k)?;
-        own.iter_mut().zip(c.iter().zip(&h)).for_each(|(z, (c, h))| *z = z.wrapping_add(*c).wrapping_add(*h));
-        Ok(Masked::new(own, Side::Value, k, f, out))
+        let c = s.recv_packed(Role::Client, Lane::Ahead, &scope, client, n, k)?;
+        let h = s.recv_packed(Role::Helper, Lane::Online, &scope, helper, n, k)?;
+        let m = ring::mask(k);
+        let sums = in_blocks(
+            n,
+            1,
+            |n| n,
+            |b| {
+                let others = c.block(b.clone()).into_iter().zip(h.block(b.clone()));
+                own[b].iter().zip(others).map(|(z, (c, h))| z.wrapping_add(c).wrapping_add(h) & m).collect()
+            },
+        );
+        Ok(Masked::reduced(sums, Side::Value, k, f, out))
     })
 }

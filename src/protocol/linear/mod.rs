@@ -30,6 +30,7 @@ use super::Pending;
 use crate::error::{Error, Result};
 use crate::ledger;
 use crate::net::Lane;
+use crate::par::in_blocks;
 use crate::party::Role;
 use crate::plan::cost::Cost;
 use crate::plan::work::Counts;
@@ -201,10 +202,19 @@ fn online<'a>(
     }
     let scope = scope.clone();
     Ok(Pending::new(move |s| {
-        let c = s.recv_words(Role::Client, Lane::Ahead, &scope, "linear.client", n, k)?;
-        let h = s.recv_words(Role::Helper, Lane::Ahead, &scope, "linear.helper", n, k)?;
-        y.iter_mut().zip(c.iter().zip(&h)).for_each(|(y, (c, h))| *y = y.wrapping_add(*c).wrapping_add(*h));
-        Ok(Masked::new(y, Side::Value, k, f, rows))
+        let c = s.recv_packed(Role::Client, Lane::Ahead, &scope, "linear.client", n, k)?;
+        let h = s.recv_packed(Role::Helper, Lane::Ahead, &scope, "linear.helper", n, k)?;
+        let m = ring::mask(k);
+        let sums = in_blocks(
+            n,
+            1,
+            |n| n,
+            |b| {
+                let others = c.block(b.clone()).into_iter().zip(h.block(b.clone()));
+                y[b].iter().zip(others).map(|(y, (c, h))| y.wrapping_add(c).wrapping_add(h) & m).collect()
+            },
+        );
+        Ok(Masked::reduced(sums, Side::Value, k, f, rows))
     }))
 }
 

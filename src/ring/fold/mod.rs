@@ -10,10 +10,6 @@ mod avx512;
 mod portable;
 
 use super::Isa;
-use rayon::prelude::*;
-
-/// Rows (times words) below which one thread is faster than several.
-const PARALLEL_FROM: usize = 1 << 16;
 
 /// For each element `e` and word `w`: `out[e W + w]` = XOR of `tables[w][offset[e] + i]` over the rows `i` in `0..n` that
 /// query `e` picks, with `W = tables.len()`.
@@ -65,12 +61,11 @@ fn check(tables: &[&[u64]], n: usize, offset: &[u32], queries: &[u8], out: &[u64
 }
 
 fn folded<const ADD: bool>(isa: Isa, tables: &[&[u64]], n: usize, offset: &[u32], queries: &[u8], out: &mut [u64]) {
-    let words = tables.len();
     if check(tables, n, offset, queries, out) {
         return out.fill(0);
     }
     let isa = isa.or_portable();
-    let run = |offset: &[u32], queries: &[u8], out: &mut [u64]| match isa {
+    match isa {
         // SAFETY: `or_portable` has checked that the processor has the instructions; `check`, which holds for every run of
         // whole elements, bounds all reads.
         #[cfg(target_arch = "x86_64")]
@@ -79,15 +74,6 @@ fn folded<const ADD: bool>(isa: Isa, tables: &[&[u64]], n: usize, offset: &[u32]
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::shifted::<ADD>(tables, n, offset, queries, out) },
         _ => portable::shifted::<ADD>(tables, n, offset, queries, out),
-    };
-    let size = chunk(n * words, offset.len());
-    if size == offset.len() {
-        run(offset, queries, out);
-    } else {
-        out.par_chunks_mut(size * words)
-            .zip(offset.par_chunks(size))
-            .zip(queries.par_chunks(size * (n / 8)))
-            .for_each(|((out, offset), queries)| run(offset, queries, out));
     }
 }
 
@@ -134,7 +120,7 @@ pub fn scaled_on(isa: Isa, s: &Scaled<'_>, n: usize, offset: &[u32], factor: &[u
         return out.fill(0);
     }
     let isa = isa.or_portable();
-    let run = |offset: &[u32], factor: &[u32], queries: &[u8], out: &mut [u64]| match isa {
+    match isa {
         // SAFETY: as in `folded`.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Vnni | Isa::Ifma => unsafe { avx512::scaled(s, n, offset, factor, queries, out) },
@@ -142,16 +128,6 @@ pub fn scaled_on(isa: Isa, s: &Scaled<'_>, n: usize, offset: &[u32], factor: &[u
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::scaled(s, n, offset, factor, queries, out) },
         _ => portable::scaled(s, n, offset, factor, queries, out),
-    };
-    let size = chunk(4 * n, offset.len());
-    if size == offset.len() {
-        run(offset, factor, queries, out);
-    } else {
-        out.par_chunks_mut(size)
-            .zip(offset.par_chunks(size))
-            .zip(factor.par_chunks(size))
-            .zip(queries.par_chunks(size * (n / 8)))
-            .for_each(|(((out, offset), factor), queries)| run(offset, factor, queries, out));
     }
 }
 
@@ -176,7 +152,7 @@ pub fn rows_on(isa: Isa, rows: &[u64], n: usize, queries: &[u8], out: &mut [u64]
         return out.fill(0);
     }
     let isa = isa.or_portable();
-    let run = |rows: &[u64], queries: &[u8], out: &mut [u64]| match isa {
+    match isa {
         // SAFETY: `or_portable` has checked that the processor has the instructions; the asserts above, which hold for
         // every run of whole elements, bound all reads.
         #[cfg(target_arch = "x86_64")]
@@ -185,26 +161,7 @@ pub fn rows_on(isa: Isa, rows: &[u64], n: usize, queries: &[u8], out: &mut [u64]
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::rows(rows, n, queries, out) },
         _ => portable::rows(rows, n, queries, out),
-    };
-    let size = chunk(n, out.len());
-    if size == out.len() {
-        run(rows, queries, out);
-    } else {
-        out.par_chunks_mut(size)
-            .zip(rows.par_chunks(size * n))
-            .zip(queries.par_chunks(size * (n / 8)))
-            .for_each(|((out, rows), queries)| run(rows, queries, out));
     }
-}
-
-/// Elements per task: all of them for little work or one thread.
-fn chunk(rows_per_element: usize, elements: usize) -> usize {
-    let threads = rayon::current_num_threads();
-    if threads == 1 || rows_per_element.saturating_mul(elements) < PARALLEL_FROM {
-        return elements.max(1);
-    }
-    let at_least = (PARALLEL_FROM / 4).div_ceil(rows_per_element);
-    elements.div_ceil(4 * threads).max(at_least).min(elements)
 }
 
 #[cfg(test)]

@@ -6,7 +6,10 @@
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
+use std::ops::Range;
+
 use super::{Isa, mask};
+use crate::par::in_blocks;
 
 /// Bytes that `n` elements of `k` bits take.
 ///
@@ -23,8 +26,13 @@ pub fn packed_len(n: usize, k: u32) -> usize {
 /// If `k` is 0 or above 64.
 #[must_use]
 pub fn pack(values: &[u64], k: u32) -> Vec<u8> {
-    let mut out = Vec::new();
-    pack_into(values, k, &mut out);
+    in_blocks(values.len(), 1, |n| packed_len(n, k), |block| packed(&values[block], k))
+}
+
+/// [`pack`] of a few values.
+pub(crate) fn packed(values: &[u64], k: u32) -> Vec<u8> {
+    let mut out = vec![0; packed_len(values.len(), k)];
+    pack_on(Isa::current(), values, k, &mut out);
     out
 }
 
@@ -33,18 +41,8 @@ pub fn pack(values: &[u64], k: u32) -> Vec<u8> {
 /// # Panics
 /// If `k` is 0 or above 64.
 pub fn pack_into(values: &[u64], k: u32, out: &mut Vec<u8>) {
-    let mut piece = [0; 8 * PIECE];
-    out.reserve(packed_len(values.len(), k));
-    for values in values.chunks(PIECE) {
-        let bytes = &mut piece[..packed_len(values.len(), k)];
-        pack_on(Isa::current(), values, k, bytes);
-        out.extend_from_slice(bytes);
-    }
+    out.extend_from_slice(&pack(values, k));
 }
-
-/// Elements that are packed or unpacked in cache before they are moved to their place: to zero that first would be one more
-/// pass over memory. A multiple of 8, so that each piece begins on a byte.
-const PIECE: usize = 512;
 
 /// [`pack`] on a chosen instruction set (portable where the processor lacks it), to `out`, which it fills.
 ///
@@ -71,29 +69,32 @@ pub fn pack_on(isa: Isa, values: &[u64], k: u32, out: &mut [u8]) {
     }
 }
 
-/// The `n` elements in `bytes`, each below 2^k; `None` when the length is not exactly [`packed_len`] or an unused bit of the
-/// last byte is set. Takes bytes from a peer: never panics for a valid `k`.
+/// The `n` elements in `bytes`, each below 2^k; `None` when [`well_formed`] says no. Takes bytes from a peer: never panics for a valid
+/// `k`.
 ///
 /// # Panics
 /// If `k` is 0 or above 64.
 #[must_use]
 pub fn unpack(bytes: &[u8], n: usize, k: u32) -> Option<Vec<u64>> {
+    well_formed(bytes, n, k).then(|| in_blocks(n, 1, |n| n, |block| unpacked(bytes, block, k)))
+}
+
+/// Some elements of a packed stream, which has them.
+pub(crate) fn unpacked(bytes: &[u8], elements: Range<usize>, k: u32) -> Vec<u64> {
+    let mut out = vec![0; elements.len()];
+    unpack_from(bytes, elements.start, k, &mut out);
+    out
+}
+
+/// Whether `bytes` are `n` packed elements: exactly [`packed_len`] of them, and no unused bit of the last one set.
+///
+/// # Panics
+/// If `k` is 0 or above 64.
+#[must_use]
+pub fn well_formed(bytes: &[u8], n: usize, k: u32) -> bool {
     assert!((1..=64).contains(&k), "a ring has 1 to 64 bits");
-    let bits = n.checked_mul(k as usize)?;
-    if bytes.len() != bits.div_ceil(8) {
-        return None;
-    }
-    if bits % 8 != 0 && bytes.last()? >> (bits % 8) != 0 {
-        return None;
-    }
-    let mut out = Vec::with_capacity(n);
-    let mut piece = [0; PIECE];
-    for bytes in bytes.chunks(packed_len(PIECE, k)) {
-        let values = &mut piece[..PIECE.min(n - out.len())];
-        unpack_on(Isa::current(), bytes, k, values);
-        out.extend_from_slice(values);
-    }
-    Some(out)
+    let Some(bits) = n.checked_mul(k as usize) else { return false };
+    bytes.len() == bits.div_ceil(8) && (bits % 8 == 0 || bytes.last().is_some_and(|last| last >> (bits % 8) == 0))
 }
 
 /// Elements `from..from + out.len()` of a packed stream.
