@@ -124,7 +124,8 @@ impl Harness {
         Harness::prepare(&random_weights(config)?, false, setup)
     }
 
-    /// Calibrates, plans ([`planned`]) and prepares `weights`, all layers private.
+    /// Calibrates, plans and prepares `weights`, all layers private, all matrices with the fewest fraction bits. With adapters the base is
+    /// public, and fraction bits are as a preparation has them.
     ///
     /// # Errors
     /// [`Error::Model`] for weights that no plan fits.
