@@ -61,7 +61,7 @@ fn what_was_trained_is_not_given_away_by_an_option() {
             let commands = [
                 vec!["inspect", at, "--private-layers", n],
                 vec!["cost", "--model", at, "--prefill", "4", "--decode", "2", "--private-layers", n],
-                vec!["generate", "--model", at, "--prompt-ids", "1,2", "--max-new-tokens", "1", "--private-layers", n],
+                vec!["generate", "--model", at, "--prompt", "a", "--max-new-tokens", "1", "--private-layers", n],
             ];
             for command in commands {
                 let out = trefoil(&command);

@@ -65,7 +65,7 @@ impl AdapterConfig {
         if !self.rank.is_multiple_of(self.heads) {
             let (rank, heads) = (self.rank, self.heads);
             return wrong(format!(
-                "heads: {heads} do not divide the rank {rank} of the adapters; set as many heads as it was trained with"
+                "heads: {heads} do not divide the rank {rank} of the adapters, the rows of lora_A.weight; set as many heads as it was trained with"
             ));
         }
         if !self.layers.iter().zip(self.layers.iter().skip(1)).all(|(a, b)| a.checked_add(1) == Some(*b)) {

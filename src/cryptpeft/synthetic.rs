@@ -69,9 +69,9 @@ impl Dataset {
         }
         let example = |n: usize| {
             let label = n % classes;
-            // A stream each: one more image changes no other.
+            // A stream each, by label and place among its label's: more images or classes change no other, nor its part.
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
-            rng.set_stream(n as u64 + 1);
+            rng.set_stream((n / classes * SHAPES.len() + label) as u64 + 1);
             Example { pixels: draw(label, image, &mut rng), label }
         };
         let all: Vec<Example> = (0..classes * per_class).into_par_iter().map(example).collect();

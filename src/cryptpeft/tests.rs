@@ -110,6 +110,23 @@ fn both_layouts_give_the_logits_of_pytorch() {
 }
 
 #[test]
+fn three_parties_give_the_logits_of_pytorch() {
+    let vit = Vit::open(&fixture("hf")).unwrap();
+    let (config, w) = AdapterWeights::open(&fixture("adapter"), Some(vit.tokens())).unwrap();
+    let features =
+        |i: usize| vit.features(&pixels("images.safetensors", &format!("image_{i}")), &config.layers).unwrap();
+    let inputs: Vec<Features> = (0..expected().len()).map(features).collect();
+    let local = LocalAdapter::new(&config, &w, &inputs, crate::world::Setup::default()).unwrap();
+    let got = local.classify(&inputs, Opened::Logits, local::Pace::Cold).unwrap();
+    assert_eq!(got.logits.len(), inputs.len());
+    for ((got, label), want) in got.logits.iter().zip(&got.labels).zip(expected()) {
+        let difference = largest_difference(got, &want.logits);
+        assert!(got.len() == want.logits.len() && difference < 0.02, "{got}, {:?}", want.logits);
+        assert_eq!(*label, eval::label(&Array1::from(want.logits)));
+    }
+}
+
+#[test]
 fn other_names_of_the_same_tensors() {
     let renamed = |from: &str, rename: &dyn Fn(&str) -> String| {
         let dir = copy(from);
