@@ -95,7 +95,8 @@ fn a_shape_costs_what_its_benchmark_counts() {
         ("--preset deep-256 --context 23", "the context is 23"),
         ("--preset deep-256 --context 2049", "deep-256 has 2048"),
         ("--preset deep-256 --base models/quill-4m", "cannot be used with"),
-        ("--merge-heads 2", "--preset"),
+        ("--merge-heads 2", "goes with --preset"),
+        ("--model models/quill-4m --softmax 2relu", "goes with --preset"),
     ] {
         let out = cost(&format!("{args} --prefill 24 --decode 1"));
         let said = String::from_utf8_lossy(&out.stderr).into_owned();

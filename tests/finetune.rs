@@ -425,6 +425,29 @@ fn an_option_that_says_nothing_is_refused() {
     assert!(!dir.path().join("out").exists());
 }
 
+/// Freezing leaves layers as they are, and public: not those of a base that is private itself.
+#[test]
+fn a_private_base_is_not_frozen_into_a_public_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base");
+    std::fs::create_dir(&base).unwrap();
+    for entry in std::fs::read_dir(BASE).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, base.join(path.file_name().unwrap())).unwrap();
+    }
+    let mut o = options(&dir.path().join("out"));
+    o.base.clone_from(&base);
+    o.method = Method::Freeze;
+    for (record, private) in [("\"all\"", 4), ("5", 4)] {
+        let record = format!("{{\"version\": 1, \"private_layers\": {record}}}");
+        std::fs::write(base.join("trefoil.json"), record).unwrap();
+        o.private_layers = Some(private);
+        let e = refused(&o);
+        assert!(e.contains("given to every client"), "{e}");
+    }
+    assert!(!o.out.exists());
+}
+
 /// What training writes runs in private as it is, and gives the float model's tokens.
 #[test]
 fn what_was_trained_passes_the_check() {

@@ -25,14 +25,14 @@ pub struct Args {
     #[arg(long, value_name = "NAME", conflicts_with_all = ["model", "base", "adapter"])]
     preset: Option<String>,
     /// Of a preset: heads that become one in the private layers.
-    #[arg(long, default_value_t = 1, value_name = "M", requires = "preset")]
-    merge_heads: usize,
+    #[arg(long, value_name = "M")]
+    merge_heads: Option<usize>,
     /// Of a preset: how attention weighs, exact or 2relu.
-    #[arg(long, default_value = "exact", value_name = "KIND", requires = "preset")]
-    softmax: Softmax,
+    #[arg(long, value_name = "KIND")]
+    softmax: Option<Softmax>,
     /// Of a preset: the MLP's activation, silu, relu or quad.
-    #[arg(long, default_value = "silu", value_name = "NAME", requires = "preset")]
-    activation: Activation,
+    #[arg(long, value_name = "NAME")]
+    activation: Option<Activation>,
     #[command(flatten)]
     private: super::private::Args,
     /// Positions to plan for. Default: those of the request, as `trefoil generate` does.
@@ -81,10 +81,25 @@ pub fn run(a: &Args) -> Result<()> {
 
 fn source(a: &Args) -> Result<Source> {
     if let Some(name) = &a.preset {
-        let reshaping = Reshaping { merged: a.merge_heads, softmax: a.softmax, activation: a.activation };
+        let reshaping = Reshaping {
+            merged: a.merge_heads.unwrap_or(1),
+            softmax: a.softmax.unwrap_or_default(),
+            activation: a.activation.unwrap_or_default(),
+        };
         let positions = a.context.unwrap_or(a.positions());
         within(a, positions)?;
         return bench::source(name, a.private.private_layers.as_deref(), reshaping, positions);
+    }
+    for (name, given) in [
+        ("--merge-heads", a.merge_heads.is_some()),
+        ("--softmax", a.softmax.is_some()),
+        ("--activation", a.activation.is_some()),
+    ] {
+        if given {
+            return Err(Error::Config(format!(
+                "{name} goes with --preset: what was done to a model stands in its trefoil.json"
+            )));
+        }
     }
     if Source::is_preparation(&a.model) {
         let chosen = [

@@ -260,7 +260,12 @@ pub fn run(options: &Options, watch: &mut dyn FnMut(Progress) -> bool) -> Result
             let (rank, alpha, seed) = (options.rank, options.alpha, options.sampling.seed);
             Some(Lora::fresh(base.config(), first, &options.targets, rank, alpha, seed)?)
         }
-        Method::Full | Method::Freeze => None,
+        Method::Freeze => {
+            // What it leaves as it is will be public.
+            Record::check_kept(&options.base, options.private_layers)?;
+            None
+        }
+        Method::Full => None,
     };
     let dataset = Dataset::load(&options.data, &options.base, base.config(), &options.sampling)?;
     let settings = options.settings(&dataset);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::prepare::Prepared;
 use super::rounding::Choice;
-use super::variant::{PrivateLayers, Record};
+use super::variant::{FILE, Record};
 use super::{Adapter, Checkpoint, ModelConfig, TextCodec, Weights, calibrate};
 use crate::error::{Error, Result};
 use crate::plan::{self, Bounds, Plan, Ranges};
@@ -110,35 +110,23 @@ pub fn private_layers(
 ) -> Result<Option<usize>> {
     match (text, adapter) {
         (None, Some(adapter)) => Ok(Some(c.num_layers - Adapter::open(adapter, dir, c)?.first_layer())),
-        (None, None) => match recorded(dir)? {
-            Some(private) => Ok(private.number()),
+        (None, None) => match Record::open(dir)?.and_then(|r| r.private_layers) {
+            Some(private) => match private.number() {
+                Some(n) if n > c.num_layers => Err(Error::Model(format!(
+                    "{}/{FILE}: private_layers is {n}, but the model has {} layers; correct that file",
+                    dir.display(),
+                    c.num_layers
+                ))),
+                n => Ok(n),
+            },
             None => parse_private_layers(None, c),
         },
         (Some(_), _) => {
             let chosen = parse_private_layers(text, c)?;
-            keeps_secret(chosen, dir)?;
+            Record::check_kept(dir, chosen)?;
             Ok(chosen)
         }
     }
-}
-
-fn recorded(dir: &Path) -> Result<Option<PrivateLayers>> {
-    Ok(Record::open(dir)?.and_then(|r| r.private_layers))
-}
-
-/// Refuses to give away what was trained: fewer private layers than the model's `trefoil.json` says.
-fn keeps_secret(chosen: Option<usize>, dir: &Path) -> Result<()> {
-    let (Some(fewer), Some(recorded)) = (chosen, recorded(dir)?) else { return Ok(()) };
-    let meant = match recorded {
-        PrivateLayers::Top(n) if n <= fewer => return Ok(()),
-        PrivateLayers::Top(n) => n.to_string(),
-        PrivateLayers::All => "all".into(),
-    };
-    Err(Error::Config(format!(
-        "--private-layers {fewer}: by {}/trefoil.json what is private is {meant}, and the others would be given to every client as they are; \
-         leave the option out, or take private_layers out of that file if they may be given away",
-        dir.display()
-    )))
 }
 
 /// A model about to be prepared: all of its weights, at the Owner.

@@ -296,6 +296,24 @@ impl Record {
         }
     }
 
+    /// Refuses to make fewer layers of the model in `dir` private than its `trefoil.json` says: what was trained would be given away.
+    /// `None` is all, with the embedding.
+    ///
+    /// # Errors
+    /// [`Error::Config`]; errors of reading the file.
+    pub fn check_kept(dir: &Path, chosen: Option<usize>) -> Result<()> {
+        let recorded = Self::open(dir)?.and_then(|r| r.private_layers);
+        let (Some(fewer), Some(recorded)) = (chosen, recorded) else { return Ok(()) };
+        if recorded.number().is_some_and(|n| n <= fewer) {
+            return Ok(());
+        }
+        let meant = Value::from(recorded);
+        Err(Error::Config(format!(
+            "--private-layers {fewer}: by {}/{FILE} what is private is {meant}, and the others would be given to every client as they are; give as many, or take private_layers out of that file if they may be given away",
+            dir.display()
+        )))
+    }
+
     /// Of the format that this version writes.
     pub const VERSION: u32 = 1;
 
@@ -308,7 +326,8 @@ impl Record {
         let Some(bytes) = files::read_optional(&path, LIMIT)? else { return Ok(None) };
         let wrong =
             |e: String| Error::Model(format!("{}: {e}; make the model anew with `trefoil finetune`", path.display()));
-        let record: Record = serde_json::from_slice(&bytes).map_err(|e| wrong(e.to_string()))?;
+        let record: Record = serde_json::from_slice(&bytes)
+            .map_err(|e| wrong(format!("is not the JSON object that it should be: {e}")))?;
         if record.version != Self::VERSION {
             return Err(wrong(format!("version {} is not known (known: {})", record.version, Self::VERSION)));
         }
