@@ -12,21 +12,24 @@
 //! The walk of Client and Helper leaves [`Job`]s behind: what is to be done once a pass is really online. The Helper's
 //! jobs answer the Owner; the Client's jobs give an input or open an output.
 
-use std::collections::{BTreeMap, VecDeque};
+mod jobs;
+
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
 
 use crate::error::{Error, PeerFault, Result};
 use crate::ledger::{self, Doing, Kind};
 use crate::net::meter::Meter;
 use crate::net::{Lane, Links, blame};
-use crate::par::in_blocks;
+use crate::par;
 use crate::party::Role;
 use crate::plan::cost::Cost;
 use crate::plan::work::{Counts, Work};
 use crate::prf::{Address, Pair, Prf, Stream, bytes_per_word};
 use crate::ring::pack;
 use crate::share::Rows;
+use jobs::JOBS_PER_LAYER;
+pub use jobs::{EndOnPanic, JOBS_AHEAD_LAYERS, Job, JobQueue, WALK_ENDED};
 
 /// One secure pass: consecutive positions computed together under one pass number.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,140 +77,6 @@ impl Scope {
     #[must_use]
     pub fn address(&self, pass: u64, label: &'static str) -> Address {
         Address { pass, layer: self.layer, path: self.path.clone(), label }
-    }
-}
-
-/// The error of an online thread whose walker has ended with an error of its own.
-pub const WALK_ENDED: &str = "the run-ahead thread ended early";
-
-/// What to do online for a pass that was walked ahead.
-pub type Job = Box<dyn FnOnce(&Links) -> Result<()> + Send>;
-
-/// A layer leaves no more jobs than this in a pass.
-const JOBS_PER_LAYER: usize = 40;
-/// How many layers the walk of a single pass runs ahead of its answers.
-pub const JOBS_AHEAD_LAYERS: usize = 2;
-
-#[derive(Default)]
-struct Queued {
-    passes: BTreeMap<u64, (VecDeque<Job>, bool)>,
-    ended: bool,
-    /// Nobody runs what the walker still leaves: the request has come to its end, and the walk has not.
-    abandoned: bool,
-}
-
-/// Jobs by pass, in program order. Filled by the walker, emptied by the online thread.
-#[derive(Clone, Default)]
-pub struct JobQueue(Arc<(Mutex<Queued>, Condvar)>);
-
-impl JobQueue {
-    fn with<T>(&self, f: impl FnOnce(&mut Queued) -> T) -> T {
-        let out = f(&mut self.0.0.lock().unwrap_or_else(PoisonError::into_inner));
-        self.0.1.notify_all();
-        out
-    }
-
-    fn push(&self, pass: u64, job: Job) {
-        self.with(|q| {
-            if !q.abandoned {
-                q.passes.entry(pass).or_default().0.push_back(job);
-            }
-        });
-    }
-
-    /// Blocks while a pass that is walked by itself has as many jobs waiting as `limit`: what they captured is memory, of a
-    /// long prompt a great deal. Nothing waits for this walk in turn: all that the jobs' own steps need of it has been sent.
-    fn wait_room(&self, pass: u64, limit: usize) {
-        let mut q = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        while !q.ended && !q.abandoned && q.passes.get(&pass).is_some_and(|(jobs, _)| jobs.len() >= limit) {
-            q = self.0.1.wait(q).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    /// No more jobs will come for this pass.
-    pub fn complete(&self, pass: u64) {
-        self.with(|q| q.passes.entry(pass).or_default().1 = true);
-    }
-
-    /// No more jobs will come at all, and nobody will run those that are left.
-    pub fn end(&self) {
-        self.with(|q| {
-            q.ended = true;
-        });
-    }
-
-    /// Runs all jobs of `pass` in order, waiting for those not yet there.
-    ///
-    /// # Errors
-    /// The first job's error; [`PeerFault::Closed`]-like [`Error::Internal`] if the walker ended early.
-    pub fn run_pass(&self, pass: u64, links: &Links) -> Result<()> {
-        loop {
-            let job = {
-                let mut q = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-                loop {
-                    if let Some((jobs, complete)) = q.passes.get_mut(&pass) {
-                        if let Some(job) = jobs.pop_front() {
-                            self.0.1.notify_all();
-                            break Some(job);
-                        }
-                        if *complete {
-                            q.passes.remove(&pass);
-                            break None;
-                        }
-                    }
-                    if q.ended {
-                        return Err(Error::Internal(WALK_ENDED.into()));
-                    }
-                    q = self.0.1.wait(q).unwrap_or_else(PoisonError::into_inner);
-                }
-            };
-            match job {
-                None => {
-                    self.0.1.notify_all();
-                    return Ok(());
-                }
-                Some(job) => job(links)?,
-            }
-        }
-    }
-
-    /// No more jobs will be run until [`JobQueue::discard`]: a walker that waits for the queue to shrink goes on, to its batch's end, where
-    /// it notices that it should stop; what it leaves until then is dropped. `ended` if for good.
-    pub fn release(&self, ended: bool) {
-        self.with(|q| {
-            q.passes.clear();
-            q.abandoned = true;
-            q.ended |= ended;
-        });
-    }
-
-    /// Blocks while more than `limit` walked passes wait to be run. Returns `false` once the queue has ended.
-    #[must_use]
-    pub fn wait_below(&self, limit: usize) -> bool {
-        let mut q = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        while !q.ended && q.passes.len() > limit {
-            q = self.0.1.wait(q).unwrap_or_else(PoisonError::into_inner);
-        }
-        !q.ended
-    }
-
-    /// Drops the jobs of passes that will never run, once their walk has ended: the next request's will be run.
-    pub fn discard(&self) {
-        self.with(|q| {
-            q.passes.clear();
-            q.abandoned = false;
-        });
-    }
-}
-
-/// Ends a queue if the walking thread panics, so that its online thread does not wait for jobs that will never come.
-pub struct EndOnPanic(pub JobQueue);
-
-impl Drop for EndOnPanic {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.end();
-        }
     }
 }
 
@@ -380,16 +249,15 @@ impl Session {
         ) {
             return Ok(vec![0; words]);
         }
-        let mut out = Vec::with_capacity(words);
+        let mut out = Vec::with_capacity(if self.passes.len() == 1 { 0 } else { words });
         for i in 0..self.passes.len() {
             let (number, n) = (self.passes[i].number, rows.range(&self.passes[i].tokens).len());
             let mut stream = self.stream(pair, scope, number, label)?;
-            if self.passes.len() == 1 {
-                let all = |n| n;
-                let part = |words| stream.words_at(words, k);
-                return Ok(ledger::during(Doing::Streams, || in_blocks(n * each, 1, all, part)));
-            }
-            ledger::during(Doing::Streams, || stream.words_into(n * each, k, &mut out));
+            ledger::during(Doing::Streams, || match self.passes.len() {
+                // Of a prompt's, which may be long, several threads share the blocks.
+                1 => out = par::each(words, |block| stream.words_at(block, k)),
+                _ => stream.words_into(n * each, k, &mut out),
+            });
         }
         Ok(out)
     }
@@ -474,8 +342,7 @@ impl Session {
         n: usize,
         k: u32,
     ) -> Result<Vec<u64>> {
-        self.count(scope, Counts { words: n as u64, ..Counts::default() });
-        recv_words(&self.links, from, lane, &scope.address(self.the_pass()?, label), n, k)
+        Ok(self.recv_packed(from, lane, scope, label, n, k)?.words())
     }
 
     /// [`Session::recv_words`], for words that are wanted block by block.
@@ -492,9 +359,7 @@ impl Session {
         k: u32,
     ) -> Result<Received> {
         self.count(scope, Counts { words: n as u64, ..Counts::default() });
-        let step = scope.address(self.the_pass()?, label);
-        let bytes = self.links.recv(from, lane, &step, pack::packed_len(n, k))?;
-        Received::new(bytes, n, k, (from, &step))
+        Received::recv(&self.links, from, lane, &scope.address(self.the_pass()?, label), n, k)
     }
 
     /// Lets the walk of a single pass run to its end before any of its jobs is done, whatever memory that takes: for
@@ -535,17 +400,26 @@ impl Session {
 /// Packed words as they came.
 pub struct Received {
     bytes: Vec<u8>,
+    n: usize,
     k: u32,
 }
 
 impl Received {
+    /// Receives `n` words of `k` bits on any thread.
+    ///
+    /// # Errors
+    /// [`Error::Peer`] with the peer, the step and what was wrong.
+    pub fn recv(links: &Links, from: Role, lane: Lane, step: &Address, n: usize, k: u32) -> Result<Received> {
+        Received::new(links.recv(from, lane, step, pack::packed_len(n, k))?, n, k, (from, step))
+    }
+
     /// `n` words of `k` bits that `from` has sent at `step`.
     ///
     /// # Errors
     /// [`Error::Peer`] for another length or padding bits that are set.
     pub fn new(bytes: Vec<u8>, n: usize, k: u32, (from, step): (Role, &Address)) -> Result<Received> {
         match pack::well_formed(&bytes, n, k) {
-            true => Ok(Received { bytes, k }),
+            true => Ok(Received { bytes, n, k }),
             false => Err(blame(from, step, PeerFault::Malformed("padding bits set"))),
         }
     }
@@ -555,51 +429,18 @@ impl Received {
     pub fn block(&self, words: Range<usize>) -> Vec<u64> {
         pack::unpacked(&self.bytes, words, self.k)
     }
+
+    /// All of them.
+    #[must_use]
+    pub fn words(&self) -> Vec<u64> {
+        par::each(self.n, |block| self.block(block))
+    }
 }
 
-/// Receives `n` packed words of `k` bits on any thread.
+/// [`Received::recv`], of words that are wanted at once.
 ///
 /// # Errors
-/// [`Error::Peer`] with the peer, the step and what was wrong.
+/// As [`Received::recv`].
 pub fn recv_words(links: &Links, from: Role, lane: Lane, step: &Address, n: usize, k: u32) -> Result<Vec<u64>> {
-    let bytes = links.recv(from, lane, step, pack::packed_len(n, k))?;
-    pack::unpack(&bytes, n, k).ok_or_else(|| blame(from, step, PeerFault::Malformed("padding bits set")))
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::mpsc::channel;
-    use std::time::Duration;
-
-    use super::*;
-
-    #[test]
-    fn a_walk_that_nobody_answers_comes_to_its_end() {
-        let queue = JobQueue::default();
-        let (ended, end) = channel();
-        let walker = {
-            let queue = queue.clone();
-            move || {
-                for _ in 0..10 {
-                    queue.wait_room(7, 3);
-                    queue.push(7, Box::new(|_| Ok(())));
-                }
-                ended.send(()).unwrap();
-            }
-        };
-        std::thread::scope(|scope| {
-            scope.spawn(walker);
-            // It waits for room: nobody has run anything.
-            assert!(end.recv_timeout(Duration::from_millis(50)).is_err());
-            queue.release(false);
-            let over = end.recv_timeout(Duration::from_secs(20));
-            queue.end();
-            over.expect("the walk goes on after the release, beyond the limit too");
-        });
-        let waiting = |queue: &JobQueue| queue.with(|q| q.passes.values().map(|(jobs, _)| jobs.len()).sum::<usize>());
-        assert_eq!(waiting(&queue), 0, "what nobody will run is not kept");
-        queue.discard();
-        queue.push(8, Box::new(|_| Ok(())));
-        assert_eq!(waiting(&queue), 1, "the next request's are");
-    }
+    Ok(Received::recv(links, from, lane, step, n, k)?.words())
 }

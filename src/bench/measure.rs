@@ -91,10 +91,14 @@ fn weight_bytes(c: &ModelConfig, private_embedding: bool) -> u64 {
     4 * c.parameter_count() + 10 * shared + if private_embedding { 16 * table } else { 0 } + 12 * largest
 }
 
-pub(super) fn enough_memory(what: &str, bytes: u64) -> Result<()> {
+fn enough_memory(what: &str, bytes: u64) -> Result<()> {
+    memory_for(what, bytes, "measure fewer layers (--layers) or shorter tests")
+}
+
+pub(super) fn memory_for(what: &str, bytes: u64, remedy: &str) -> Result<()> {
     match machine::available() {
         Some(free) if bytes > free => Err(Error::Config(format!(
-            "{what} take about {}, but {} are free: measure fewer layers (--layers) or shorter tests",
+            "{what} take about {}, but {} are free: {remedy}",
             machine::gb(bytes),
             machine::gb(free)
         ))),

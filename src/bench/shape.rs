@@ -38,7 +38,8 @@ pub fn source(name: &str, private_layers: Option<&str>, reshaping: Reshaping, po
     }
     let variant = reshaping.of(all.layer(0), 0)?;
     let one = ModelConfig { variant, ..plain(1) };
-    measure::enough_memory("random weights of a layer and the embedding", 4 * one.parameter_count())?;
+    let weights = "random weights of a layer and the embedding";
+    measure::memory_for(weights, 4 * one.parameter_count(), "ask on a machine with more, or stop other programs")?;
     let mut plan = planned(&random_weights(one)?, chosen.is_none())?;
     plan.first_private = all.num_layers - private;
     plan.layers = plan.layers.iter().cycle().take(private).cloned().collect();

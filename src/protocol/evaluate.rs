@@ -233,9 +233,9 @@ fn masks(s: &mut Session, scope: &Scope, rows: &Rows, form: Form, sums: Sums) ->
                 Box::new(move |links| {
                     let (queries, shared) = (range.len() * bytes, range.len() * form.factors);
                     let packed = pack::packed_len(shared, k);
-                    let payload = links.recv(Role::Owner, Lane::Online, &from, queries + packed)?;
-                    let (queries, shares) = payload.split_at(queries);
-                    let shares = Received::new(shares.to_vec(), shared, k, (Role::Owner, &from))?;
+                    let mut payload = links.recv(Role::Owner, Lane::Online, &from, queries + packed)?;
+                    let shares = Received::new(payload.split_off(queries), shared, k, (Role::Owner, &from))?;
+                    let queries = payload;
                     let (replied, factors) = (form.replied(), form.factors);
                     let reply = in_blocks(
                         range.len(),

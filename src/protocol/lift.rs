@@ -16,7 +16,7 @@ use std::sync::Arc;
 use super::Pending;
 use crate::error::{Error, Result};
 use crate::net::Lane;
-use crate::par::in_blocks;
+use crate::par;
 use crate::party::Role;
 use crate::plan::cost::Cost;
 use crate::prf::Pair;
@@ -68,9 +68,8 @@ fn masks(s: &mut Session, scope: &Scope, x: &Masked, m: u32) -> Result<Masked> {
             s.leave(
                 i,
                 Box::new(move |links| {
-                    let bytes = links.recv(Role::Owner, Lane::Online, &from, pack::packed_len(range.len(), 1))?;
-                    let q = Received::new(bytes, range.len(), 1, (Role::Owner, &from))?;
-                    let reply = in_blocks(
+                    let q = Received::recv(links, Role::Owner, Lane::Online, &from, range.len(), 1)?;
+                    let reply = par::in_blocks(
                         range.len(),
                         1,
                         |n| pack::packed_len(n, gap),
@@ -104,15 +103,10 @@ fn online(s: &mut Session, scope: &Scope, x: &Masked, m: u32) -> Result<Pending<
         let c = s.recv_packed(Role::Client, Lane::Ahead, &scope, "lift.client", rows.len(), gap)?;
         let h = s.recv_packed(Role::Helper, Lane::Online, &scope, "lift.helper", rows.len(), gap)?;
         let wide = ring::mask(m);
-        let v = in_blocks(
-            rows.len(),
-            1,
-            |n| n,
-            |b| {
-                let gaps = c.block(b.clone()).into_iter().zip(h.block(b.clone())).map(|(c, h)| c ^ h);
-                d[b].iter().zip(gaps).map(|(d, gap)| d.wrapping_sub(bias).wrapping_sub(gap << k) & wide).collect()
-            },
-        );
+        let v = par::each(rows.len(), |b| {
+            let gaps = c.block(b.clone()).into_iter().zip(h.block(b.clone())).map(|(c, h)| c ^ h);
+            d[b].iter().zip(gaps).map(|(d, gap)| d.wrapping_sub(bias).wrapping_sub(gap << k) & wide).collect()
+        });
         Ok(Masked::reduced(v, Side::Value, m, f, rows))
     }))
 }

@@ -26,7 +26,7 @@ use super::evaluate::{Brings, Form, check, evaluate};
 use super::window::Digits;
 use crate::error::{Error, Result};
 use crate::net::Lane;
-use crate::par::in_blocks;
+use crate::par;
 use crate::party::Role;
 use crate::plan::cost::Cost;
 use crate::plan::work::{Counts, Work};
@@ -70,7 +70,7 @@ pub(crate) fn masks(s: &mut Session, scope: &Scope, q: &Query<'_>, answer: Answe
     if s.role() == Role::Client {
         let pick = s.bytes_each(Pair::OwnerClient, scope, "lookup.pick", q.rows, bytes)?;
         let n = q.rows.len();
-        let reply = in_blocks(
+        let reply = par::in_blocks(
             n,
             words,
             |n| n * words,
@@ -91,7 +91,7 @@ pub(crate) fn masks(s: &mut Session, scope: &Scope, q: &Query<'_>, answer: Answe
             Box::new(move |links| {
                 let query = links.recv(Role::Owner, Lane::Online, &from, range.len() * bytes)?;
                 let packed = |n: usize| pack::packed_len(n * words, k);
-                let reply = in_blocks(range.len(), words, packed, |b| {
+                let reply = par::in_blocks(range.len(), words, packed, |b| {
                     let query = &query[b.start * bytes..b.end * bytes];
                     let elements = range.start + b.start..range.start + b.end;
                     pack::packed(&padded(&answer, elements, query, (&pad, words)), k)
@@ -140,16 +140,11 @@ pub(crate) fn online(
     Ok(Pending::new(move |s| {
         let c = s.recv_packed(Role::Client, Lane::Ahead, &scope, "lookup.client", n, k)?;
         let h = s.recv_packed(Role::Helper, Lane::Online, &scope, "lookup.helper", n, k)?;
-        Ok(in_blocks(
-            n,
-            1,
-            |n| n,
-            |b| {
-                let mut out = c.block(b.clone());
-                out.iter_mut().zip(h.block(b)).for_each(|(a, b)| *a ^= b);
-                out
-            },
-        ))
+        Ok(par::each(n, |b| {
+            let mut out = c.block(b.clone());
+            out.iter_mut().zip(h.block(b)).for_each(|(a, b)| *a ^= b);
+            out
+        }))
     }))
 }
 

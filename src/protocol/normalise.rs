@@ -21,6 +21,7 @@
 //! last ones by `r_z`; all of them fresh, from PRF(Client, Helper), one word for each word. Exact: no error but the table's.
 //! Source: as [`super::evaluate`], whose factors are one scalar's.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::Pending;
@@ -28,6 +29,7 @@ use super::evaluate::{Lines, ones};
 use super::window::Window;
 use crate::error::{Error, PeerFault, Result};
 use crate::net::{Lane, blame};
+use crate::par::in_blocks;
 use crate::party::Role;
 use crate::plan::cost::Cost;
 use crate::plan::work::Counts;
@@ -193,6 +195,16 @@ struct Holder {
 }
 
 impl Holder {
+    /// [`Holder::reply`] of many groups.
+    fn replies(&self, groups: Range<usize>, query: &[u8], shares: &[u64]) -> Vec<u64> {
+        let (each, bytes, factors) = (self.form.replied(), self.form.query(), self.form.factors());
+        let part = |b: Range<usize>| {
+            let shares = &shares[b.start * factors..b.end * factors];
+            self.reply(groups.start + b.start, &query[b.start * bytes..b.end * bytes], shares)
+        };
+        in_blocks(groups.len(), each, |n| n * each, part)
+    }
+
     /// Sums of picked rows less their masks, and the cross terms, of groups from `first` on; without pads.
     fn reply(&self, first: usize, query: &[u8], shares: &[u64]) -> Vec<u64> {
         let Form { n_rows, width, .. } = self.form;
@@ -238,7 +250,7 @@ fn masks(s: &mut Session, scope: &Scope, x: &Masked, w: &Window, t: &Lines, form
     if s.role() == Role::Client {
         let pick = s.bytes_each(Pair::OwnerClient, scope, "normalise.pick", groups, form.query())?;
         let shares = s.words_each(Pair::OwnerClient, scope, "normalise.o1", groups, form.factors(), K)?;
-        let mut reply = if counted { vec![0; pad.len()] } else { holder.reply(0, &pick, &shares) };
+        let mut reply = if counted { vec![0; pad.len()] } else { holder.replies(0..groups.len(), &pick, &shares) };
         for (g, (reply, pad)) in reply.chunks_mut(form.replied()).zip(pad.chunks(form.replied())).enumerate() {
             reply.iter_mut().zip(pad).for_each(|(v, p)| *v = v.wrapping_add(*p));
             let rz = &rz[g * form.width..];
@@ -262,7 +274,7 @@ fn masks(s: &mut Session, scope: &Scope, x: &Masked, w: &Window, t: &Lines, form
                         .ok_or_else(|| blame(Role::Owner, &from, PeerFault::Malformed("padding bits set")))?;
                     let mut reply = match counted {
                         true => vec![0; range.len() * form.replied()],
-                        false => holder.reply(range.start, &payload[..queries], &shares),
+                        false => holder.replies(range.clone(), &payload[..queries], &shares),
                     };
                     let pads = pad[range.start * form.replied()..].chunks(form.replied());
                     for (reply, pad) in reply.chunks_mut(form.replied()).zip(pads) {

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use super::Pending;
 use crate::error::{Error, Result};
 use crate::net::Lane;
-use crate::par::in_blocks;
+use crate::par;
 use crate::party::Role;
 use crate::plan::cost::Cost;
 use crate::prf::Pair;
@@ -202,7 +202,7 @@ fn online(
     Ok(receive(scope, "product.client", "product.helper", z, k, x.f() + y.f(), out))
 }
 
-/// The Owner's second half of every product-like operation: its own term plus what the two others sent.
+/// The Owner's second half of every product-like operation: its own term plus what the two others sent, the Helper online.
 pub(crate) fn receive(
     scope: &Scope,
     client: &'static str,
@@ -212,21 +212,29 @@ pub(crate) fn receive(
     f: u32,
     out: Rows,
 ) -> Pending<'static, Masked> {
+    received(scope, client, (helper, Lane::Online), own, k, f, out)
+}
+
+/// [`receive`], where the Helper may have sent its part ahead.
+pub(crate) fn received(
+    scope: &Scope,
+    client: &'static str,
+    (helper, lane): (&'static str, Lane),
+    own: Vec<u64>,
+    k: u32,
+    f: u32,
+    out: Rows,
+) -> Pending<'static, Masked> {
     let scope = scope.clone();
     Pending::new(move |s| {
         let n = out.len();
         let c = s.recv_packed(Role::Client, Lane::Ahead, &scope, client, n, k)?;
-        let h = s.recv_packed(Role::Helper, Lane::Online, &scope, helper, n, k)?;
+        let h = s.recv_packed(Role::Helper, lane, &scope, helper, n, k)?;
         let m = ring::mask(k);
-        let sums = in_blocks(
-            n,
-            1,
-            |n| n,
-            |b| {
-                let others = c.block(b.clone()).into_iter().zip(h.block(b.clone()));
-                own[b].iter().zip(others).map(|(z, (c, h))| z.wrapping_add(c).wrapping_add(h) & m).collect()
-            },
-        );
+        let sums = par::each(n, |b| {
+            let others = c.block(b.clone()).into_iter().zip(h.block(b.clone()));
+            own[b].iter().zip(others).map(|(z, (c, h))| z.wrapping_add(c).wrapping_add(h) & m).collect()
+        });
         Ok(Masked::reduced(sums, Side::Value, k, f, out))
     })
 }

@@ -27,10 +27,10 @@ use matrix::Part;
 pub(crate) use matrix::Plain;
 
 use super::Pending;
+use super::product::received;
 use crate::error::{Error, Result};
 use crate::ledger;
 use crate::net::Lane;
-use crate::par::in_blocks;
 use crate::party::Role;
 use crate::plan::cost::Cost;
 use crate::plan::work::Counts;
@@ -200,22 +200,7 @@ fn online<'a>(
     if let Some(bias) = bias {
         add_bias(&mut y, bias, f, k);
     }
-    let scope = scope.clone();
-    Ok(Pending::new(move |s| {
-        let c = s.recv_packed(Role::Client, Lane::Ahead, &scope, "linear.client", n, k)?;
-        let h = s.recv_packed(Role::Helper, Lane::Ahead, &scope, "linear.helper", n, k)?;
-        let m = ring::mask(k);
-        let sums = in_blocks(
-            n,
-            1,
-            |n| n,
-            |b| {
-                let others = c.block(b.clone()).into_iter().zip(h.block(b.clone()));
-                y[b].iter().zip(others).map(|(y, (c, h))| y.wrapping_add(c).wrapping_add(h) & m).collect()
-            },
-        );
-        Ok(Masked::reduced(sums, Side::Value, k, f, rows))
-    }))
+    Ok(received(scope, "linear.client", ("linear.helper", Lane::Ahead), y, k, f, rows))
 }
 
 #[cfg(test)]

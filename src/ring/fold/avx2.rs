@@ -48,18 +48,6 @@ pub unsafe fn scaled(s: &Scaled<'_>, n: usize, offset: &[u32], factor: &[u32], q
     }
 }
 
-/// See [`super::rows`].
-///
-/// # Safety
-/// The processor has AVX2, and the lengths are as [`super::rows`] asserts.
-#[target_feature(enable = "avx2")]
-pub unsafe fn rows(rows: &[u64], n: usize, queries: &[u8], out: &mut [u64]) {
-    for ((rows, query), out) in rows.chunks_exact(n).zip(queries.chunks_exact(n / 8)).zip(out) {
-        // SAFETY: the slice has n rows.
-        [*out] = unsafe { several::<false, 1>([rows.as_ptr()], query) };
-    }
-}
-
 /// One element, `W` words.
 ///
 /// # Safety

@@ -88,22 +88,6 @@ pub unsafe fn scaled(s: &Scaled<'_>, n: usize, offset: &[u32], factor: &[u32], q
     }
 }
 
-/// See [`super::rows`].
-///
-/// # Safety
-/// The processor has AVX-512 F, DQ, BW and VL, and the lengths are as [`super::rows`] asserts.
-#[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
-pub unsafe fn rows(rows: &[u64], n: usize, queries: &[u8], out: &mut [u64]) {
-    for ((rows, query), out) in rows.chunks_exact(n).zip(queries.chunks_exact(n / 8)).zip(out) {
-        let mut acc = _mm512_setzero_si512();
-        for (rows, &bits) in rows.as_chunks::<8>().0.iter().zip(query) {
-            // SAFETY: eight rows.
-            acc = _mm512_mask_xor_epi64(acc, bits, acc, unsafe { _mm512_loadu_si512(rows.as_ptr().cast()) });
-        }
-        *out = xor_lanes(acc);
-    }
-}
-
 #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
 fn xor_lanes(v: __m512i) -> u64 {
     let v = _mm256_xor_si256(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64::<1>(v));

@@ -131,39 +131,6 @@ pub fn scaled_on(isa: Isa, s: &Scaled<'_>, n: usize, offset: &[u32], factor: &[u
     }
 }
 
-/// For each element `e`: `out[e]` = XOR of `rows[e n + i]` over the rows `i` that query `e` picks: [`shifted`] for one word
-/// whose rows were made beforehand.
-///
-/// # Panics
-/// If `n` is not a multiple of 8 or a length does not fit the number of elements (`out.len()`).
-pub fn rows(rows: &[u64], n: usize, queries: &[u8], out: &mut [u64]) {
-    rows_on(Isa::current(), rows, n, queries, out);
-}
-
-/// [`rows`] on a chosen instruction set (portable where the processor lacks it): the result is the same bit for bit.
-///
-/// # Panics
-/// As [`rows`].
-pub fn rows_on(isa: Isa, rows: &[u64], n: usize, queries: &[u8], out: &mut [u64]) {
-    assert_eq!(n % 8, 0, "a query has whole bytes");
-    assert_eq!(Some(rows.len()), out.len().checked_mul(n), "n rows per element");
-    assert_eq!(queries.len(), rows.len() / 8, "n / 8 query bytes per element");
-    if n == 0 {
-        return out.fill(0);
-    }
-    let isa = isa.or_portable();
-    match isa {
-        // SAFETY: `or_portable` has checked that the processor has the instructions; the asserts above, which hold for
-        // every run of whole elements, bound all reads.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Vnni | Isa::Ifma => unsafe { avx512::rows(rows, n, queries, out) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { avx2::rows(rows, n, queries, out) },
-        _ => portable::rows(rows, n, queries, out),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -189,15 +156,13 @@ mod tests {
         let offset: Vec<u32> = words(seed + 50, elements).iter().map(|v| (v % (n as u64 + 1)) as u32).collect();
         let factor: Vec<u32> = words(seed + 60, elements).iter().map(|v| *v as u32).collect();
         let queries = bytes(seed + 70, elements * n / 8);
-        let made = words(seed + 80, elements * n);
         let positive: Vec<u64> = words(seed + 90, 2 * n).iter().map(|v| v >> 3).collect();
         let scale = Scaled { table: &positive, shift: 33 + (seed % 31) as u32 };
         let picked = |e: usize, i: usize| queries[e * n / 8 + i / 8] >> (i % 8) & 1 == 1;
         let (mut xor, mut sum) = (vec![0; elements * width], vec![0u64; elements * width]);
-        let (mut want_rows, mut want_scaled) = (vec![0; elements], vec![0u64; elements]);
+        let mut want_scaled = vec![0u64; elements];
         for e in 0..elements {
             for i in (0..n).filter(|&i| picked(e, i)) {
-                want_rows[e] ^= made[e * n + i];
                 let exact = u128::from(positive[offset[e] as usize + i]) * u128::from(factor[e]);
                 // What is below 2^32 is dropped before it is rounded.
                 let rounded = ((exact >> 32) + u128::from(scale.half())) >> (scale.shift - 32);
@@ -216,8 +181,6 @@ mod tests {
             sums_on(isa, &tables, n, &offset, &queries, &mut got);
             assert!(got == sum, "sums {isa:?} {elements} {n} {width}");
             let mut got = vec![7; elements];
-            rows_on(isa, &made, n, &queries, &mut got);
-            assert!(got == want_rows, "rows {isa:?} {elements} {n}");
             scaled_on(isa, &scale, n, &offset, &factor, &queries, &mut got);
             assert!(got == want_scaled, "scaled {isa:?} {elements} {n}");
         }
@@ -267,7 +230,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "query bytes")]
     fn a_short_query_is_refused() {
-        rows(&[0; 16], 8, &[0], &mut [0, 0]);
+        shifted(&[&[0; 16]], 8, &[0, 8], &[0], &mut [0, 0]);
     }
 
     proptest! {

@@ -21,13 +21,6 @@ pub fn scaled(s: &Scaled<'_>, n: usize, offset: &[u32], factor: &[u32], queries:
     }
 }
 
-/// See [`super::rows`].
-pub fn rows(rows: &[u64], n: usize, queries: &[u8], out: &mut [u64]) {
-    for ((rows, query), out) in rows.chunks_exact(n).zip(queries.chunks_exact(n / 8)).zip(out) {
-        *out = fold::<false>(rows, query, |row| row);
-    }
-}
-
 fn fold<const ADD: bool>(rows: &[u64], query: &[u8], of: impl Fn(u64) -> u64) -> u64 {
     let join = |a: u64, b: u64| if ADD { a.wrapping_add(b) } else { a ^ b };
     let mut acc = [0u64; 8];

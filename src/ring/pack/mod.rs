@@ -9,7 +9,7 @@ mod avx512;
 use std::ops::Range;
 
 use super::{Isa, mask};
-use crate::par::in_blocks;
+use crate::par;
 
 /// Bytes that `n` elements of `k` bits take.
 ///
@@ -26,7 +26,7 @@ pub fn packed_len(n: usize, k: u32) -> usize {
 /// If `k` is 0 or above 64.
 #[must_use]
 pub fn pack(values: &[u64], k: u32) -> Vec<u8> {
-    in_blocks(values.len(), 1, |n| packed_len(n, k), |block| packed(&values[block], k))
+    par::in_blocks(values.len(), 1, |n| packed_len(n, k), |block| packed(&values[block], k))
 }
 
 /// [`pack`] of a few values.
@@ -76,7 +76,7 @@ pub fn pack_on(isa: Isa, values: &[u64], k: u32, out: &mut [u8]) {
 /// If `k` is 0 or above 64.
 #[must_use]
 pub fn unpack(bytes: &[u8], n: usize, k: u32) -> Option<Vec<u64>> {
-    well_formed(bytes, n, k).then(|| in_blocks(n, 1, |n| n, |block| unpacked(bytes, block, k)))
+    well_formed(bytes, n, k).then(|| par::each(n, |block| unpacked(bytes, block, k)))
 }
 
 /// Some elements of a packed stream, which has them.
