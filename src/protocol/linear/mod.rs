@@ -123,7 +123,8 @@ pub(crate) fn local_masks(k: u32, r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
     // Made tile by tile and never stored: the Client keeps 32 bytes per model, the Helper packed words. Of a few rows at a
     // time that stay in the cache; of more where a long prompt would read its own rows again for each tile.
     let words = if t > LONG { TILE_WORDS_LONG } else { TILE_WORDS };
-    let tile = words.div_ceil(n).next_multiple_of(4).min(m);
+    // Of sixteen rows, which the kernels take at once.
+    let tile = words.div_ceil(n).next_multiple_of(16).min(m);
     let x = gemm::Rows::new(k, r, n);
     let (drawing, all) = (AtomicU64::new(0), AtomicU64::new(0));
     let tiles: Vec<Vec<u64>> = (0..m.div_ceil(tile))

@@ -24,8 +24,8 @@ use rayon::prelude::*;
 
 /// Multiply-adds below which one thread is faster than several.
 const PARALLEL_FROM: usize = 1 << 20;
-/// Rows of `x` in one tile: enough to pay for reading a block of `w`, few enough that their chunks stay in L2.
-const TILE_ROWS: usize = 64;
+/// Rows of `x` and of `w` that a tile has a multiple of: enough to pay for reading a block of `w`, few enough that their chunks stay in L2.
+const GRAIN: (usize, usize) = (64, 4);
 
 /// A weight that widens to a ring word: `u64` as it is, `i8`, `i16` and `i32` sign-extended. Sealed.
 pub trait Weight: Copy + Send + Sync + lanes::Lanes {}
@@ -79,7 +79,7 @@ pub struct Rows<'a> {
 #[cfg(target_arch = "x86_64")]
 enum Digits {
     Fma(fma::Digits),
-    Vnni(vnni::Digits),
+    Vnni(vnni::Words),
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -91,12 +91,20 @@ impl Digits {
         // SAFETY: the processor has what `or_portable` leaves.
         match isa.or_portable() {
             Isa::Vnni if k <= vnni::WIDEST && rows >= vnni::FEWEST => {
-                Some(Digits::Vnni(unsafe { vnni::Digits::cut(x, n, k) }))
+                Some(Digits::Vnni(unsafe { vnni::Words::cut(x, n, k) }))
             }
             Isa::Avx512 | Isa::Vnni if k <= fma::WIDEST && rows >= fma::FEWEST => {
                 Some(Digits::Fma(unsafe { fma::Digits::cut(x, n, k) }))
             }
             _ => None,
+        }
+    }
+
+    /// What a tile has multiples of.
+    fn grain(&self) -> (usize, usize) {
+        match self {
+            Digits::Fma(_) => GRAIN,
+            Digits::Vnni(_) => vnni::GRAIN,
         }
     }
 
@@ -151,7 +159,7 @@ impl<'a> Rows<'a> {
             let run = |s, j, rows: &mut [&mut [u64]]| digits.tile(s, &w[j * n..][..rows[0].len() * n], rows);
             // On a worker of the pool others have parts of their own: smaller tiles would cut the same weights again and again.
             if c.is_empty() || rayon::current_thread_index().is_none() {
-                tiles(t, m, n, c, run);
+                tiles(digits.grain(), (t, m, n), c, run);
             } else {
                 run(0, 0, &mut c.chunks_mut(m).collect::<Vec<_>>());
             }
@@ -161,7 +169,7 @@ impl<'a> Rows<'a> {
         if self.isa == Isa::Ifma && self.k <= ifma::WIDEST && n > 0 {
             check(self.x, w, n, (t, m, n), c);
             // SAFETY: `or_portable` has checked that the processor has the instructions.
-            tiles(t, m, n, c, |s, j, rows| unsafe {
+            tiles(GRAIN, (t, m, n), c, |s, j, rows| unsafe {
                 ifma::tile(&self.x[s * n..][..rows.len() * n], &w[j * n..][..rows[0].len() * n], n, rows);
             });
             return;
@@ -209,9 +217,11 @@ fn multiply_narrow<W: Narrow>(isa: Isa, k: u32, x: &[u64], w: &[W], (t, m, n): (
     if isa.or_portable() >= Isa::Vnni && n > 0 && t > 1 {
         check(x, w, n, (t, m, n), c);
         // SAFETY: `or_portable` has checked that the processor has the instructions.
-        let digits = unsafe { vnni::Narrow::cut(x, n, k) };
+        let digits = unsafe { vnni::ByWeights::cut(x, n, k) };
         // SAFETY: as above.
-        tiles(t, m, n, c, |s, j, rows| unsafe { digits.tile(s, &w[j * n..][..rows[0].len() * n], rows) });
+        tiles(vnni::GRAIN, (t, m, n), c, |s, j, rows| unsafe {
+            digits.tile(s, &w[j * n..][..rows[0].len() * n], rows)
+        });
         return;
     }
     #[cfg(target_arch = "x86_64")]
@@ -219,7 +229,7 @@ fn multiply_narrow<W: Narrow>(isa: Isa, k: u32, x: &[u64], w: &[W], (t, m, n): (
         check(x, w, n, (t, m, n), c);
         let digits = planes::Digits::cut(x, n, k);
         // SAFETY: `or_portable` has checked that the processor has the instructions.
-        tiles(t, m, n, c, |s, j, rows| unsafe { digits.tile(s, &w[j * n..][..rows[0].len() * n], rows) });
+        tiles(GRAIN, (t, m, n), c, |s, j, rows| unsafe { digits.tile(s, &w[j * n..][..rows[0].len() * n], rows) });
         return;
     }
     let _ = k;
@@ -260,7 +270,7 @@ pub fn strided<W: Weight>(
         return;
     }
     let isa = isa.or_portable();
-    tiles(t, m, n, c, |s, j, rows| {
+    tiles(GRAIN, (t, m, n), c, |s, j, rows| {
         let x = &x[s * n..][..rows.len() * n];
         let w = &w[j * stride..][..(rows[0].len() - 1) * stride + n];
         match isa {
@@ -318,8 +328,13 @@ fn check<W>(x: &[u64], w: &[W], stride: usize, (t, m, n): (usize, usize, usize),
 }
 
 /// Runs `run` over tiles of `c` (`t x m`), in parallel if `t m n` multiply-adds are worth it: it gets the tile's first row and
-/// column, and its rows.
-fn tiles(t: usize, m: usize, n: usize, c: &mut [u64], run: impl Fn(usize, usize, &mut [&mut [u64]]) + Sync) {
+/// column, multiples of the two of `grain`, and its rows.
+fn tiles(
+    grain: (usize, usize),
+    (t, m, n): (usize, usize, usize),
+    c: &mut [u64],
+    run: impl Fn(usize, usize, &mut [&mut [u64]]) + Sync,
+) {
     if c.is_empty() {
         return;
     }
@@ -328,9 +343,9 @@ fn tiles(t: usize, m: usize, n: usize, c: &mut [u64], run: impl Fn(usize, usize,
         let mut rows: Vec<&mut [u64]> = c.chunks_mut(m).collect();
         return run(0, 0, &mut rows);
     }
-    let rows = t.min(TILE_ROWS);
+    let rows = t.min(grain.0);
     let column_tiles = (4 * threads).div_ceil(t.div_ceil(rows));
-    let columns = m.div_ceil(column_tiles).next_multiple_of(4).max(16);
+    let columns = m.div_ceil(column_tiles).max(16).next_multiple_of(grain.1);
     // Cut c into tiles; each is a list of row pieces, so that threads get disjoint `&mut` without raw pointers.
     let tiles_across = m.div_ceil(columns);
     let mut tiles: Vec<Vec<&mut [u64]>> = Vec::new();

@@ -8,7 +8,7 @@
 use std::arch::x86_64::*;
 
 /// A weight that `vpmaddwd` takes, as 16 bits.
-pub trait Load: Copy {
+pub trait Load: Copy + Default {
     /// Those of 32 from `p` whose bit in `lanes` is set, zero elsewhere.
     ///
     /// # Safety

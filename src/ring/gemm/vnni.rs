@@ -1,43 +1,45 @@
 //! Products with ring words by `vpdpwssd` (AVX-512 VNNI): 32 multiply-adds of 16-bit integers an instruction, summed in pairs
-//! into 32-bit lanes. Words are cut into signed digits, a digit's plane meets another's, and the sums are put together by their
-//! places at the end of a block of columns.
+//! into 32-bit lanes. Words are cut into signed digits, and each product of digits that matters is added to the sum of its place.
+//!
+//! A lane is an output: two columns of sixteen rows of `w` lie side by side in a register (a panel), and meet two columns of a row of `x` that
+//! are broadcast. So no sum is ever taken across lanes, and what a block of columns costs at its end is small.
 //!
 //! A sum whose place lies at `2^(k - 32)` or above may wrap at 32 bits: what it loses lies at `2^k`. The sums below have digits
-//! short enough to be exact over a block of columns.
+//! short enough to be exact over a block of columns, or over [`Scheme::STEPS`] pairs of them: then what is above [`Scheme::SHIFT`] bits is
+//! moved to a sum of its own, which may wrap.
 
 use super::planes::Load;
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
 
-/// The widest ring of [`Digits`]: ring words by ring words.
+/// The widest ring of [`Words`]: ring words by ring words.
 pub const WIDEST: u32 = 48;
 /// Rows of `x` from which cutting `w` pays.
 pub const FEWEST: usize = 4;
-/// Columns in one register.
+/// Rows of `x` that a tile has a multiple of, whatever the scheme, and rows of `w`: those of two panels.
+pub const GRAIN: (usize, usize) = (144, 2 * OUTPUTS);
+/// Columns of `x` whose digits meet all of a tile before the next: those of a tile stay in the L2 cache.
+const BLOCK: usize = 256;
+/// 16-bit lanes of a register.
 const LANES: usize = 32;
-
-/// Digits that stay in the L2 cache beside what they meet.
-const CACHED: usize = 1 << 18;
+/// Rows of `w` in one panel.
+const OUTPUTS: usize = 16;
 
 /// A register in memory: one that straddles two cache lines is loaded at half the speed.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 struct Register([i16; LANES]);
 
-const EMPTY: Register = Register([0; LANES]);
-
-/// How words are cut into `P` signed digits of 16 bits at most. A digit's carry goes to the next, the last one's is lost. Constants, so
+/// How words are cut into `X` signed digits of 16 bits at most. A digit's carry goes to the next, the last one's is lost. Constants, so
 /// that the cutting is unrolled: of a few rows it takes as long as the product.
-pub trait Cut<const P: usize> {
+pub trait Cut<const X: usize> {
     /// From which bit on, and how many. Bits that two share are the lower one's, and zero in the higher.
-    const DIGITS: [(u32, u32); P];
-
-    /// Columns of a block: sums over so many that must be exact fit 32 bits. At most 768, for what a block needs to stay in the L1 cache.
-    const COLUMNS: usize;
+    const DIGITS: [(u32, u32); X];
 
     /// The bits of each digit in a word moved down to its place.
-    const MASKS: [u64; P] = {
-        let (mut masks, mut p, mut end) = ([0; P], 0, 0);
-        while p < P {
+    const MASKS: [u64; X] = {
+        let (mut masks, mut p, mut end) = ([0; X], 0, 0);
+        while p < X {
             let (place, bits) = Self::DIGITS[p];
             masks[p] = ((1 << bits) - 1) & !((1 << (end - place)) - 1);
             (p, end) = (p + 1, place + bits);
@@ -48,7 +50,7 @@ pub trait Cut<const P: usize> {
     /// Half of every digit but the last: added before the fields are taken and subtracted after, it makes them signed.
     const HALVES: u64 = {
         let (mut halves, mut p) = (0, 0);
-        while p + 1 < P {
+        while p + 1 < X {
             halves += 1 << (Self::DIGITS[p].0 + Self::DIGITS[p].1 - 1);
             p += 1;
         }
@@ -56,101 +58,200 @@ pub trait Cut<const P: usize> {
     };
 }
 
+/// What is done with `X` digits of a word of `x` and `W` numbers made of one of `w`: `S` sums.
+pub trait Scheme<const X: usize, const W: usize, const S: usize> {
+    /// Where the sums stand.
+    const PLACES: [u32; S];
+    /// How many of them, the lowest, must be exact.
+    const EXACT: usize;
+    /// Pairs of columns over which those are: at least those of a block, or what is above `SHIFT` bits is moved.
+    const STEPS: usize = BLOCK / 2;
+    /// From `2^(k - 32)` on, seen from the lowest sum.
+    const SHIFT: u32 = 0;
+    /// Rows of `x` that meet `W_PANELS` panels of `w` in registers: as many sums as those hold.
+    const ROWS: usize;
+
+    /// What is made of the words of `x`, eight in each register: lane `4 l + r` is of word `l` of register `r`.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F and BW.
+    unsafe fn cut(words: [__m512i; 4]) -> [__m512i; X];
+
+    /// The products of a pair of words of row `R` of the group that is at `x` by those of each panel.
+    ///
+    /// # Safety
+    /// `x` is valid for reads of `X` pairs for each row up to `R`; the processor has AVX-512 F and VNNI.
+    unsafe fn multiply<const R: usize, const P: usize>(
+        x: *const [i16; 2],
+        w: &[[__m512i; W]; P],
+        sums: &mut [[__m512i; S]; P],
+    );
+}
+
 /// Both operands of a product of ring words modulo `2^44`: `x0 w0 + 2^14 (x0 w1 + x1 w0) + 2^28 (x1 w1 + x0 w2 + x2 w0)`. The
 /// last digit has 14 bits and stands two higher, so that it shares a sum with the product of the middle ones; its product with
 /// another than the lowest begins at 2^44.
-struct Short;
+pub struct Short;
 
 impl Cut<3> for Short {
     const DIGITS: [(u32, u32); 3] = [(0, 14), (14, 16), (28, 16)];
-    // A pair of products adds at most 2^27.
-    const COLUMNS: usize = 15 * LANES;
 }
 
-/// The same modulo `2^48`: `x0 w0 + 2^16 (x0 w1 + x1 w0) + 2^32 (x1 w1 + x0 w2 + x2 w0)`. The lowest digit of `x` is cut in two
-/// bytes when it meets that of `w`, since those sums must be exact.
-struct Long;
+impl Scheme<3, 3, 3> for Short {
+    const PLACES: [u32; 3] = [0, 14, 28];
+    const EXACT: usize = 1;
+    // A pair of products adds at most 2^27.
+    const STEPS: usize = 15;
+    const SHIFT: u32 = 12;
+    const ROWS: usize = 8;
+
+    #[target_feature(enable = "avx512f,avx512bw")]
+    #[inline]
+    unsafe fn cut(words: [__m512i; 4]) -> [__m512i; 3] {
+        digits::<3, Short>(words)
+    }
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    #[inline]
+    unsafe fn multiply<const R: usize, const P: usize>(
+        x: *const [i16; 2],
+        w: &[[__m512i; 3]; P],
+        sums: &mut [[__m512i; 3]; P],
+    ) {
+        for (&[w0, w1, w2], [a, b, c]) in w.iter().zip(sums) {
+            // SAFETY: the caller's.
+            unsafe {
+                let (x0, x1) = (broadcast::<3, R, 0>(x), broadcast::<3, R, 1>(x));
+                *c = dot(*c, x0, w2);
+                *b = dot(*b, x0, w1);
+                *c = dot(*c, x1, w1);
+                *a = dot(*a, x0, w0);
+                *c = dot_at::<3, R, 2>(*c, x, w0);
+                *b = dot(*b, x1, w0);
+            }
+        }
+    }
+}
+
+/// The same modulo `2^48`: `x0 w0 + 2^16 (x0 w1 + x1 w0) + 2^32 (x1 w1 + x0 w2 + x2 w0)`. The lowest digit of `x` is there in two
+/// bytes as well, which meet `w0`, since those sums must be exact.
+pub struct Long;
 
 impl Cut<3> for Long {
     const DIGITS: [(u32, u32); 3] = [(0, 16), (16, 16), (32, 16)];
-    // A pair of products with bytes adds at most 2^24.
-    const COLUMNS: usize = 24 * LANES;
 }
 
-/// Words that meet weights of 16 bits: all digits but the last two have 12 bits, their sums are exact: a pair of products adds at
-/// most 2^27.
-pub struct Ring<const P: usize>;
+impl Scheme<5, 3, 4> for Long {
+    const PLACES: [u32; 4] = [0, 8, 16, 32];
+    // A pair of products with bytes adds at most 2^16 x 255.
+    const EXACT: usize = 2;
+    const ROWS: usize = 6;
 
-impl Cut<2> for Ring<2> {
-    const DIGITS: [(u32, u32); 2] = [(0, 16), (16, 16)];
-    const COLUMNS: usize = 24 * LANES;
-}
+    #[target_feature(enable = "avx512f,avx512bw")]
+    #[inline]
+    unsafe fn cut(words: [__m512i; 4]) -> [__m512i; 5] {
+        let [x0, x1, x2] = digits::<3, Long>(words);
+        [x0, x1, x2, _mm512_and_si512(x0, _mm512_set1_epi16(0xff)), _mm512_srai_epi16::<8>(x0)]
+    }
 
-impl Cut<3> for Ring<3> {
-    const DIGITS: [(u32, u32); 3] = [(0, 12), (12, 16), (28, 16)];
-    const COLUMNS: usize = 15 * LANES;
-}
-
-impl Cut<4> for Ring<4> {
-    const DIGITS: [(u32, u32); 4] = [(0, 12), (12, 12), (24, 16), (40, 16)];
-    const COLUMNS: usize = 15 * LANES;
-}
-
-impl Cut<5> for Ring<5> {
-    const DIGITS: [(u32, u32); 5] = [(0, 12), (12, 12), (24, 12), (36, 16), (52, 16)];
-    const COLUMNS: usize = 15 * LANES;
-}
-
-/// The digits of `row`, `P` registers for each 32 columns, zeros behind its end. Columns are in an order of their own, the same for
-/// all rows, or, with `in_order`, in that of the row.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn digits<const P: usize, C: Cut<P>>(row: &[u64], in_order: bool, out: &mut [Register]) {
-    assert!(out.len() == P * row.len().div_ceil(LANES));
-    let halves = _mm512_set1_epi64(C::HALVES as i64);
-    // Lane 4 l + r of the registers below holds column 8 r + l.
-    let order: [i16; LANES] = std::array::from_fn(|i| (4 * (i % 8) + i / 8) as i16);
-    for (row, out) in row.chunks(LANES).zip(out.chunks_exact_mut(P)) {
-        let words: [__m512i; 4] = std::array::from_fn(|r| {
-            let have = row.len().saturating_sub(8 * r).min(8);
-            let lanes = ((1u32 << have) - 1) as u8;
-            // SAFETY: only lanes within `row` are read, and the address stays within it or is unused.
-            let v = unsafe { _mm512_maskz_loadu_epi64(lanes, row.as_ptr().wrapping_add(8 * r).cast()) };
-            _mm512_add_epi64(v, halves)
-        });
-        for (p, out) in out.iter_mut().enumerate() {
-            let (place, bits) = C::DIGITS[p];
-            let mut plane = _mm512_setzero_si512();
-            for (r, &word) in words.iter().enumerate() {
-                let up = (16 * r as u32 + 64 - place) % 64;
-                let field = _mm512_rolv_epi64(word, _mm512_set1_epi64(i64::from(up)));
-                let mask = _mm512_set1_epi64((C::MASKS[p] << (16 * r)) as i64);
-                plane = _mm512_or_si512(plane, _mm512_and_si512(field, mask));
-            }
-            if p + 1 < P {
-                plane = _mm512_sub_epi16(plane, _mm512_set1_epi16((1u32 << (bits - 1)) as i16));
-            }
-            // SAFETY: `order` and `out` have the 32 lanes that are loaded and stored.
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    #[inline]
+    unsafe fn multiply<const R: usize, const P: usize>(
+        x: *const [i16; 2],
+        w: &[[__m512i; 3]; P],
+        sums: &mut [[__m512i; 4]; P],
+    ) {
+        for (&[w0, w1, w2], [a, b, c, d]) in w.iter().zip(sums) {
+            // SAFETY: the caller's.
             unsafe {
-                if in_order {
-                    plane = _mm512_permutexvar_epi16(_mm512_loadu_si512(order.as_ptr().cast()), plane);
-                }
-                _mm512_store_si512(out.0.as_mut_ptr().cast(), plane);
+                let (x0, x1) = (broadcast::<5, R, 0>(x), broadcast::<5, R, 1>(x));
+                *d = dot(*d, x0, w2);
+                *c = dot(*c, x0, w1);
+                *d = dot(*d, x1, w1);
+                *a = dot_at::<5, R, 3>(*a, x, w0);
+                *c = dot(*c, x1, w0);
+                *d = dot_at::<5, R, 2>(*d, x, w0);
+                *b = dot_at::<5, R, 4>(*b, x, w0);
             }
         }
     }
 }
 
-/// Rows of `n` words, cut: block by block of columns, within it row by row.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn rows<const P: usize, C: Cut<P>>(x: &[u64], n: usize, in_order: bool) -> Vec<Register> {
-    let rows = x.len() / n;
-    let mut blocks = vec![EMPTY; P * rows * n.div_ceil(LANES)];
-    for (s, row) in x.chunks_exact(n).enumerate() {
-        for block in Block::of(n, C::COLUMNS) {
-            digits::<P, C>(&row[block.from..block.to], in_order, &mut blocks[block.rows(P, rows, s, 1)]);
+/// Words that meet weights of 16 bits, modulo `2^K`. The last two sums may wrap; the digits below have 8 bits, so that their sums over a block
+/// are exact, or 12: a pair of products adds at most 2^27.
+pub struct Narrow<const K: u32>;
+
+macro_rules! narrow {
+    ($k:literal, $x:literal: $($p:literal)*, $rows:literal, $digits:expr, $($more:tt)*) => {
+        impl Cut<$x> for Narrow<$k> {
+            const DIGITS: [(u32, u32); $x] = $digits;
+        }
+
+        impl Scheme<$x, 1, $x> for Narrow<$k> {
+            const PLACES: [u32; $x] = {
+                let (mut places, mut p) = ([0; $x], 0);
+                while p < $x {
+                    places[p] = Self::DIGITS[p].0;
+                    p += 1;
+                }
+                places
+            };
+            const EXACT: usize = $x - 2;
+            const ROWS: usize = $rows;
+            $($more)*
+
+            #[target_feature(enable = "avx512f,avx512bw")]
+            #[inline]
+            unsafe fn cut(words: [__m512i; 4]) -> [__m512i; $x] {
+                digits::<$x, Self>(words)
+            }
+
+            #[target_feature(enable = "avx512f,avx512vnni")]
+            #[inline]
+            unsafe fn multiply<const R: usize, const P: usize>(
+                x: *const [i16; 2],
+                w: &[[__m512i; 1]; P],
+                sums: &mut [[__m512i; $x]; P],
+            ) {
+                // SAFETY: the caller's.
+                unsafe {
+                    $({
+                        let x = broadcast::<$x, R, $p>(x);
+                        for (w, sums) in w.iter().zip(&mut *sums) {
+                            sums[$p] = dot(sums[$p], x, w[0]);
+                        }
+                    })*
+                }
+            }
+        }
+    };
+}
+
+narrow!(32, 2: 0 1, 6, [(0, 16), (16, 16)],);
+narrow!(44, 3: 0 1 2, 4, [(0, 12), (12, 16), (28, 16)], const STEPS: usize = 15; const SHIFT: u32 = 12;);
+narrow!(48, 4: 0 1 2 3, 3, [(0, 8), (8, 8), (16, 16), (32, 16)],);
+narrow!(56, 4: 0 1 2 3, 3, [(0, 12), (12, 12), (24, 16), (40, 16)], const STEPS: usize = 15; const SHIFT: u32 = 24;);
+narrow!(64, 6: 0 1 2 3 4 5, 2, [(0, 8), (8, 8), (16, 8), (24, 8), (32, 16), (48, 16)],);
+
+/// The digits of 32 words, eight in each register: lane `4 l + r` is of word `l` of register `r`.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn digits<const X: usize, C: Cut<X>>(words: [__m512i; 4]) -> [__m512i; X] {
+    let words = words.map(|v| _mm512_add_epi64(v, _mm512_set1_epi64(C::HALVES as i64)));
+    let mut digits = [_mm512_setzero_si512(); X];
+    for (p, digit) in digits.iter_mut().enumerate() {
+        let (place, bits) = C::DIGITS[p];
+        for (r, &word) in words.iter().enumerate() {
+            let up = (16 * r as u32 + 64 - place) % 64;
+            let field = _mm512_rolv_epi64(word, _mm512_set1_epi64(i64::from(up)));
+            let mask = _mm512_set1_epi64((C::MASKS[p] << (16 * r)) as i64);
+            *digit = _mm512_or_si512(*digit, _mm512_and_si512(field, mask));
+        }
+        if p + 1 < X {
+            *digit = _mm512_sub_epi16(*digit, _mm512_set1_epi16((1u32 << (bits - 1)) as i16));
         }
     }
-    blocks
+    digits
 }
 
 /// A block of columns.
@@ -161,152 +262,303 @@ struct Block {
 }
 
 impl Block {
-    fn of(n: usize, columns: usize) -> impl Iterator<Item = Block> {
-        (0..n).step_by(columns).map(move |from| Block { from, to: n.min(from + columns) })
+    fn of(n: usize) -> impl Iterator<Item = Block> {
+        (0..n).step_by(BLOCK).map(move |from| Block { from, to: n.min(from + BLOCK) })
     }
 
-    /// Registers that a plane takes.
-    fn registers(self) -> usize {
-        (self.to - self.from).div_ceil(LANES)
-    }
-
-    /// Where `count` rows from `first` of `rows` have their digits in this block.
-    fn rows(self, planes: usize, rows: usize, first: usize, count: usize) -> std::ops::Range<usize> {
-        let each = planes * self.registers();
-        let at = planes * rows * self.from / LANES + first * each;
-        at..at + count * each
+    fn pairs(self) -> usize {
+        (self.to - self.from).div_ceil(2)
     }
 }
 
-/// Ring words, cut for products with ring words.
-pub struct Digits {
-    long: bool,
+/// Rows of words, cut: block by block of columns, in it group by group of as many rows as meet a panel at once, in that pair by pair of columns, row by
+/// row, digit by digit. Behind the last row and column are zeros.
+pub struct Rows<C, const X: usize, const W: usize, const S: usize> {
     rows: usize,
     n: usize,
-    blocks: Vec<Register>,
+    pairs: Vec<[i16; 2]>,
+    scheme: PhantomData<C>,
 }
 
-impl Digits {
-    /// Of rows of `n` words, for products modulo `2^k`.
-    ///
-    /// # Safety
-    /// The processor has AVX-512 F, DQ, BW, VL and VNNI.
-    ///
-    /// # Panics
-    /// If `k` is above [`WIDEST`].
-    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
-    pub unsafe fn cut(x: &[u64], n: usize, k: u32) -> Digits {
-        assert!(k <= WIDEST);
-        let long = k > 44;
-        let blocks = if long { rows::<3, Long>(x, n, false) } else { rows::<3, Short>(x, n, false) };
-        Digits { long, rows: x.len() / n, n, blocks }
+impl<C: Scheme<X, W, S>, const X: usize, const W: usize, const S: usize> Rows<C, X, W, S> {
+    /// `P` panels of `w` meet rows at once.
+    const EACH: usize = C::ROWS * X;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    fn cut(x: &[u64], n: usize) -> Self {
+        let rows = x.len() / n;
+        let mut this = Rows { rows, n, pairs: Vec::new(), scheme: PhantomData };
+        this.pairs = vec![[0; 2]; rows.div_ceil(C::ROWS) * Self::EACH * n.div_ceil(2)];
+        // Lane 4 l + r of the planes holds column 8 r + l.
+        let order: [i16; LANES] = std::array::from_fn(|i| (4 * (i % 8) + i / 8) as i16);
+        for (s, row) in x.chunks_exact(n).enumerate() {
+            for block in Block::of(n) {
+                let at = this.group(block, s / C::ROWS).start + s % C::ROWS * X;
+                for (i, words) in row[block.from..block.to].chunks(LANES).enumerate() {
+                    let words: [__m512i; 4] = std::array::from_fn(|r| {
+                        let lanes = ((1u32 << words.len().saturating_sub(8 * r).min(8)) - 1) as u8;
+                        // SAFETY: only lanes within `words` are read, and the address stays within it or is unused.
+                        unsafe { _mm512_maskz_loadu_epi64(lanes, words.as_ptr().wrapping_add(8 * r).cast()) }
+                    });
+                    let mut planes = [[[0i16; 2]; LANES / 2]; X];
+                    // SAFETY: the caller's processor has the instructions; `order` and the planes have the 32 lanes that are loaded and
+                    // stored.
+                    unsafe {
+                        let order = _mm512_loadu_si512(order.as_ptr().cast());
+                        for (out, plane) in planes.iter_mut().zip(C::cut(words)) {
+                            _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_permutexvar_epi16(order, plane));
+                        }
+                    }
+                    let (at, have) = (at + i * LANES / 2 * Self::EACH, (block.pairs() - i * LANES / 2).min(LANES / 2));
+                    for (i, out) in this.pairs[at..].chunks_mut(Self::EACH).take(have).enumerate() {
+                        for (out, plane) in out[..X].iter_mut().zip(&planes) {
+                            *out = plane[i];
+                        }
+                    }
+                }
+            }
+        }
+        this
     }
 
-    /// `rows[s][j] += sum_i x[first + s][i] w[j n + i]`, modulo the `2^k` that the digits were cut for; higher bits mean nothing.
-    ///
-    /// # Safety
-    /// The processor has AVX-512 F, DQ, BW, VL and VNNI.
-    ///
-    /// # Panics
-    /// If `w` is not `rows[_].len() x n`, or there are not so many rows.
-    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
-    pub unsafe fn tile(&self, first: usize, w: &[u64], rows: &mut [&mut [u64]]) {
-        // As many sums as registers hold.
-        if self.long { self.tile_of::<Long, 3, 4>(first, w, rows) } else { self.tile_of::<Short, 4, 3>(first, w, rows) }
+    /// Where a group of rows has its digits of a block.
+    fn group(&self, block: Block, group: usize) -> std::ops::Range<usize> {
+        let each = block.pairs() * Self::EACH;
+        let at = self.rows.div_ceil(C::ROWS) * Self::EACH * block.from / 2 + group * each;
+        at..at + each
     }
 
-    /// [`Digits::tile`], `M` rows of `w` at a time, with `S` sums a product.
+    /// `rows[s][j] += sum_i x[first + s][i] w[j n + i]`, where `pack` makes a panel of [`OUTPUTS`] rows of `w`, `P` of which meet
+    /// rows of `x` at once.
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
-    fn tile_of<C: Cut<3>, const M: usize, const S: usize>(&self, first: usize, w: &[u64], rows: &mut [&mut [u64]]) {
+    fn tile<const P: usize, V: Copy + Default>(
+        &self,
+        first: usize,
+        w: &[V],
+        rows: &mut [&mut [u64]],
+        pack: impl Fn([&[V]; OUTPUTS], &mut [Register]),
+    ) {
         let (n, m) = (self.n, rows.first().map_or(0, |r| r.len()));
         assert!(w.len() == m * n && rows.iter().all(|r| r.len() == m) && first + rows.len() <= self.rows);
-        let mut cut = vec![EMPTY; M * 3 * C::COLUMNS.min(n).div_ceil(LANES)];
-        for block in Block::of(n, C::COLUMNS) {
-            let x = &self.blocks[block.rows(3, self.rows, first, rows.len())];
-            let each = 3 * block.registers();
-            let mut j = 0;
-            while j < m {
-                let wide = if m - j >= M { M } else { 1 };
-                for (q, out) in cut.chunks_exact_mut(each).take(wide).enumerate() {
-                    digits::<3, C>(&w[(j + q) * n..][block.from..block.to], false, out);
-                }
-                let w = &cut[..wide * each];
-                let mut s = 0;
-                while s < rows.len() {
-                    let x = &x[s * each..];
-                    let rows = &mut rows[s..];
-                    s += match (rows.len(), wide == M) {
-                        (2.., true) => words::<2, M, S>(x, w, each, rows, j),
-                        (_, true) => words::<1, M, S>(x, w, each, rows, j),
-                        (2.., _) => words::<2, 1, S>(x, w, each, rows, j),
-                        _ => words::<1, 1, S>(x, w, each, rows, j),
+        assert!(first.is_multiple_of(C::ROWS), "a tile begins with a group");
+        let mut panels = vec![Register([0; LANES]); P * W * BLOCK.min(n).div_ceil(2)];
+        let none = [V::default(); BLOCK];
+        for block in Block::of(n) {
+            let panels = &mut panels[..P * W * block.pairs()];
+            for j in (0..m).step_by(P * OUTPUTS) {
+                for (q, panel) in panels.chunks_exact_mut(W * block.pairs()).enumerate() {
+                    let row = |i: usize| match j + q * OUTPUTS + i {
+                        at if at < m => &w[at * n + block.from..at * n + block.to],
+                        _ => &none[..block.to - block.from],
                     };
+                    pack(std::array::from_fn(row), panel);
                 }
-                j += wide;
+                for (group, rows) in rows.chunks_mut(C::ROWS).enumerate() {
+                    let x = &self.pairs[self.group(block, first / C::ROWS + group)];
+                    match rows.len() {
+                        1 => meet::<C, X, W, S, P, 1>(x, panels, rows, j),
+                        2 => meet::<C, X, W, S, P, 2>(x, panels, rows, j),
+                        3 => meet::<C, X, W, S, P, 3>(x, panels, rows, j),
+                        4 => meet::<C, X, W, S, P, 4>(x, panels, rows, j),
+                        5 => meet::<C, X, W, S, P, 5>(x, panels, rows, j),
+                        6 => meet::<C, X, W, S, P, 6>(x, panels, rows, j),
+                        7 => meet::<C, X, W, S, P, 7>(x, panels, rows, j),
+                        _ => meet::<C, X, W, S, P, 8>(x, panels, rows, j),
+                    }
+                }
             }
         }
     }
 }
 
-/// `T` rows of digits of `x` by `M` of `w`, added at column `j` of the first `T` of `rows`; gives `T`. Of [`Short`] digits with
-/// three sums, of [`Long`] ones with four.
+/// The first `T` rows of a group by `P` panels, added from column `j` on.
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
-fn words<const T: usize, const M: usize, const S: usize>(
-    x: &[Register],
-    w: &[Register],
-    each: usize,
+fn meet<C: Scheme<X, W, S>, const X: usize, const W: usize, const S: usize, const P: usize, const T: usize>(
+    x: &[[i16; 2]],
+    panels: &[Register],
     rows: &mut [&mut [u64]],
     j: usize,
-) -> usize {
-    assert!(x.len() >= T * each && w.len() >= M * each && each.is_multiple_of(3) && T * M <= 8);
-    let mut acc = [[[_mm512_setzero_si512(); S]; M]; T];
-    let mut i = 0;
-    while i < each {
-        let load = |v: &[Register], s: usize| -> [__m512i; 3] {
-            // SAFETY: rows s < T of x and q < M of w have `each` registers, a multiple of three, and i is one below it.
-            unsafe {
-                let at = v.as_ptr().add(s * each + i);
-                std::array::from_fn(|p| _mm512_load_si512(at.add(p).cast()))
-            }
-        };
-        let xs: [[__m512i; 3]; T] = std::array::from_fn(|s| load(x, s));
-        for q in 0..M {
-            let [w0, w1, w2] = load(w, q);
-            for s in 0..T {
-                let ([x0, x1, x2], acc) = (xs[s], &mut acc[s][q]);
-                if S == 3 {
-                    acc[0] = dot(acc[0], x0, w0);
-                } else {
-                    acc[0] = dot(acc[0], _mm512_and_si512(x0, _mm512_set1_epi16(0xff)), w0);
-                    acc[1] = dot(acc[1], _mm512_srai_epi16::<8>(x0), w0);
+) {
+    assert!(T <= C::ROWS && rows.len() == T);
+    let zero = _mm512_setzero_si512();
+    let (mut sums, mut above) = ([[[zero; S]; P]; T], [[[zero; 2]; P]; T]);
+    steps::<C, X, W, S, P, T>(x, panels, &mut sums, &mut above);
+    for ((row, sums), above) in rows.iter_mut().zip(&sums).zip(&above) {
+        for (q, (sums, above)) in sums.iter().zip(above).enumerate() {
+            // Even lanes are the first eight outputs of a panel, odd ones the others.
+            let (mut even, mut odd) = (zero, zero);
+            let mut add = |v: __m512i, exact: bool, place: u32| {
+                let place = _mm512_set1_epi64(i64::from(place));
+                let low = if exact { _mm512_srai_epi64::<32>(_mm512_slli_epi64::<32>(v)) } else { v };
+                let high = if exact { _mm512_srai_epi64::<32>(v) } else { _mm512_srli_epi64::<32>(v) };
+                even = _mm512_add_epi64(even, _mm512_sllv_epi64(low, place));
+                odd = _mm512_add_epi64(odd, _mm512_sllv_epi64(high, place));
+            };
+            for (p, &sum) in sums.iter().enumerate() {
+                add(sum, p < C::EXACT, C::PLACES[p]);
+                if C::SHIFT > 0 && p < C::EXACT {
+                    add(above[p], false, C::PLACES[p] + C::SHIFT);
                 }
-                acc[S - 2] = dot(acc[S - 2], x0, w1);
-                acc[S - 1] = dot(acc[S - 1], x1, w1);
-                acc[S - 2] = dot(acc[S - 2], x1, w0);
-                acc[S - 1] = dot(acc[S - 1], x0, w2);
-                acc[S - 1] = dot(acc[S - 1], x2, w0);
+            }
+            for (half, sum) in [even, odd].into_iter().enumerate() {
+                let out = row.get_mut(j + q * OUTPUTS + 8 * half..).unwrap_or_default();
+                let lanes = ((1u32 << out.len().min(8)) - 1) as u8;
+                // SAFETY: only lanes within `out` are read and written.
+                unsafe {
+                    let old = _mm512_maskz_loadu_epi64(lanes, out.as_ptr().cast());
+                    _mm512_mask_storeu_epi64(out.as_mut_ptr().cast(), lanes, _mm512_add_epi64(old, sum));
+                }
             }
         }
-        i += 3;
     }
-    let mut sums = [_mm512_setzero_si512(); 8];
-    for (sum, acc) in sums.iter_mut().zip(acc.as_flattened()) {
-        let (middle, high) = (wrapped(acc[S - 2]), wrapped(acc[S - 1]));
-        *sum = if S == 3 {
-            let rest = _mm512_add_epi64(_mm512_slli_epi64::<14>(middle), _mm512_slli_epi64::<28>(high));
-            _mm512_add_epi64(exact(acc[0]), rest)
-        } else {
-            let low = _mm512_add_epi64(exact(acc[0]), _mm512_slli_epi64::<8>(exact(acc[1])));
-            _mm512_add_epi64(low, _mm512_add_epi64(_mm512_slli_epi64::<16>(middle), _mm512_slli_epi64::<32>(high)))
-        };
-    }
-    let sums = reduce(sums);
-    for (row, sums) in rows.iter_mut().zip(sums.chunks_exact(M)).take(T) {
-        for (out, sum) in row[j..j + M].iter_mut().zip(sums) {
-            *out = out.wrapping_add(*sum);
+}
+
+/// The sums of [`meet`], and what was moved out of them. By itself, and not inlined, so that all of them stay in registers.
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
+fn steps<C: Scheme<X, W, S>, const X: usize, const W: usize, const S: usize, const P: usize, const T: usize>(
+    x: &[[i16; 2]],
+    panels: &[Register],
+    out: &mut [[[__m512i; S]; P]; T],
+    above: &mut [[[__m512i; 2]; P]; T],
+) {
+    let (pairs, each) = (panels.len() / (P * W), C::ROWS * X);
+    assert!(
+        T <= C::ROWS && panels.len() == pairs * P * W && x.len() == pairs * each && C::EXACT <= 2 || C::STEPS >= pairs
+    );
+    let (shift, low) = (_mm512_set1_epi32(C::SHIFT as i32), _mm512_set1_epi32((1 << C::SHIFT) - 1));
+    let mut sums = *out;
+    let mut i = 0;
+    while i < pairs {
+        let to = pairs.min(i + C::STEPS);
+        loop {
+            // SAFETY: a panel has W registers for each of the pairs, and the group X digits of each of at least T rows; the processor
+            // has the instructions.
+            unsafe {
+                let w: [[__m512i; W]; P] = std::array::from_fn(|q| {
+                    let at = panels.as_ptr().add((q * pairs + i) * W);
+                    std::array::from_fn(|p| _mm512_load_si512(at.add(p).cast()))
+                });
+                let x = x.as_ptr().add(i * each);
+                // Unrolled by hand: the compiler stops at seven.
+                macro_rules! rows {
+                    ($($s:literal)*) => {
+                        $(if let Some(sums) = sums.get_mut($s) {
+                            C::multiply::<$s, P>(x, &w, sums);
+                        })*
+                    };
+                }
+                rows!(0 1 2 3 4 5 6 7);
+            }
+            i += 1;
+            if i >= to {
+                break;
+            }
+        }
+        if C::SHIFT > 0 {
+            for (sums, above) in sums.as_flattened_mut().iter_mut().zip(above.as_flattened_mut()) {
+                for (sum, above) in sums.iter_mut().zip(above).take(C::EXACT) {
+                    *above = _mm512_add_epi32(*above, _mm512_srav_epi32(*sum, shift));
+                    *sum = _mm512_and_si512(*sum, low);
+                }
+            }
         }
     }
-    T
+    *out = sums;
+}
+
+/// Two columns of sixteen rows of ring words a step, digit by digit.
+#[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
+fn pack_words<C: Cut<3>>(rows: [&[u64]; OUTPUTS], panel: &mut [Register]) {
+    let n = rows[0].len();
+    assert!(rows.iter().all(|r| r.len() == n) && panel.len() == 3 * n.div_ceil(2));
+    for (i, out) in panel.chunks_mut(4 * 3).enumerate() {
+        // Whole cache lines: rows are often a multiple of 4 KB apart, and fewer lines of such stay in the L1 cache than there are rows.
+        let lanes = ((1u32 << (n - 8 * i).min(8)) - 1) as u8;
+        // Of four rows, every second one, two columns in each of four registers.
+        let four = |from: usize| {
+            // SAFETY: columns of the row whose lanes are set.
+            let row =
+                |r: usize| unsafe { _mm512_maskz_loadu_epi64(lanes, rows[from + 2 * r].as_ptr().add(8 * i).cast()) };
+            let [a, b, c, d] = [row(0), row(1), row(2), row(3)];
+            let (e, f) = (_mm512_shuffle_i64x2::<0x44>(a, b), _mm512_shuffle_i64x2::<0x44>(c, d));
+            let (g, h) = (_mm512_shuffle_i64x2::<0xee>(a, b), _mm512_shuffle_i64x2::<0xee>(c, d));
+            [
+                _mm512_shuffle_i64x2::<0x88>(e, f),
+                _mm512_shuffle_i64x2::<0xdd>(e, f),
+                _mm512_shuffle_i64x2::<0x88>(g, h),
+                _mm512_shuffle_i64x2::<0xdd>(g, h),
+            ]
+        };
+        let [a, b, c, d] = [four(0), four(1), four(8), four(9)];
+        for (i, out) in out.chunks_exact_mut(3).enumerate() {
+            let words = [
+                _mm512_unpacklo_epi64(a[i], b[i]),
+                _mm512_unpackhi_epi64(a[i], b[i]),
+                _mm512_unpacklo_epi64(c[i], d[i]),
+                _mm512_unpackhi_epi64(c[i], d[i]),
+            ];
+            for (out, v) in out.iter_mut().zip(digits::<3, C>(words)) {
+                // SAFETY: `out` has the 32 lanes that are stored.
+                unsafe { _mm512_store_si512(out.0.as_mut_ptr().cast(), v) };
+            }
+        }
+    }
+}
+
+/// Two columns of sixteen rows of weights a step.
+#[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
+fn pack_weights<V: Load>(rows: [&[V]; OUTPUTS], panel: &mut [Register]) {
+    let n = rows[0].len();
+    assert!(rows.iter().all(|r| r.len() == n) && panel.len() == n.div_ceil(2));
+    for (i, out) in panel.chunks_mut(LANES / 2).enumerate() {
+        let have = (n - i * LANES).min(LANES);
+        let lanes = u32::MAX >> (LANES - have);
+        // Rows 0, 8, 1, 9...: even lanes are the first eight.
+        let v: [__m512i; 16] = std::array::from_fn(|r| {
+            // SAFETY: lanes below `have` are within the row.
+            unsafe { V::load(lanes, rows[r / 2 + r % 2 * 8].as_ptr().add(i * LANES)) }
+        });
+        for (out, v) in out.iter_mut().zip(transpose(v)) {
+            // SAFETY: `out` has the 32 lanes that are stored.
+            unsafe { _mm512_store_si512(out.0.as_mut_ptr().cast(), v) };
+        }
+    }
+}
+
+/// Rows of sixteen 32-bit numbers to columns.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn transpose(v: [__m512i; 16]) -> [__m512i; 16] {
+    // Lane L of 128 bits of `four[g][c]` has column 4 L + c of rows 4 g to 4 g + 3.
+    let four: [[__m512i; 4]; 4] = std::array::from_fn(|g| {
+        let [a, b, c, d] = [v[4 * g], v[4 * g + 1], v[4 * g + 2], v[4 * g + 3]];
+        let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
+        let (high_ab, high_cd) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
+        [
+            _mm512_unpacklo_epi64(ab, cd),
+            _mm512_unpackhi_epi64(ab, cd),
+            _mm512_unpacklo_epi64(high_ab, high_cd),
+            _mm512_unpackhi_epi64(high_ab, high_cd),
+        ]
+    });
+    let mut out = v;
+    for c in 0..4 {
+        let (a, b) = (
+            _mm512_shuffle_i32x4::<0x44>(four[0][c], four[1][c]),
+            _mm512_shuffle_i32x4::<0x44>(four[2][c], four[3][c]),
+        );
+        let (e, f) = (
+            _mm512_shuffle_i32x4::<0xee>(four[0][c], four[1][c]),
+            _mm512_shuffle_i32x4::<0xee>(four[2][c], four[3][c]),
+        );
+        out[c] = _mm512_shuffle_i32x4::<0x88>(a, b);
+        out[4 + c] = _mm512_shuffle_i32x4::<0xdd>(a, b);
+        out[8 + c] = _mm512_shuffle_i32x4::<0x88>(e, f);
+        out[12 + c] = _mm512_shuffle_i32x4::<0xdd>(e, f);
+    }
+    out
 }
 
 /// `acc` and the products of 16-bit lanes, summed two by two. The intrinsic of that name is taken apart by LLVM into a product and
@@ -327,55 +579,118 @@ fn dot(mut acc: __m512i, x: __m512i, w: __m512i) -> __m512i {
     acc
 }
 
-/// The 32-bit lanes of `v` two by two, as signed integers.
-#[target_feature(enable = "avx512f")]
-fn exact(v: __m512i) -> __m512i {
-    let low = _mm512_srai_epi64::<32>(_mm512_slli_epi64::<32>(v));
-    _mm512_add_epi64(low, _mm512_srai_epi64::<32>(v))
+/// [`dot`] with the pair of 16-bit numbers that is number `D` of `X` of row `R` at `x`, in all lanes.
+///
+/// # Safety
+/// There it is.
+#[target_feature(enable = "avx512f,avx512vnni")]
+#[inline]
+unsafe fn dot_at<const X: usize, const R: usize, const D: usize>(
+    mut acc: __m512i,
+    x: *const [i16; 2],
+    w: __m512i,
+) -> __m512i {
+    // SAFETY: the caller's.
+    unsafe {
+        std::arch::asm!(
+            "vpdpwssd {0}, {1}, dword ptr [{2} + {3}]{{1to16}}",
+            inout(zmm_reg) acc,
+            in(zmm_reg) w,
+            in(reg) x,
+            const 4 * (R * X + D),
+            options(pure, readonly, nostack, preserves_flags)
+        );
+    }
+    acc
 }
 
-/// The 32-bit lanes of `v` two by two, modulo 2^32: higher bits mean nothing.
+/// The pair of 16-bit numbers that is number `D` of `X` of row `R` at `x`, in all lanes. LLVM would rather load several at once and then permute them, which
+/// takes the place of products.
+///
+/// # Safety
+/// There it is.
 #[target_feature(enable = "avx512f")]
-fn wrapped(v: __m512i) -> __m512i {
-    _mm512_add_epi64(v, _mm512_srli_epi64::<32>(v))
-}
-
-/// The sum of each one's lanes.
-#[target_feature(enable = "avx512f")]
-fn reduce(v: [__m512i; 8]) -> [u64; 8] {
-    let pair = |a, b| _mm512_add_epi64(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-    let fold = |a, b| _mm512_add_epi64(_mm512_shuffle_i64x2::<0x88>(a, b), _mm512_shuffle_i64x2::<0xdd>(a, b));
-    let (low, high) = (fold(pair(v[0], v[1]), pair(v[2], v[3])), fold(pair(v[4], v[5]), pair(v[6], v[7])));
-    let mut out = [0; 8];
-    // SAFETY: `out` has the eight words that are stored.
-    unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), fold(low, high)) };
+#[inline]
+unsafe fn broadcast<const X: usize, const R: usize, const D: usize>(x: *const [i16; 2]) -> __m512i {
+    let out;
+    // SAFETY: the caller's.
+    unsafe {
+        std::arch::asm!(
+            "vpbroadcastd {0}, dword ptr [{1} + {2}]",
+            out(zmm_reg) out,
+            in(reg) x,
+            const 4 * (R * X + D),
+            options(pure, readonly, nostack, preserves_flags)
+        );
+    }
     out
 }
 
-/// Ring words, cut for products with weights of at most 16 bits.
-pub enum Narrow {
-    /// Modulo 2^32.
-    Two(Planes<2>),
+/// Ring words, cut for products with ring words.
+pub enum Words {
     /// Modulo 2^44.
-    Three(Planes<3>),
-    /// Modulo 2^56.
-    Four(Planes<4>),
-    /// Modulo 2^64.
-    Five(Planes<5>),
+    Short(Rows<Short, 3, 3, 3>),
+    /// Modulo 2^48.
+    Long(Rows<Long, 5, 3, 4>),
 }
 
-impl Narrow {
+impl Words {
+    /// Of rows of `n` words, for products modulo `2^k`.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F, DQ, BW, VL and VNNI.
+    ///
+    /// # Panics
+    /// If `k` is above [`WIDEST`].
+    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
+    pub unsafe fn cut(x: &[u64], n: usize, k: u32) -> Words {
+        assert!(k <= WIDEST);
+        if k > 44 { Words::Long(Rows::cut(x, n)) } else { Words::Short(Rows::cut(x, n)) }
+    }
+
+    /// `rows[s][j] += sum_i x[first + s][i] w[j n + i]`, modulo the `2^k` that the digits were cut for; higher bits mean nothing.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F, DQ, BW, VL and VNNI.
+    ///
+    /// # Panics
+    /// If `w` is not `rows[_].len() x n`, there are not so many rows, or `first` is no multiple of those of [`GRAIN`].
+    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
+    pub unsafe fn tile(&self, first: usize, w: &[u64], rows: &mut [&mut [u64]]) {
+        match self {
+            Words::Short(x) => x.tile::<1, _>(first, w, rows, |w, out| pack_words::<Short>(w, out)),
+            Words::Long(x) => x.tile::<1, _>(first, w, rows, |w, out| pack_words::<Long>(w, out)),
+        }
+    }
+}
+
+/// Ring words, cut for products with weights of at most 16 bits.
+pub enum ByWeights {
+    /// Modulo 2^32.
+    To32(Rows<Narrow<32>, 2, 1, 2>),
+    /// Modulo 2^44.
+    To44(Rows<Narrow<44>, 3, 1, 3>),
+    /// Modulo 2^48.
+    To48(Rows<Narrow<48>, 4, 1, 4>),
+    /// Modulo 2^56.
+    To56(Rows<Narrow<56>, 4, 1, 4>),
+    /// Modulo 2^64.
+    To64(Rows<Narrow<64>, 6, 1, 6>),
+}
+
+impl ByWeights {
     /// Of rows of `n` words, for products modulo `2^k`.
     ///
     /// # Safety
     /// The processor has AVX-512 F, DQ, BW, VL and VNNI.
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
-    pub unsafe fn cut(x: &[u64], n: usize, k: u32) -> Narrow {
+    pub unsafe fn cut(x: &[u64], n: usize, k: u32) -> ByWeights {
         match k {
-            ..=32 => Narrow::Two(Planes::cut(x, n)),
-            33..=44 => Narrow::Three(Planes::cut(x, n)),
-            45..=56 => Narrow::Four(Planes::cut(x, n)),
-            _ => Narrow::Five(Planes::cut(x, n)),
+            ..=32 => ByWeights::To32(Rows::cut(x, n)),
+            33..=44 => ByWeights::To44(Rows::cut(x, n)),
+            45..=48 => ByWeights::To48(Rows::cut(x, n)),
+            49..=56 => ByWeights::To56(Rows::cut(x, n)),
+            _ => ByWeights::To64(Rows::cut(x, n)),
         }
     }
 
@@ -385,101 +700,16 @@ impl Narrow {
     /// The processor has AVX-512 F, DQ, BW, VL and VNNI.
     ///
     /// # Panics
-    /// If `w` is not `rows[_].len() x n`, or there are not so many rows.
+    /// As [`Words::tile`].
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
-    pub unsafe fn tile<W: Load>(&self, first: usize, w: &[W], rows: &mut [&mut [u64]]) {
+    pub unsafe fn tile<V: Load>(&self, first: usize, w: &[V], rows: &mut [&mut [u64]]) {
+        let pack = |w: [&[V]; OUTPUTS], out: &mut [Register]| pack_weights(w, out);
         match self {
-            Narrow::Two(x) => x.tile::<8, W>(first, w, rows),
-            Narrow::Three(x) => x.tile::<6, W>(first, w, rows),
-            Narrow::Four(x) => x.tile::<6, W>(first, w, rows),
-            Narrow::Five(x) => x.tile::<4, W>(first, w, rows),
-        }
-    }
-}
-
-/// Rows of words in `P` planes.
-pub struct Planes<const P: usize> {
-    rows: usize,
-    n: usize,
-    blocks: Vec<Register>,
-}
-
-impl<const P: usize> Planes<P>
-where
-    Ring<P>: Cut<P>,
-{
-    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
-    fn cut(x: &[u64], n: usize) -> Self {
-        Planes { rows: x.len() / n, n, blocks: rows::<P, Ring<P>>(x, n, true) }
-    }
-
-    /// [`Narrow::tile`], `M` rows of weights at a time.
-    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
-    fn tile<const M: usize, W: Load>(&self, first: usize, w: &[W], rows: &mut [&mut [u64]]) {
-        let (n, m) = (self.n, rows.first().map_or(0, |r| r.len()));
-        assert!(w.len() == m * n && rows.iter().all(|r| r.len() == m) && first + rows.len() <= self.rows);
-        // Where the digits of x do not stay in the cache, each block of them meets many rows of w before the next.
-        let most = if rows.len() * n * P <= CACHED { M } else { 8 * M };
-        let mut sums = vec![0; rows.len() * most];
-        for from in (0..m).step_by(most) {
-            let outputs = most.min(m - from);
-            for block in Block::of(n, Ring::<P>::COLUMNS) {
-                let (each, len) = (P * block.registers(), block.to - block.from);
-                let x = &self.blocks[block.rows(P, self.rows, first, rows.len())];
-                let mut j = 0;
-                while j < outputs {
-                    let wide = if outputs - j >= M { M } else { 1 };
-                    let w = &w[(from + j) * n + block.from..(from + j + wide - 1) * n + block.to];
-                    for (x, sums) in x.chunks_exact(each).zip(sums.chunks_exact_mut(most)) {
-                        let out = &mut sums[j..j + wide];
-                        if wide == M {
-                            self.block::<M, W>(x, w, len, out);
-                        } else {
-                            self.block::<1, W>(x, w, len, out);
-                        }
-                    }
-                    j += wide;
-                }
-            }
-            for (row, sums) in rows.iter_mut().zip(sums.chunks_exact_mut(most)) {
-                row[from..from + outputs].iter_mut().zip(sums.iter()).for_each(|(y, sum)| *y = y.wrapping_add(*sum));
-                sums.fill(0);
-            }
-        }
-    }
-
-    /// The first `len` columns of one row of digits by `M` rows of weights. Not inlined: the sums take nearly all registers.
-    #[inline(never)]
-    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
-    fn block<const M: usize, W: Load>(&self, x: &[Register], w: &[W], len: usize, out: &mut [u64]) {
-        let n = self.n;
-        assert!(x.len() == len.div_ceil(LANES) * P && w.len() == (M - 1) * n + len && out.len() == M && M <= 8);
-        let mut acc = [[_mm512_setzero_si512(); P]; M];
-        let mut i = 0;
-        while i < len {
-            let lanes = if len - i >= LANES { u32::MAX } else { (1 << (len - i)) - 1 };
-            // SAFETY: digits i / LANES of all planes are there.
-            let xs: [__m512i; P] =
-                std::array::from_fn(|p| unsafe { _mm512_load_si512(x.as_ptr().add(i / LANES * P + p).cast()) });
-            for (q, acc) in acc.iter_mut().enumerate() {
-                // SAFETY: of row q < M of w, lanes below `len` are read.
-                let w = unsafe { W::load(lanes, w.as_ptr().add(q * n + i)) };
-                for (acc, x) in acc.iter_mut().zip(xs) {
-                    *acc = dot(*acc, x, w);
-                }
-            }
-            i += LANES;
-        }
-        let mut sums = [_mm512_setzero_si512(); 8];
-        for (sum, acc) in sums.iter_mut().zip(acc) {
-            for (p, acc) in acc.into_iter().enumerate() {
-                let part = if p + 2 < P { exact(acc) } else { wrapped(acc) };
-                let part = _mm512_sll_epi64(part, _mm_cvtsi32_si128(Ring::<P>::DIGITS[p].0 as i32));
-                *sum = _mm512_add_epi64(*sum, part);
-            }
-        }
-        for (out, sum) in out.iter_mut().zip(reduce(sums)) {
-            *out = out.wrapping_add(sum);
+            ByWeights::To32(x) => x.tile::<2, _>(first, w, rows, pack),
+            ByWeights::To44(x) => x.tile::<2, _>(first, w, rows, pack),
+            ByWeights::To48(x) => x.tile::<2, _>(first, w, rows, pack),
+            ByWeights::To56(x) => x.tile::<2, _>(first, w, rows, pack),
+            ByWeights::To64(x) => x.tile::<2, _>(first, w, rows, pack),
         }
     }
 }
@@ -525,12 +755,12 @@ mod tests {
                 for b in words.into_iter().filter(|_| k <= WIDEST) {
                     let w = vec![b; m * n];
                     // SAFETY: the processor has the instructions.
-                    tile(&|rows| unsafe { Digits::cut(&x, n, k).tile(0, &w, rows) }, k, a.wrapping_mul(b));
+                    tile(&|rows| unsafe { Words::cut(&x, n, k).tile(0, &w, rows) }, k, a.wrapping_mul(b));
                 }
                 for b in [i16::MIN, i16::MAX, -1] {
                     let w = vec![b; m * n];
                     // SAFETY: as above.
-                    tile(&|rows| unsafe { Narrow::cut(&x, n, k).tile(0, &w, rows) }, k, a.wrapping_mul(b as u64));
+                    tile(&|rows| unsafe { ByWeights::cut(&x, n, k).tile(0, &w, rows) }, k, a.wrapping_mul(b as u64));
                 }
             }
         }
