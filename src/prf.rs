@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use aes::Aes128;
-use aes::cipher::{Array, BlockCipherEncrypt, KeyInit, KeyIvInit, StreamCipher, StreamCipherSeek};
+use aes::cipher::{Array, BlockCipherEncrypt, InnerIvInit, KeyInit, KeyIvInit, StreamCipher, StreamCipherSeek};
 use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
 use crate::error::{Error, Result};
@@ -381,16 +381,36 @@ impl PreparationSeed {
         self.0
     }
 
-    /// Words `from..from + out.len()` of matrix `id`'s stream, uniform in 64 bits.
-    pub fn matrix_words(&self, id: u64, from: u64, out: &mut [u64]) {
+    /// Matrix `id`'s stream.
+    #[must_use]
+    pub fn matrix(&self, id: u64) -> MatrixStream {
         let key: [u8; 16] = std::array::from_fn(|i| self.0[i]);
         let name: [u8; 16] = std::array::from_fn(|i| self.0[16 + i]);
         let mut start = [0u8; 16];
         start[..8].copy_from_slice(&id.to_le_bytes());
         let start = mac(&Aes128::new(&Array::from(name)), &start);
-        let mut cipher = ctr::Ctr64LE::<Aes128>::new(&Array::from(key), &Array::from(start));
-        cipher.seek(from * 8);
-        cipher.write_keystream(bytemuck::cast_slice_mut(out));
+        MatrixStream { cipher: Aes128::new(&Array::from(key)), start }
+    }
+
+    /// Words `from..from + out.len()` of matrix `id`'s stream, uniform in 64 bits.
+    pub fn matrix_words(&self, id: u64, from: u64, out: &mut [u64]) {
+        self.matrix(id).words(from, out);
+    }
+}
+
+/// A matrix's stream of a [`PreparationSeed`], whose keys are made once.
+pub struct MatrixStream {
+    cipher: Aes128,
+    start: [u8; 16],
+}
+
+impl MatrixStream {
+    /// Words `from..from + out.len()`, uniform in 64 bits.
+    pub fn words(&self, from: u64, out: &mut [u64]) {
+        let core = ctr::CtrCore::inner_iv_init(self.cipher.clone(), &Array::from(self.start));
+        let mut keystream = ctr::Ctr64LE::<Aes128>::from_core(core);
+        keystream.seek(from * 8);
+        keystream.write_keystream(bytemuck::cast_slice_mut(out));
     }
 }
 

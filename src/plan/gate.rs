@@ -1,6 +1,6 @@
 //! The MLP in the plan: the gate's window, the activation's table and what it may err by.
 
-use super::layer::{F, MlpPlan, gate_lo_bits, least_table};
+use super::layer::{F, MlpPlan, TABLE_MOST, gate_lo_bits, least_table};
 use super::ranges::{LayerBounds, LayerRanges, MARGIN, Who, needing, ring_for};
 use crate::model::config::Activation;
 
@@ -48,7 +48,7 @@ pub(super) fn f_table(activation: Activation, b: &LayerBounds, r: &LayerRanges, 
     let product = ring_for((reach(activation, b.gate) + 1.1) * b.up, F);
     // The middle values of an adapter are lifted.
     let middle = b.adapters.down.as_ref().map_or(0, |a| ring_for(a.middle, F + a.f.a) + 1);
-    let f = 64u32.saturating_sub(product.max(b.f.down + residual_k).max(middle)).min(20);
+    let f = 64u32.saturating_sub(product.max(b.f.down + residual_k).max(middle)).min(TABLE_MOST);
     (f >= least_table(gate_window(activation, b, r).1, b.f.down)).then_some(f)
 }
 

@@ -216,6 +216,11 @@ pub(super) fn least_gain(n: usize, bits: u32) -> u32 {
     log2_ceil((f64::from(bits).exp2() / f64::from(2 * F).exp2() / n as f64).sqrt()) + 13
 }
 
+/// Fewest and most fraction bits of a norm's `1/rms`, and those that it has where it needs no more and all that is behind it leaves room.
+pub(super) const GAIN_LEAST: u32 = 16;
+pub(super) const GAIN_MOST: u32 = 26;
+pub(super) const GAIN_USUAL: u32 = 24;
+
 /// Bits of the low digit of the exponential's window: rows one wide where that takes at most 2^7 of them, never wider than four.
 pub(super) fn exp_lo_bits(score_k: u32) -> u32 {
     score_k.saturating_sub(7).clamp(F, F + 2)
@@ -268,6 +273,9 @@ pub(super) fn least_inverse(softmax: Softmax, mass_bits: u32, f_o: u32) -> u32 {
     }
 }
 
+/// Most fraction bits of the activation's table.
+pub(super) const TABLE_MOST: u32 = 24;
+
 /// Fewest fraction bits of the activation's table that more than [`FW_LEAST`] bits of the down projection may leave: the rounding
 /// of a line's slope is not further off than the line.
 pub(super) fn least_table(gate_lo_bits: u32, f_down: u32) -> u32 {
@@ -309,7 +317,8 @@ impl NormPlan {
         within(self.window, 12, 16, "a norm's window")?;
         within(self.windows, 1, 2, "a norm's windows")?;
         let least = least_gain(n, self.bits);
-        within(self.f_gain, gain.max(least), (least + 1).clamp(16, 26), "a norm's gain")?;
+        within(self.f_gain, gain.max(least), GAIN_USUAL.max(least), "a norm's gain")?;
+        within(self.f_gain, gain.max(least), GAIN_MOST, "a norm's gain")?;
         match self.coarse {
             Some(t) => {
                 equal(i64::from(self.k), widest, "a norm's ring")?;
@@ -387,7 +396,12 @@ impl MlpPlan {
         within(self.gate_proven, self.gate_k, ring, "the gate's proven ring")?;
         equal(self.gate_lo_bits, gate_lo_bits(activation, self.gate_k), "the gate's window")?;
         let most = 64 - i64::from(self.f_down) - i64::from(residual_k);
-        within(self.f_table, least_table(self.gate_lo_bits, self.f_down), most.min(20), "the activation's fraction")
+        within(
+            self.f_table,
+            least_table(self.gate_lo_bits, self.f_down),
+            most.min(TABLE_MOST.into()),
+            "the activation's fraction",
+        )
     }
 }
 

@@ -14,8 +14,8 @@ use serde::Serialize;
 use super::adapter::{AdapterBounds, AdapterPlan, Group, Grouped};
 use super::gate::{f_table, gate_window, mlp, table_error};
 use super::layer::{
-    F, F_ROPE, FW_LEAST, HeadPlan, LayerFractions, LayerPlan, NormPlan, Plan, f_inverse, least_gain, log2_ceil, radix,
-    softmax_mass, widest_square,
+    F, F_ROPE, FW_LEAST, GAIN_LEAST, GAIN_MOST, GAIN_USUAL, HeadPlan, LayerFractions, LayerPlan, NormPlan, Plan,
+    f_inverse, least_gain, log2_ceil, radix, softmax_mass, widest_square,
 };
 use super::softmax::{PositiveParts, Steps, attention, normalised};
 use crate::error::{Error, Result};
@@ -212,11 +212,13 @@ impl Who<'_> {
         // Linear outputs have F and the weights' fraction bits in ring 64 - f_gain; a lift takes what is below 2^(k-2).
         let room = |f_gain: u32| (62.0 - f64::from(f_gain + F + behind.f)).exp2();
         let lowest = least_gain(n, bits);
-        self.fits("the sum of squares of a norm (bits of its root)", f64::from(lowest), 26.5);
-        let (least, best) = (lowest.clamp(16, 26), (lowest + 1).clamp(16, 26));
+        self.fits("the sum of squares of a norm (bits of its root)", f64::from(lowest), f64::from(GAIN_MOST) + 0.5);
+        // The more bits the gain has, the narrower is the ring of the products behind it: fewer run-ahead bytes, and fewer digits to
+        // multiply. The lifts behind them take more, online: five bytes are narrow enough.
+        let least = lowest.clamp(GAIN_LEAST, GAIN_MOST);
         // As much above the bound as the widths that follow from it are rounded up for.
         let output = behind.output * 1.002 + 0.01;
-        let f_gain = (least..=best).rev().find(|&f| output < room(f)).unwrap_or(least);
+        let f_gain = (least..=GAIN_USUAL.max(least)).rev().find(|&f| output < room(f)).unwrap_or(least);
         self.fits(&needing("a linear output after the norm", behind.f), output, room(f_gain));
         NormPlan { k, bits, window, windows, f_gain, coarse }
     }

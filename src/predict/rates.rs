@@ -87,7 +87,10 @@ impl Rates {
         // Of as many rows as a batch of decode tokens has.
         let (batch, part_macs) = (MAX_BATCH, (MAX_BATCH * m / 8 * n) as f64);
         let digits = gemm::Rows::new(44, &x[..batch * n], n);
-        let ring_macs = per(rate(part_macs, || digits.times(part, m / 8, &mut y[..batch * m / 8])));
+        let part = |j: usize, from: usize, row: &mut [u64]| row.copy_from_slice(&part[j * n + from..][..row.len()]);
+        let ring_macs = per(rate(part_macs, || {
+            digits.times(m / 8, part, &mut y[..batch * m / 8]);
+        }));
         // Scores and context over cached positions of heads of 64: one head's again and again, as the tokens of a prompt read it,
         // and one head after the other of a cache that fits no cache of the processor, as single tokens do.
         let (dim, width) = (64, n);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ndarray::ArrayView2;
 
 use crate::error::{Error, Result};
-use crate::prf::PreparationSeed;
+use crate::prf::{MatrixStream, PreparationSeed};
 use crate::ring::{Packed, filled, gemm};
 
 /// The Owner's integers, as narrow as they fit. Which of them is the Owner's own business.
@@ -116,6 +116,24 @@ pub struct OwnerMatrix {
 impl std::fmt::Debug for OwnerMatrix {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "matrix {} of {} x {} with {} fraction bits", self.id, self.outputs, self.inputs, self.f)
+    }
+}
+
+/// What multiplies masks, made part by part.
+pub(super) enum Masks<'a> {
+    Client(Box<MatrixStream>),
+    Helper(&'a Packed),
+    None,
+}
+
+impl Masks<'_> {
+    /// Elements from `from` on.
+    pub(super) fn read(&self, from: usize, out: &mut [u64]) {
+        match self {
+            Masks::Client(stream) => stream.words(from as u64, out),
+            Masks::Helper(a) => a.read(from, out),
+            Masks::None => {}
+        }
     }
 }
 
@@ -274,12 +292,12 @@ impl OwnerMatrix {
         Ok(a)
     }
 
-    /// Elements of `B` at the Client, of `A` at the Helper, from `from` on; nothing elsewhere.
-    pub(super) fn mask_words(&self, from: usize, out: &mut [u64]) {
+    /// The elements of `B` at the Client, of `A` at the Helper; nothing elsewhere.
+    pub(super) fn masks(&self) -> Masks<'_> {
         match &self.part {
-            Part::Client { seed } => seed.matrix_words(self.id, from as u64, out),
-            Part::Helper { a } => a.read(from, out),
-            Part::Owner { .. } | Part::Public { .. } | Part::Shape { .. } => {}
+            Part::Client { seed } => Masks::Client(Box::new(seed.matrix(self.id))),
+            Part::Helper { a } => Masks::Helper(a),
+            Part::Owner { .. } | Part::Public { .. } | Part::Shape { .. } => Masks::None,
         }
     }
 

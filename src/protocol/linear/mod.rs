@@ -20,8 +20,6 @@ mod matrix;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
-use rayon::prelude::*;
-
 pub use matrix::OwnerMatrix;
 use matrix::Part;
 pub(crate) use matrix::Plain;
@@ -52,12 +50,6 @@ pub fn cost(n: usize, k: u32) -> Cost {
 pub fn owner_linear(s: &mut Session, scope: &Scope, x: &Masked, w: &OwnerMatrix) -> Result<Masked> {
     start(s, scope, x, w)?.finish(s)
 }
-
-/// Words of the other parties' matrices that are there at a time, per thread.
-const TILE_WORDS: usize = 1 << 14;
-/// The same for passes of more than [`LONG`] rows.
-const TILE_WORDS_LONG: usize = 1 << 16;
-const LONG: usize = 64;
 
 fn start<'a>(s: &mut Session, scope: &Scope, x: &Masked, w: &'a OwnerMatrix) -> Result<Pending<'a, Masked>> {
     s.enter(scope);
@@ -115,41 +107,26 @@ pub(crate) fn local_masks(k: u32, r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
     if !matches!(w.part, Part::Client { .. } | Part::Helper { .. }) {
         return vec![0; t * m];
     }
+    let masks = w.masks();
     if w.diagonal {
         let mut own = vec![0; n];
-        w.mask_words(0, &mut own);
+        masks.read(0, &mut own);
         return r.iter().zip(own.iter().cycle()).map(|(r, w)| r.wrapping_mul(*w)).collect();
     }
-    // Made tile by tile and never stored: the Client keeps 32 bytes per model, the Helper packed words. Of a few rows at a
-    // time that stay in the cache; of more where a long prompt would read its own rows again for each tile.
-    let words = if t > LONG { TILE_WORDS_LONG } else { TILE_WORDS };
-    // Of sixteen rows, which the kernels take at once.
-    let tile = words.div_ceil(n).next_multiple_of(16).min(m);
-    let x = gemm::Rows::new(k, r, n);
-    let (drawing, all) = (AtomicU64::new(0), AtomicU64::new(0));
-    let tiles: Vec<Vec<u64>> = (0..m.div_ceil(tile))
-        .into_par_iter()
-        .map_init(Vec::new, |b: &mut Vec<u64>, i| {
-            let (from, rows) = (i * tile, tile.min(m - i * tile));
+    // Made part by part and never stored: the Client keeps 32 bytes per model, the Helper packed words.
+    let mut y = vec![0; t * m];
+    let drawing = AtomicU64::new(0);
+    let all = gemm::Rows::new(k, r, n).times(
+        m,
+        |j, from, row| {
             let begun = Instant::now();
-            b.resize(rows * n, 0);
-            w.mask_words(from * n, b);
+            masks.read(j * n + from, row);
             drawing.fetch_add(begun.elapsed().as_nanos() as u64, Relaxed);
-            let mut part = vec![0u64; t * rows];
-            x.times(b, rows, &mut part);
-            all.fetch_add(begun.elapsed().as_nanos() as u64, Relaxed);
-            part
-        })
-        .collect();
+        },
+        &mut y,
+    );
     if matches!(w.part, Part::Client { .. }) {
-        ledger::streams(drawing.into_inner() as f64 / all.into_inner().max(1) as f64);
-    }
-    let mut y = Vec::with_capacity(t * m);
-    for i in 0..t {
-        for part in &tiles {
-            let rows = part.len() / t;
-            y.extend_from_slice(&part[i * rows..(i + 1) * rows]);
-        }
+        ledger::streams(drawing.into_inner() as f64 / all.as_nanos().max(1) as f64);
     }
     y
 }

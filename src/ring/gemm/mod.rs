@@ -21,11 +21,19 @@ mod vnni;
 
 use super::Isa;
 use rayon::prelude::*;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 /// Multiply-adds below which one thread is faster than several.
 const PARALLEL_FROM: usize = 1 << 20;
 /// Rows of `x` and of `w` that a tile has a multiple of: enough to pay for reading a block of `w`, few enough that their chunks stay in L2.
 const GRAIN: (usize, usize) = (64, 4);
+/// Words of a matrix that is made as it is needed that are there at a time, per thread.
+const MADE: usize = 1 << 14;
+/// The same for products of more than [`LONG`] rows.
+const MADE_LONG: usize = 1 << 16;
+/// Rows from which on that is more.
+const LONG: usize = 64;
 
 /// A weight that widens to a ring word: `u64` as it is, `i8`, `i16` and `i32` sign-extended. Sealed.
 pub trait Weight: Copy + Send + Sync + lanes::Lanes {}
@@ -65,7 +73,7 @@ pub fn ring(x: &[u64], w: &[u64], t: usize, m: usize, n: usize, c: &mut [u64]) {
     multiply(Isa::current(), x, w, t, m, n, c);
 }
 
-/// Ring words made ready for products modulo `2^k` with many matrices: [`ring`] by parts of a matrix that come one by one.
+/// Ring words made ready for products modulo `2^k` with a matrix that is made part by part.
 pub struct Rows<'a> {
     isa: Isa,
     k: u32,
@@ -99,23 +107,6 @@ impl Digits {
             _ => None,
         }
     }
-
-    /// What a tile has multiples of.
-    fn grain(&self) -> (usize, usize) {
-        match self {
-            Digits::Fma(_) => GRAIN,
-            Digits::Vnni(_) => vnni::GRAIN,
-        }
-    }
-
-    /// A tile of the product with the rows `w`.
-    fn tile(&self, first: usize, w: &[u64], rows: &mut [&mut [u64]]) {
-        // SAFETY: there are digits only where `cut` has checked that the processor has the instructions.
-        match self {
-            Digits::Fma(x) => unsafe { x.tile(first, w, rows) },
-            Digits::Vnni(x) => unsafe { x.tile(first, w, rows) },
-        }
-    }
 }
 
 impl<'a> Rows<'a> {
@@ -146,35 +137,69 @@ impl<'a> Rows<'a> {
         }
     }
 
-    /// `c[s m + j] += sum_i x[s n + i] w[j n + i]`, `w` being `m x n`. Bits of `c` above `k` mean nothing.
+    /// `c[s m + j] += sum_i x[s n + i] w[j n + i]`, where `w` is `m x n` and never there as a whole: `make` is asked for row `j`'s columns
+    /// `from..`, as many as it is given room for, by one thread or another. Bits of `c` above `k` mean nothing. Gives the time that it took,
+    /// of all threads together.
     ///
     /// # Panics
-    /// If a slice has not exactly the length that the rows and `m` say.
-    pub fn times(&self, w: &[u64], m: usize, c: &mut [u64]) {
+    /// If `c` has not exactly the length that the rows and `m` say.
+    pub fn times(&self, m: usize, make: impl Fn(usize, usize, &mut [u64]) + Sync, c: &mut [u64]) -> Duration {
         let n = self.n;
         let t = self.x.len() / n.max(1);
-        #[cfg(target_arch = "x86_64")]
-        if let Some(digits) = &self.digits {
-            check(self.x, w, n, (t, m, n), c);
-            let run = |s, j, rows: &mut [&mut [u64]]| digits.tile(s, &w[j * n..][..rows[0].len() * n], rows);
-            // On a worker of the pool others have parts of their own: smaller tiles would cut the same weights again and again.
-            if c.is_empty() || rayon::current_thread_index().is_none() {
-                tiles(digits.grain(), (t, m, n), c, run);
-            } else {
-                run(0, 0, &mut c.chunks_mut(m).collect::<Vec<_>>());
-            }
-            return;
+        assert_eq!(c.len(), area(t, m), "c is t x m");
+        if n == 0 {
+            return Duration::ZERO;
         }
+        let taken = AtomicU64::new(0);
+        // All rows in one tile: made once.
+        let grain = self.grain();
+        tiles((t.next_multiple_of(grain.0), grain.1), (t, m, n), c, |_, j, rows| {
+            let begun = Instant::now();
+            self.made(|q, from, out| make(j + q, from, out), rows);
+            taken.fetch_add(begun.elapsed().as_nanos() as u64, Relaxed);
+        });
+        Duration::from_nanos(taken.into_inner())
+    }
+
+    /// All rows by rows that are made.
+    fn made(&self, make: impl Fn(usize, usize, &mut [u64]), rows: &mut [&mut [u64]]) {
+        let (n, columns) = (self.n, rows[0].len());
+        // Of a few rows at a time that stay in the cache; of more where a long prompt would read its own rows again for each.
+        let words = if rows.len() > LONG { MADE_LONG } else { MADE };
+        let step = words.div_ceil(n).next_multiple_of(self.grain().1.min(16)).min(columns);
+        let mut w = vec![0; step * n];
+        for from in (0..columns).step_by(step) {
+            let to = columns.min(from + step);
+            let w = &mut w[..(to - from) * n];
+            w.chunks_exact_mut(n).enumerate().for_each(|(q, row)| make(from + q, 0, row));
+            self.tile(w, &mut rows.iter_mut().map(|row| &mut row[from..to]).collect::<Vec<_>>());
+        }
+    }
+
+    /// What a tile has multiples of.
+    fn grain(&self) -> (usize, usize) {
+        match &self.digits {
+            #[cfg(target_arch = "x86_64")]
+            Some(Digits::Vnni(_)) => vnni::GRAIN,
+            _ => GRAIN,
+        }
+    }
+
+    /// All rows by the rows `w`.
+    fn tile(&self, w: &[u64], rows: &mut [&mut [u64]]) {
         #[cfg(target_arch = "x86_64")]
-        if self.isa == Isa::Ifma && self.k <= ifma::WIDEST && n > 0 {
-            check(self.x, w, n, (t, m, n), c);
+        match &self.digits {
+            // SAFETY: there are digits only where `cut` has checked that the processor has the instructions.
+            Some(Digits::Fma(x)) => return unsafe { x.tile(0, w, rows) },
+            // SAFETY: as above.
+            Some(Digits::Vnni(x)) => return unsafe { x.tile(w, rows) },
             // SAFETY: `or_portable` has checked that the processor has the instructions.
-            tiles(GRAIN, (t, m, n), c, |s, j, rows| unsafe {
-                ifma::tile(&self.x[s * n..][..rows.len() * n], &w[j * n..][..rows[0].len() * n], n, rows);
-            });
-            return;
+            _ if self.isa == Isa::Ifma && self.k <= ifma::WIDEST => {
+                return unsafe { ifma::tile(self.x, w, self.n, rows) };
+            }
+            _ => {}
         }
-        multiply(self.isa, self.x, w, t, m, n, c);
+        tile(self.isa, self.x, w, (self.n, self.n), rows);
     }
 }
 
@@ -273,16 +298,21 @@ pub fn strided<W: Weight>(
     tiles(GRAIN, (t, m, n), c, |s, j, rows| {
         let x = &x[s * n..][..rows.len() * n];
         let w = &w[j * stride..][..(rows[0].len() - 1) * stride + n];
-        match isa {
-            // SAFETY: `or_portable` has checked that the processor has the instructions.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Vnni | Isa::Ifma => unsafe { avx512::tile(x, w, stride, n, rows) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { avx2::tile(x, w, stride, n, rows) },
-            _ => portable::tile(x, w, stride, n, rows),
-        }
+        tile(isa, x, w, (stride, n), rows);
     });
+}
+
+/// A tile of the product, on an instruction set that the processor has.
+fn tile<W: Weight>(isa: Isa, x: &[u64], w: &[W], (stride, n): (usize, usize), rows: &mut [&mut [u64]]) {
+    match isa {
+        // SAFETY: `or_portable` has checked that the processor has the instructions.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Vnni | Isa::Ifma => unsafe { avx512::tile(x, w, stride, n, rows) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::tile(x, w, stride, n, rows) },
+        _ => portable::tile(x, w, stride, n, rows),
+    }
 }
 
 /// `c[s m + j] += sum_i x[s n + i] w[i stride + j]`: sums of the rows of `w`, which are `m` long and `stride` apart, weighted by

@@ -20,6 +20,8 @@ pub const FEWEST: usize = 4;
 pub const GRAIN: (usize, usize) = (144, 2 * OUTPUTS);
 /// Columns of `x` whose digits meet all of a tile before the next: those of a tile stay in the L2 cache.
 const BLOCK: usize = 256;
+/// A shift that leaves nothing.
+const NOWHERE: u32 = 64;
 /// 16-bit lanes of a register.
 const LANES: usize = 32;
 /// Rows of `w` in one panel.
@@ -60,8 +62,8 @@ pub trait Cut<const X: usize> {
 
 /// What is done with `X` digits of a word of `x` and `W` numbers made of one of `w`: `S` sums.
 pub trait Scheme<const X: usize, const W: usize, const S: usize> {
-    /// Where the sums stand.
-    const PLACES: [u32; S];
+    /// Where the sums stand: `(p, q)` is `2^p - 2^q`, or `2^p` where `q` is [`NOWHERE`].
+    const PLACES: [(u32, u32); S];
     /// How many of them, the lowest, must be exact.
     const EXACT: usize;
     /// Pairs of columns over which those are: at least those of a block, or what is above `SHIFT` bits is moved.
@@ -88,6 +90,50 @@ pub trait Scheme<const X: usize, const W: usize, const S: usize> {
     );
 }
 
+/// Both operands of a product of ring words modulo `2^43`: `x0 w0 + 2^14 (x0 w1 + x1 w0) + 2^28 x1 w1 + 2^29 (x0 w2 + x2 w0)`, where
+/// `x0 w1 + x1 w0` is `(x0 + x1) (w0 + w1) - x0 w0 - x1 w1` (Karatsuba): five products. The sums of the two lower digits fit 16 bits.
+pub struct Shortest;
+
+impl Cut<3> for Shortest {
+    const DIGITS: [(u32, u32); 3] = [(0, 14), (14, 15), (29, 14)];
+}
+
+impl Scheme<4, 4, 4> for Shortest {
+    const PLACES: [(u32, u32); 4] = [(0, 14), (14, NOWHERE), (28, 14), (29, NOWHERE)];
+    const EXACT: usize = 1;
+    // A pair of products adds at most 2^27.
+    const STEPS: usize = 15;
+    const SHIFT: u32 = 12;
+    const ROWS: usize = 6;
+
+    #[target_feature(enable = "avx512f,avx512bw")]
+    #[inline]
+    unsafe fn cut(words: [__m512i; 4]) -> [__m512i; 4] {
+        let [x0, x1, x2] = digits::<3, Shortest>(words);
+        [x0, x1, x2, _mm512_add_epi16(x0, x1)]
+    }
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    #[inline]
+    unsafe fn multiply<const R: usize, const P: usize>(
+        x: *const [i16; 2],
+        w: &[[__m512i; 4]; P],
+        sums: &mut [[__m512i; 4]; P],
+    ) {
+        for (&[w0, w1, w2, both], [a, m, b, c]) in w.iter().zip(sums) {
+            // SAFETY: the caller's.
+            unsafe {
+                let x0 = broadcast::<4, R, 0>(x);
+                *c = dot(*c, x0, w2);
+                *a = dot(*a, x0, w0);
+                *b = dot_at::<4, R, 1>(*b, x, w1);
+                *m = dot_at::<4, R, 3>(*m, x, both);
+                *c = dot_at::<4, R, 2>(*c, x, w0);
+            }
+        }
+    }
+}
+
 /// Both operands of a product of ring words modulo `2^44`: `x0 w0 + 2^14 (x0 w1 + x1 w0) + 2^28 (x1 w1 + x0 w2 + x2 w0)`. The
 /// last digit has 14 bits and stands two higher, so that it shares a sum with the product of the middle ones; its product with
 /// another than the lowest begins at 2^44.
@@ -98,7 +144,7 @@ impl Cut<3> for Short {
 }
 
 impl Scheme<3, 3, 3> for Short {
-    const PLACES: [u32; 3] = [0, 14, 28];
+    const PLACES: [(u32, u32); 3] = [(0, NOWHERE), (14, NOWHERE), (28, NOWHERE)];
     const EXACT: usize = 1;
     // A pair of products adds at most 2^27.
     const STEPS: usize = 15;
@@ -142,7 +188,7 @@ impl Cut<3> for Long {
 }
 
 impl Scheme<5, 3, 4> for Long {
-    const PLACES: [u32; 4] = [0, 8, 16, 32];
+    const PLACES: [(u32, u32); 4] = [(0, NOWHERE), (8, NOWHERE), (16, NOWHERE), (32, NOWHERE)];
     // A pair of products with bytes adds at most 2^16 x 255.
     const EXACT: usize = 2;
     const ROWS: usize = 6;
@@ -188,10 +234,10 @@ macro_rules! narrow {
         }
 
         impl Scheme<$x, 1, $x> for Narrow<$k> {
-            const PLACES: [u32; $x] = {
-                let (mut places, mut p) = ([0; $x], 0);
+            const PLACES: [(u32, u32); $x] = {
+                let (mut places, mut p) = ([(0, NOWHERE); $x], 0);
                 while p < $x {
-                    places[p] = Self::DIGITS[p].0;
+                    places[p].0 = Self::DIGITS[p].0;
                     p += 1;
                 }
                 places
@@ -228,6 +274,7 @@ macro_rules! narrow {
 }
 
 narrow!(32, 2: 0 1, 6, [(0, 16), (16, 16)],);
+narrow!(40, 3: 0 1 2, 4, [(0, 8), (8, 16), (24, 16)],);
 narrow!(44, 3: 0 1 2, 4, [(0, 12), (12, 16), (28, 16)], const STEPS: usize = 15; const SHIFT: u32 = 12;);
 narrow!(48, 4: 0 1 2 3, 3, [(0, 8), (8, 8), (16, 16), (32, 16)],);
 narrow!(56, 4: 0 1 2 3, 3, [(0, 12), (12, 12), (24, 16), (40, 16)], const STEPS: usize = 15; const SHIFT: u32 = 24;);
@@ -328,30 +375,24 @@ impl<C: Scheme<X, W, S>, const X: usize, const W: usize, const S: usize> Rows<C,
         at..at + each
     }
 
-    /// `rows[s][j] += sum_i x[first + s][i] w[j n + i]`, where `pack` makes a panel of [`OUTPUTS`] rows of `w`, `P` of which meet
-    /// rows of `x` at once.
+    /// `rows[s][j] += sum_i x[first + s][i] w[j][i]`, where `pack` makes a panel: a block of columns of the [`OUTPUTS`] rows of `w` from `j`
+    /// on, zeros where there are none. `P` panels meet rows of `x` at once.
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
-    fn tile<const P: usize, V: Copy + Default>(
+    fn tile<const P: usize>(
         &self,
         first: usize,
-        w: &[V],
         rows: &mut [&mut [u64]],
-        pack: impl Fn([&[V]; OUTPUTS], &mut [Register]),
+        mut pack: impl FnMut(usize, Block, &mut [Register]),
     ) {
-        let (n, m) = (self.n, rows.first().map_or(0, |r| r.len()));
-        assert!(w.len() == m * n && rows.iter().all(|r| r.len() == m) && first + rows.len() <= self.rows);
+        let m = rows.first().map_or(0, |r| r.len());
+        assert!(rows.iter().all(|r| r.len() == m) && first + rows.len() <= self.rows);
         assert!(first.is_multiple_of(C::ROWS), "a tile begins with a group");
-        let mut panels = vec![Register([0; LANES]); P * W * BLOCK.min(n).div_ceil(2)];
-        let none = [V::default(); BLOCK];
-        for block in Block::of(n) {
+        let mut panels = vec![Register([0; LANES]); P * W * BLOCK.min(self.n).div_ceil(2)];
+        for block in Block::of(self.n) {
             let panels = &mut panels[..P * W * block.pairs()];
             for j in (0..m).step_by(P * OUTPUTS) {
                 for (q, panel) in panels.chunks_exact_mut(W * block.pairs()).enumerate() {
-                    let row = |i: usize| match j + q * OUTPUTS + i {
-                        at if at < m => &w[at * n + block.from..at * n + block.to],
-                        _ => &none[..block.to - block.from],
-                    };
-                    pack(std::array::from_fn(row), panel);
+                    pack(j + q * OUTPUTS, block, panel);
                 }
                 for (group, rows) in rows.chunks_mut(C::ROWS).enumerate() {
                     let x = &self.pairs[self.group(block, first / C::ROWS + group)];
@@ -368,6 +409,36 @@ impl<C: Scheme<X, W, S>, const X: usize, const W: usize, const S: usize> Rows<C,
                 }
             }
         }
+    }
+
+    /// A panel's rows of `w`, of `n` columns each and `m` in all: those of a block from row `j` on, and `none` where there are none.
+    fn panel<'a, V>(
+        w: &'a [V],
+        none: &'a [V; BLOCK],
+        (m, n): (usize, usize),
+        j: usize,
+        block: Block,
+    ) -> [&'a [V]; OUTPUTS] {
+        std::array::from_fn(|i| match j + i {
+            at if at < m => &w[at * n + block.from..at * n + block.to],
+            _ => &none[..block.to - block.from],
+        })
+    }
+
+    /// [`Rows::tile`] by rows of ring words, of which `cut` makes numbers.
+    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
+    fn by_words(&self, w: &[u64], rows: &mut [&mut [u64]], cut: impl Fn([__m512i; 4]) -> [__m512i; W]) {
+        let (m, n, none) = (rows.first().map_or(0, |r| r.len()), self.n, [0; BLOCK]);
+        assert!(w.len() == m * n, "w is m x n");
+        self.tile::<1>(0, rows, |j, block, panel| pack_words(Self::panel(w, &none, (m, n), j, block), panel, &cut));
+    }
+
+    /// [`Rows::tile`] by rows of weights.
+    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
+    fn by_weights<V: Load>(&self, first: usize, w: &[V], rows: &mut [&mut [u64]]) {
+        let (m, n, none) = (rows.first().map_or(0, |r| r.len()), self.n, [V::default(); BLOCK]);
+        assert!(w.len() == m * n, "w is m x n");
+        self.tile::<2>(first, rows, |j, block, panel| pack_weights(Self::panel(w, &none, (m, n), j, block), panel));
     }
 }
 
@@ -388,17 +459,18 @@ fn meet<C: Scheme<X, W, S>, const X: usize, const W: usize, const S: usize, cons
         for (q, (sums, above)) in sums.iter().zip(above).enumerate() {
             // Even lanes are the first eight outputs of a panel, odd ones the others.
             let (mut even, mut odd) = (zero, zero);
-            let mut add = |v: __m512i, exact: bool, place: u32| {
-                let place = _mm512_set1_epi64(i64::from(place));
+            let mut add = |v: __m512i, exact: bool, (plus, minus): (u32, u32)| {
+                let place = |v, p: u32| _mm512_sllv_epi64(v, _mm512_set1_epi64(i64::from(p)));
                 let low = if exact { _mm512_srai_epi64::<32>(_mm512_slli_epi64::<32>(v)) } else { v };
                 let high = if exact { _mm512_srai_epi64::<32>(v) } else { _mm512_srli_epi64::<32>(v) };
-                even = _mm512_add_epi64(even, _mm512_sllv_epi64(low, place));
-                odd = _mm512_add_epi64(odd, _mm512_sllv_epi64(high, place));
+                even = _mm512_sub_epi64(_mm512_add_epi64(even, place(low, plus)), place(low, minus));
+                odd = _mm512_sub_epi64(_mm512_add_epi64(odd, place(high, plus)), place(high, minus));
             };
             for (p, &sum) in sums.iter().enumerate() {
                 add(sum, p < C::EXACT, C::PLACES[p]);
                 if C::SHIFT > 0 && p < C::EXACT {
-                    add(above[p], false, C::PLACES[p] + C::SHIFT);
+                    let (plus, minus) = C::PLACES[p];
+                    add(above[p], false, (plus + C::SHIFT, minus + C::SHIFT));
                 }
             }
             for (half, sum) in [even, odd].into_iter().enumerate() {
@@ -468,12 +540,16 @@ fn steps<C: Scheme<X, W, S>, const X: usize, const W: usize, const S: usize, con
     *out = sums;
 }
 
-/// Two columns of sixteen rows of ring words a step, digit by digit.
+/// Two columns of sixteen rows of ring words a step: what `cut` makes of them.
 #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
-fn pack_words<C: Cut<3>>(rows: [&[u64]; OUTPUTS], panel: &mut [Register]) {
+fn pack_words<const W: usize>(
+    rows: [&[u64]; OUTPUTS],
+    panel: &mut [Register],
+    cut: impl Fn([__m512i; 4]) -> [__m512i; W],
+) {
     let n = rows[0].len();
-    assert!(rows.iter().all(|r| r.len() == n) && panel.len() == 3 * n.div_ceil(2));
-    for (i, out) in panel.chunks_mut(4 * 3).enumerate() {
+    assert!(rows.iter().all(|r| r.len() == n) && panel.len() == W * n.div_ceil(2));
+    for (i, out) in panel.chunks_mut(4 * W).enumerate() {
         // Whole cache lines: rows are often a multiple of 4 KB apart, and fewer lines of such stay in the L1 cache than there are rows.
         let lanes = ((1u32 << (n - 8 * i).min(8)) - 1) as u8;
         // Of four rows, every second one, two columns in each of four registers.
@@ -492,14 +568,14 @@ fn pack_words<C: Cut<3>>(rows: [&[u64]; OUTPUTS], panel: &mut [Register]) {
             ]
         };
         let [a, b, c, d] = [four(0), four(1), four(8), four(9)];
-        for (i, out) in out.chunks_exact_mut(3).enumerate() {
+        for (i, out) in out.chunks_exact_mut(W).enumerate() {
             let words = [
                 _mm512_unpacklo_epi64(a[i], b[i]),
                 _mm512_unpackhi_epi64(a[i], b[i]),
                 _mm512_unpacklo_epi64(c[i], d[i]),
                 _mm512_unpackhi_epi64(c[i], d[i]),
             ];
-            for (out, v) in out.iter_mut().zip(digits::<3, C>(words)) {
+            for (out, v) in out.iter_mut().zip(cut(words)) {
                 // SAFETY: `out` has the 32 lanes that are stored.
                 unsafe { _mm512_store_si512(out.0.as_mut_ptr().cast(), v) };
             }
@@ -628,6 +704,8 @@ unsafe fn broadcast<const X: usize, const R: usize, const D: usize>(x: *const [i
 
 /// Ring words, cut for products with ring words.
 pub enum Words {
+    /// Modulo 2^43.
+    Shortest(Rows<Shortest, 4, 4, 4>),
     /// Modulo 2^44.
     Short(Rows<Short, 3, 3, 3>),
     /// Modulo 2^48.
@@ -645,21 +723,27 @@ impl Words {
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
     pub unsafe fn cut(x: &[u64], n: usize, k: u32) -> Words {
         assert!(k <= WIDEST);
-        if k > 44 { Words::Long(Rows::cut(x, n)) } else { Words::Short(Rows::cut(x, n)) }
+        match k {
+            ..=43 => Words::Shortest(Rows::cut(x, n)),
+            44 => Words::Short(Rows::cut(x, n)),
+            _ => Words::Long(Rows::cut(x, n)),
+        }
     }
 
-    /// `rows[s][j] += sum_i x[first + s][i] w[j n + i]`, modulo the `2^k` that the digits were cut for; higher bits mean nothing.
+    /// `rows[s][j] += sum_i x[s][i] w[j n + i]`, modulo the `2^k` that the digits were cut for; higher bits mean nothing.
     ///
     /// # Safety
     /// The processor has AVX-512 F, DQ, BW, VL and VNNI.
     ///
     /// # Panics
-    /// If `w` is not `rows[_].len() x n`, there are not so many rows, or `first` is no multiple of those of [`GRAIN`].
+    /// If `w` is not `rows[_].len() x n`, or there are not so many rows.
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
-    pub unsafe fn tile(&self, first: usize, w: &[u64], rows: &mut [&mut [u64]]) {
+    pub unsafe fn tile(&self, w: &[u64], rows: &mut [&mut [u64]]) {
         match self {
-            Words::Short(x) => x.tile::<1, _>(first, w, rows, |w, out| pack_words::<Short>(w, out)),
-            Words::Long(x) => x.tile::<1, _>(first, w, rows, |w, out| pack_words::<Long>(w, out)),
+            // SAFETY: the caller's processor has the instructions.
+            Words::Shortest(x) => x.by_words(w, rows, |v| unsafe { Shortest::cut(v) }),
+            Words::Short(x) => x.by_words(w, rows, |v| digits::<3, Short>(v)),
+            Words::Long(x) => x.by_words(w, rows, |v| digits::<3, Long>(v)),
         }
     }
 }
@@ -668,6 +752,8 @@ impl Words {
 pub enum ByWeights {
     /// Modulo 2^32.
     To32(Rows<Narrow<32>, 2, 1, 2>),
+    /// Modulo 2^40.
+    To40(Rows<Narrow<40>, 3, 1, 3>),
     /// Modulo 2^44.
     To44(Rows<Narrow<44>, 3, 1, 3>),
     /// Modulo 2^48.
@@ -687,7 +773,8 @@ impl ByWeights {
     pub unsafe fn cut(x: &[u64], n: usize, k: u32) -> ByWeights {
         match k {
             ..=32 => ByWeights::To32(Rows::cut(x, n)),
-            33..=44 => ByWeights::To44(Rows::cut(x, n)),
+            33..=40 => ByWeights::To40(Rows::cut(x, n)),
+            41..=44 => ByWeights::To44(Rows::cut(x, n)),
             45..=48 => ByWeights::To48(Rows::cut(x, n)),
             49..=56 => ByWeights::To56(Rows::cut(x, n)),
             _ => ByWeights::To64(Rows::cut(x, n)),
@@ -700,16 +787,16 @@ impl ByWeights {
     /// The processor has AVX-512 F, DQ, BW, VL and VNNI.
     ///
     /// # Panics
-    /// As [`Words::tile`].
+    /// If `w` is not `rows[_].len() x n`, there are not so many rows, or `first` is no multiple of those of [`GRAIN`].
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
     pub unsafe fn tile<V: Load>(&self, first: usize, w: &[V], rows: &mut [&mut [u64]]) {
-        let pack = |w: [&[V]; OUTPUTS], out: &mut [Register]| pack_weights(w, out);
         match self {
-            ByWeights::To32(x) => x.tile::<2, _>(first, w, rows, pack),
-            ByWeights::To44(x) => x.tile::<2, _>(first, w, rows, pack),
-            ByWeights::To48(x) => x.tile::<2, _>(first, w, rows, pack),
-            ByWeights::To56(x) => x.tile::<2, _>(first, w, rows, pack),
-            ByWeights::To64(x) => x.tile::<2, _>(first, w, rows, pack),
+            ByWeights::To32(x) => x.by_weights(first, w, rows),
+            ByWeights::To40(x) => x.by_weights(first, w, rows),
+            ByWeights::To44(x) => x.by_weights(first, w, rows),
+            ByWeights::To48(x) => x.by_weights(first, w, rows),
+            ByWeights::To56(x) => x.by_weights(first, w, rows),
+            ByWeights::To64(x) => x.by_weights(first, w, rows),
         }
     }
 }
@@ -740,6 +827,11 @@ mod tests {
             0x7fff_7fff_7fff,
             0x80ff_80ff_80ff,
             0x00ff_00ff_00ff,
+            0x2000 | 0x4000 << 14,
+            0x1fff | 0x3fff << 14,
+            0x2000 | 0x4000 << 14 | 0x2000 << 29,
+            0x7f | 0x7fff << 8 | 0x7fff << 24,
+            0x80 | 0x8000 << 8 | 0x8000 << 24,
             1 << 43,
             u64::MAX,
         ];
@@ -749,13 +841,13 @@ mod tests {
             let want = one.wrapping_mul(n as u64);
             assert!(c.iter().all(|v| (v ^ want) & mask(k) == 0), "a column gives {one:x}, modulo 2^{k}");
         };
-        for k in [32, 33, 40, 44, 45, 47, 48, 56, 64] {
+        for k in [32, 33, 40, 41, 43, 44, 45, 47, 48, 56, 64] {
             for a in words {
                 let x = vec![a; t * n];
                 for b in words.into_iter().filter(|_| k <= WIDEST) {
                     let w = vec![b; m * n];
                     // SAFETY: the processor has the instructions.
-                    tile(&|rows| unsafe { Words::cut(&x, n, k).tile(0, &w, rows) }, k, a.wrapping_mul(b));
+                    tile(&|rows| unsafe { Words::cut(&x, n, k).tile(&w, rows) }, k, a.wrapping_mul(b));
                 }
                 for b in [i16::MIN, i16::MAX, -1] {
                     let w = vec![b; m * n];
