@@ -167,12 +167,14 @@ impl<'a> Rows<'a> {
         // Of a few rows at a time that stay in the cache; of more where a long prompt would read its own rows again for each.
         let words = if rows.len() > LONG { MADE_LONG } else { MADE };
         let step = words.div_ceil(n).next_multiple_of(self.grain().1.min(16)).min(columns);
-        let mut w = vec![0; step * n];
+        // Rows whose beginnings are a multiple of 4 KB apart would push each other out of the L1 cache.
+        let stride = if self.grain() == GRAIN { n } else { n.next_multiple_of(8) + 8 };
+        let mut w = vec![0; step * stride];
         for from in (0..columns).step_by(step) {
             let to = columns.min(from + step);
-            let w = &mut w[..(to - from) * n];
-            w.chunks_exact_mut(n).enumerate().for_each(|(q, row)| make(from + q, 0, row));
-            self.tile(w, &mut rows.iter_mut().map(|row| &mut row[from..to]).collect::<Vec<_>>());
+            let w = &mut w[..(to - from) * stride];
+            w.chunks_exact_mut(stride).enumerate().for_each(|(q, row)| make(from + q, 0, &mut row[..n]));
+            self.tile(w, stride, &mut rows.iter_mut().map(|row| &mut row[from..to]).collect::<Vec<_>>());
         }
     }
 
@@ -185,14 +187,14 @@ impl<'a> Rows<'a> {
         }
     }
 
-    /// All rows by the rows `w`.
-    fn tile(&self, w: &[u64], rows: &mut [&mut [u64]]) {
+    /// All rows by the rows `w`, which are `stride` apart: not more than they are long, but for VNNI.
+    fn tile(&self, w: &[u64], stride: usize, rows: &mut [&mut [u64]]) {
         #[cfg(target_arch = "x86_64")]
         match &self.digits {
             // SAFETY: there are digits only where `cut` has checked that the processor has the instructions.
             Some(Digits::Fma(x)) => return unsafe { x.tile(0, w, rows) },
             // SAFETY: as above.
-            Some(Digits::Vnni(x)) => return unsafe { x.tile(w, rows) },
+            Some(Digits::Vnni(x)) => return unsafe { x.tile(w, stride, rows) },
             // SAFETY: `or_portable` has checked that the processor has the instructions.
             _ if self.isa == Isa::Ifma && self.k <= ifma::WIDEST => {
                 return unsafe { ifma::tile(self.x, w, self.n, rows) };

@@ -411,7 +411,7 @@ impl<C: Scheme<X, W, S>, const X: usize, const W: usize, const S: usize> Rows<C,
         }
     }
 
-    /// A panel's rows of `w`, of `n` columns each and `m` in all: those of a block from row `j` on, and `none` where there are none.
+    /// A panel's rows of `w`, which are `n` apart and `m` in all: those of a block from row `j` on, and `none` where there are none.
     fn panel<'a, V>(
         w: &'a [V],
         none: &'a [V; BLOCK],
@@ -425,11 +425,11 @@ impl<C: Scheme<X, W, S>, const X: usize, const W: usize, const S: usize> Rows<C,
         })
     }
 
-    /// [`Rows::tile`] by rows of ring words, of which `cut` makes numbers.
+    /// [`Rows::tile`] by rows of ring words, `n` apart, of which `cut` makes numbers.
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
-    fn by_words(&self, w: &[u64], rows: &mut [&mut [u64]], cut: impl Fn([__m512i; 4]) -> [__m512i; W]) {
-        let (m, n, none) = (rows.first().map_or(0, |r| r.len()), self.n, [0; BLOCK]);
-        assert!(w.len() == m * n, "w is m x n");
+    fn by_words(&self, w: &[u64], n: usize, rows: &mut [&mut [u64]], cut: impl Fn([__m512i; 4]) -> [__m512i; W]) {
+        let (m, none) = (rows.first().map_or(0, |r| r.len()), [0; BLOCK]);
+        assert!(w.len() == m * n && n >= self.n, "w is m x n");
         self.tile::<1>(0, rows, |j, block, panel| pack_words(Self::panel(w, &none, (m, n), j, block), panel, &cut));
     }
 
@@ -550,13 +550,16 @@ fn pack_words<const W: usize>(
     let n = rows[0].len();
     assert!(rows.iter().all(|r| r.len() == n) && panel.len() == W * n.div_ceil(2));
     for (i, out) in panel.chunks_mut(4 * W).enumerate() {
-        // Whole cache lines: rows are often a multiple of 4 KB apart, and fewer lines of such stay in the L1 cache than there are rows.
         let lanes = ((1u32 << (n - 8 * i).min(8)) - 1) as u8;
         // Of four rows, every second one, two columns in each of four registers.
         let four = |from: usize| {
             // SAFETY: columns of the row whose lanes are set.
-            let row =
-                |r: usize| unsafe { _mm512_maskz_loadu_epi64(lanes, rows[from + 2 * r].as_ptr().add(8 * i).cast()) };
+            let row = |r: usize| unsafe {
+                let at = rows[from + 2 * r].as_ptr().add(8 * i);
+                // A prefetch may have any address.
+                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(16).cast());
+                _mm512_maskz_loadu_epi64(lanes, at.cast())
+            };
             let [a, b, c, d] = [row(0), row(1), row(2), row(3)];
             let (e, f) = (_mm512_shuffle_i64x2::<0x44>(a, b), _mm512_shuffle_i64x2::<0x44>(c, d));
             let (g, h) = (_mm512_shuffle_i64x2::<0xee>(a, b), _mm512_shuffle_i64x2::<0xee>(c, d));
@@ -730,20 +733,20 @@ impl Words {
         }
     }
 
-    /// `rows[s][j] += sum_i x[s][i] w[j n + i]`, modulo the `2^k` that the digits were cut for; higher bits mean nothing.
+    /// `rows[s][j] += sum_i x[s][i] w[j stride + i]`, modulo the `2^k` that the digits were cut for; higher bits mean nothing.
     ///
     /// # Safety
     /// The processor has AVX-512 F, DQ, BW, VL and VNNI.
     ///
     /// # Panics
-    /// If `w` is not `rows[_].len() x n`, or there are not so many rows.
+    /// If `w` has not `rows[_].len()` rows, or `x` not so many.
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")]
-    pub unsafe fn tile(&self, w: &[u64], rows: &mut [&mut [u64]]) {
+    pub unsafe fn tile(&self, w: &[u64], stride: usize, rows: &mut [&mut [u64]]) {
         match self {
             // SAFETY: the caller's processor has the instructions.
-            Words::Shortest(x) => x.by_words(w, rows, |v| unsafe { Shortest::cut(v) }),
-            Words::Short(x) => x.by_words(w, rows, |v| digits::<3, Short>(v)),
-            Words::Long(x) => x.by_words(w, rows, |v| digits::<3, Long>(v)),
+            Words::Shortest(x) => x.by_words(w, stride, rows, |v| unsafe { Shortest::cut(v) }),
+            Words::Short(x) => x.by_words(w, stride, rows, |v| digits::<3, Short>(v)),
+            Words::Long(x) => x.by_words(w, stride, rows, |v| digits::<3, Long>(v)),
         }
     }
 }
@@ -847,7 +850,7 @@ mod tests {
                 for b in words.into_iter().filter(|_| k <= WIDEST) {
                     let w = vec![b; m * n];
                     // SAFETY: the processor has the instructions.
-                    tile(&|rows| unsafe { Words::cut(&x, n, k).tile(&w, rows) }, k, a.wrapping_mul(b));
+                    tile(&|rows| unsafe { Words::cut(&x, n, k).tile(&w, n, rows) }, k, a.wrapping_mul(b));
                 }
                 for b in [i16::MIN, i16::MAX, -1] {
                     let w = vec![b; m * n];
