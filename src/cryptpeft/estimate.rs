@@ -110,7 +110,7 @@ impl CostModel {
         let busiest = counted.links.iter().flatten().map(|l| l.online_bytes + l.ahead_bytes).max().unwrap_or(0);
         let depth = f64::from(counted.messages);
         let network = depth * self.net.rtt.as_secs_f64() / 2.0 + 8.0 * busiest as f64 / self.net.bits_per_second;
-        let kernels = self.rates.kernel_seconds(&counted.work, false) / self.rates.threads.max(1) as f64;
+        let kernels = self.rates.kernel_seconds(&counted.work, shape.tokens as f64) / self.rates.threads.max(1) as f64;
         let computing = self.rates.overheads.one_process.seconds(&[kernels, counted.work.words as f64, depth]);
         Ok((network, computing))
     }
@@ -156,9 +156,9 @@ pub(super) mod tests {
             isa: "none",
             threads: 1,
             prf_bytes: 1e9,
-            weight_macs: 1e9,
+            weight_macs: [1e9; 2],
             weight_bytes: 1e9,
-            ring_macs: 1e9,
+            ring_macs: [1e9; 2],
             ring_bytes: 1e9,
             row_macs: 1e9,
             cold_row_macs: 1e9,

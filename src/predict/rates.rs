@@ -28,12 +28,12 @@ pub struct Rates {
     pub threads: usize,
     /// Bytes of AES streams.
     pub prf_bytes: f64,
-    /// Multiply-adds by 16-bit weights, many rows at once.
-    pub weight_macs: f64,
+    /// Multiply-adds by 16-bit weights, of [`ROWS`] at once.
+    pub weight_macs: [f64; 2],
     /// Bytes of 16-bit weights, one row at a time.
     pub weight_bytes: f64,
-    /// Multiply-adds ring by ring, many rows at once.
-    pub ring_macs: f64,
+    /// Multiply-adds ring by ring, of [`ROWS`] at once.
+    pub ring_macs: [f64; 2],
     /// Bytes of packed ring matrices, one row at a time.
     pub ring_bytes: f64,
     /// Multiply-adds with short cached rows that were just read.
@@ -47,6 +47,12 @@ pub struct Rates {
     /// What small models took beyond that.
     pub overheads: Overheads,
 }
+
+/// Rows for which products are measured: a batch of decode tokens, and a prompt.
+pub const ROWS: [usize; 2] = [MAX_BATCH, 128];
+
+/// Bits of the rings in which most products are, where a model leaves room for it.
+const USUAL: u32 = 40;
 
 /// Of every kernel.
 const EACH: Duration = Duration::from_millis(120);
@@ -71,26 +77,29 @@ impl Rates {
     pub fn measure() -> Result<Rates> {
         let threads = rayon::current_num_threads();
         let per = |whole: f64| whole / threads as f64;
-        let (m, n, t) = (2048usize, 1024usize, 32usize);
+        let (m, n, t) = (2048usize, 1024usize, ROWS[1]);
         let x: Vec<u64> = (0..(t * n) as u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15)).collect();
         let narrow: Vec<i16> = (0..m * n).map(|i| i as i16).collect();
         let wide: Vec<u64> = (0..(m * n) as u64).collect();
         let mut y = vec![0u64; t * m];
-        let (one, all) = ((m * n) as f64, (t * m * n) as f64);
-        let weight_bytes = per(rate(2.0 * one, || gemm::weights_i16(44, &x[..n], &narrow, 1, m, n, &mut y[..m])));
-        let weight_macs = per(rate(all, || gemm::weights_i16(44, &x, &narrow, t, m, n, &mut y)));
-        let packed = OwnerMatrix::helper_packed(0, (m, n), FW_LEAST, Packed::new(&wide, 48))?;
+        let one = (m * n) as f64;
+        let weight_bytes = per(rate(2.0 * one, || gemm::weights_i16(USUAL, &x[..n], &narrow, 1, m, n, &mut y[..m])));
+        let weight_macs = ROWS.map(|t| {
+            let product = || gemm::weights_i16(USUAL, &x[..t * n], &narrow, t, m, n, &mut y[..t * m]);
+            per(rate((t * m * n) as f64, product))
+        });
+        let packed = OwnerMatrix::helper_packed(0, (m, n), FW_LEAST, Packed::new(&wide, USUAL))?;
         let ring_bytes =
-            per(rate(packed.bytes() as f64, || y[..m].copy_from_slice(&local_masks(44, &x[..n], &packed))));
+            per(rate(packed.bytes() as f64, || y[..m].copy_from_slice(&local_masks(USUAL, &x[..n], &packed))));
         // A part of a matrix that stays in the cache, as it is used.
         let part = &wide[..m / 8 * n];
-        // Of as many rows as a batch of decode tokens has.
-        let (batch, part_macs) = (MAX_BATCH, (MAX_BATCH * m / 8 * n) as f64);
-        let digits = gemm::Rows::new(44, &x[..batch * n], n);
         let part = |j: usize, from: usize, row: &mut [u64]| row.copy_from_slice(&part[j * n + from..][..row.len()]);
-        let ring_macs = per(rate(part_macs, || {
-            digits.times(m / 8, part, &mut y[..batch * m / 8]);
-        }));
+        let ring_macs = ROWS.map(|t| {
+            let digits = gemm::Rows::new(USUAL, &x[..t * n], n);
+            per(rate((t * m / 8 * n) as f64, || {
+                digits.times(m / 8, part, &mut y[..t * m / 8]);
+            }))
+        });
         // Scores and context over cached positions of heads of 64: one head's again and again, as the tokens of a prompt read it,
         // and one head after the other of a cache that fits no cache of the processor, as single tokens do.
         let (dim, width) = (64, n);
@@ -143,14 +152,22 @@ impl Rates {
         Ok(rates)
     }
 
-    /// Seconds of one core for the kernels of `c`; `single` tokens read the cache from memory.
+    /// Seconds of one core for the kernels of `c`, of a pass of so many rows; a single one reads the cache from memory, and its masks are
+    /// multiplied in a batch.
     #[must_use]
-    pub fn kernel_seconds(&self, c: &Counts, single: bool) -> f64 {
+    pub fn kernel_seconds(&self, c: &Counts, rows: f64) -> f64 {
         let per = |n: u64, rate: f64| n as f64 / rate;
+        // What a matrix takes by itself is shared by its rows.
+        let [few, many] = ROWS.map(|t| 1.0 / t as f64);
+        let macs = |n: u64, rates: [f64; 2], rows: f64| {
+            let [slow, fast] = rates.map(|rate| per(n, rate));
+            fast + (slow - fast).max(0.0) * (1.0 / rows - many) / (few - many)
+        };
+        let batch = if rows > 1.0 { rows } else { MAX_BATCH as f64 };
         per(c.prf_bytes, self.prf_bytes)
-            + per(c.weight_macs, self.weight_macs).max(per(c.weight_bytes, self.weight_bytes))
-            + per(c.ring_macs, self.ring_macs).max(per(c.ring_bytes, self.ring_bytes))
-            + per(c.row_macs, if single { self.cold_row_macs } else { self.row_macs })
+            + macs(c.weight_macs, self.weight_macs, batch).max(per(c.weight_bytes, self.weight_bytes))
+            + macs(c.ring_macs, self.ring_macs, batch).max(per(c.ring_bytes, self.ring_bytes))
+            + per(c.row_macs, if rows > 1.0 { self.row_macs } else { self.cold_row_macs })
             + per(c.fold_words, self.fold_words)
     }
 }

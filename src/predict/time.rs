@@ -130,7 +130,7 @@ const WIDE: u64 = 1 << 20;
 /// Of a pass of `stretch`, which took `c` in all: seconds of cores, and of the clock.
 fn work(c: &Counts, stretch: &Stretch, layers: usize, rates: &Rates) -> [Terms; 2] {
     let passes = stretch.passes.max(1) as f64;
-    let kernels = rates.kernel_seconds(c, stretch.tokens == stretch.passes) / passes;
+    let kernels = rates.kernel_seconds(c, stretch.tokens as f64 / passes) / passes;
     let macs = (c.weight_macs + c.ring_macs + 16 * c.fold_words) / (layers.max(1) * stretch.passes.max(1)) as u64;
     let threads = if macs > WIDE { rates.threads as f64 } else { 1.0 };
     [kernels, kernels / threads].map(|kernels| [kernels, c.words as f64 / passes, 0.0])

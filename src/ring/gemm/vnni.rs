@@ -454,6 +454,10 @@ fn meet<C: Scheme<X, W, S>, const X: usize, const W: usize, const S: usize, cons
     assert!(T <= C::ROWS && rows.len() == T);
     let zero = _mm512_setzero_si512();
     let (mut sums, mut above) = ([[[zero; S]; P]; T], [[[zero; 2]; P]; T]);
+    // Rows of a large product are pages apart: what will be added to is asked for before it is needed.
+    for row in rows.iter() {
+        (0..2 * P).for_each(|half| _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().wrapping_add(j + 8 * half).cast()));
+    }
     steps::<C, X, W, S, P, T>(x, panels, &mut sums, &mut above);
     for ((row, sums), above) in rows.iter_mut().zip(&sums).zip(&above) {
         for (q, (sums, above)) in sums.iter().zip(above).enumerate() {
