@@ -416,6 +416,8 @@ fn an_option_that_says_nothing_is_refused() {
         ("--data task:dates --method freeze --alpha 4", "--alpha has no meaning"),
         ("--data task:dates --targets q_proj", "--targets has no meaning"),
         ("--data task:dates --merge-by adjacent", "--merge-by has no meaning"),
+        ("--data task:dates --stage1-steps 9", "--stage1-steps has no meaning"),
+        ("--data task:dates --private-layers 2", "--private-layers has no meaning"),
         (&format!("{text} --examples 9"), "--examples has no meaning"),
     ] {
         let args = format!("finetune --base {BASE} --out {out} {options}");

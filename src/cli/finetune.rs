@@ -175,11 +175,24 @@ const TARGETS: &str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj";
 fn meant(a: &Args, data: &Source) -> Result<()> {
     let adapters = a.method == MethodName::Lora;
     let task = matches!(data, Source::Task(_));
+    let reshaped = (a.merge_heads, a.prune_heads, a.prune_layers) != (1, 1, 1)
+        || (a.softmax, a.activation) != (Softmax::Exact, Activation::Silu);
+    let some_layers = a.private_layers.as_deref().is_some_and(|n| n != "all");
     for (name, without, why) in [
         ("--rank", a.rank.is_some() && !adapters, "only --method lora makes adapters"),
         ("--alpha", a.alpha.is_some() && !adapters, "only --method lora makes adapters"),
         ("--targets", a.targets.is_some() && !adapters, "only --method lora makes adapters"),
         ("--merge-by", a.merge_by.is_some() && a.merge_heads == 1, "say with --merge-heads how many become one"),
+        (
+            "--stage1-steps",
+            a.stage1_steps.is_some() && a.teacher.is_none(),
+            "the first stage matches a teacher; give one with --teacher",
+        ),
+        (
+            "--private-layers",
+            some_layers && a.method == MethodName::Full && !reshaped && a.teacher.is_none(),
+            "--method full trains every weight, so that all layers become private; --method freeze leaves the lower ones as they are",
+        ),
         ("--examples", a.examples.is_some() && !task, "files are read whole; only a task's examples are made up"),
     ] {
         if without {

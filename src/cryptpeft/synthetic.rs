@@ -88,11 +88,14 @@ impl Dataset {
     /// # Errors
     /// [`Error::Config`] for folders without images or with too few, and naming a file that is none; [`Error::Io`].
     pub fn folder(dir: &Path, preprocess: &Preprocess, seed: u64) -> Result<Self> {
+        let wrong = |path: &Path, text: &str| Err(Error::Config(format!("{}: {text}", path.display())));
+        let text = "give a directory with one folder of PNG or JPEG files per label, and at least two labels";
+        if !dir.is_dir() {
+            return wrong(dir, &format!("is no directory; {text}"));
+        }
         let mut folders: Vec<PathBuf> = entries(dir)?.into_iter().filter(|path| path.is_dir()).collect();
         folders.sort();
-        let wrong = |path: &Path, text: &str| Err(Error::Config(format!("{}: {text}", path.display())));
         if folders.len() < 2 {
-            let text = "give a directory with one folder of PNG or JPEG files per label, and at least two labels";
             return wrong(dir, text);
         }
         let (mut train, mut test, mut labels, mut files) = (Vec::new(), Vec::new(), Vec::new(), 0);
