@@ -171,6 +171,11 @@ pub fn threads(n: Option<usize>) -> Result<()> {
 
 const TARGETS: &str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj";
 
+/// Passes over the data that match a teacher.
+fn stage1_epochs(a: &Args) -> usize {
+    a.stage1_epochs.unwrap_or(if a.teacher.is_some() { a.epochs / 2 } else { 0 })
+}
+
 /// Refuses options that the others leave without a meaning.
 fn meant(a: &Args, data: &Source) -> Result<()> {
     let adapters = a.method == MethodName::Lora;
@@ -185,13 +190,13 @@ fn meant(a: &Args, data: &Source) -> Result<()> {
         ("--merge-by", a.merge_by.is_some() && a.merge_heads == 1, "say with --merge-heads how many become one"),
         (
             "--stage1-steps",
-            a.stage1_steps.is_some() && a.teacher.is_none(),
-            "the first stage matches a teacher; give one with --teacher",
+            a.stage1_steps.is_some() && stage1_epochs(a) == 0,
+            "there is no first stage; it matches a teacher (--teacher) for an epoch at least (--stage1-epochs)",
         ),
         (
             "--private-layers",
-            some_layers && a.method == MethodName::Full && !reshaped && a.teacher.is_none(),
-            "--method full trains every weight, so that all layers become private; --method freeze leaves the lower ones as they are",
+            some_layers && a.method == MethodName::Full && !reshaped && stage1_epochs(a) == 0,
+            "--method full trains the weights of all layers; --method freeze leaves the lower ones as they are",
         ),
         ("--examples", a.examples.is_some() && !task, "files are read whole; only a task's examples are made up"),
     ] {
@@ -215,7 +220,6 @@ fn options(a: &Args) -> Result<Options> {
         MethodName::Freeze => Method::Freeze,
         MethodName::Lora => Method::Lora,
     };
-    let stage1 = a.stage1_epochs.unwrap_or(if a.teacher.is_some() { a.epochs / 2 } else { 0 });
     Ok(Options {
         base: a.base.clone(),
         data,
@@ -242,7 +246,7 @@ fn options(a: &Args) -> Result<Options> {
         alpha: a.alpha.unwrap_or(2.0 * rank as f64),
         targets: parse_targets(a.targets.as_deref().unwrap_or(TARGETS))?,
         epochs: a.epochs,
-        stage1_epochs: stage1,
+        stage1_epochs: stage1_epochs(a),
         stage1_steps: a.stage1_steps,
         steps: a.steps,
         batch_size: a.batch_size,

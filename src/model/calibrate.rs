@@ -11,6 +11,7 @@ use super::observe::{Norm, Observer};
 use super::secure::F_QK;
 use super::{LayerWeights, Linear, ModelConfig, Weights, files, rounding};
 use crate::error::{Error, Result};
+use crate::plan::ROTATION;
 use crate::plan::{
     AdapterBounds, Bounds, F, Fractions, Group, Grouped, LayerBounds, LayerFractions, LayerRanges, Module, Ranges,
     reach,
@@ -33,10 +34,6 @@ const ULP: f64 = 1.0 / (1u64 << F) as f64;
 
 /// A unit in the last place of queries and keys in the scores' product.
 const QK_ULP: f64 = 1.0 / (1u64 << F_QK) as f64;
-
-/// The rotation's sines and cosines have 8 fraction bits: each is off by at most 2^-9, the length of a rotated pair by a factor
-/// of at most `1 + sqrt(2) 2^-9`.
-const ROTATION: f64 = 1.003;
 
 /// A softmax weight sum `sum e_i / sum e_i` as the engine normalises it, its reciprocal's constant not counted, which depends on the
 /// plan: the reciprocal's table errs by at most 1.1e-3, its slope's rounding moves it by at most `2 / 32`.

@@ -14,6 +14,9 @@ pub const FW_LEAST: u32 = 12;
 pub const FW_MOST: u32 = 24;
 /// Fraction bits of the rotation's sines and cosines.
 pub const F_ROPE: u32 = 8;
+/// The rotation's sines and cosines have 8 fraction bits: each is off by at most 2^-9, the length of a rotated pair by a factor
+/// of at most `1 + sqrt(2) 2^-9`.
+pub(crate) const ROTATION: f64 = 1.003;
 
 /// Fraction bits of the exponential's rows.
 pub const F_EXP_HI: u32 = 16;
@@ -216,10 +219,14 @@ pub(super) fn least_gain(n: usize, bits: u32) -> u32 {
     log2_ceil((f64::from(bits).exp2() / f64::from(2 * F).exp2() / n as f64).sqrt()) + 13
 }
 
-/// Fewest and most fraction bits of a norm's `1/rms`, and those that it has where it needs no more and all that is behind it leaves room.
+/// Fewest and most fraction bits of a norm's `1/rms`.
 pub(super) const GAIN_LEAST: u32 = 16;
 pub(super) const GAIN_MOST: u32 = 26;
-pub(super) const GAIN_USUAL: u32 = 24;
+
+/// What it has where all that is behind it leaves room and it needs not more than `least`.
+pub(super) fn most_gain(least: u32) -> u32 {
+    24.max(least + 1).min(GAIN_MOST)
+}
 
 /// Bits of the low digit of the exponential's window: rows one wide where that takes at most 2^7 of them, never wider than four.
 pub(super) fn exp_lo_bits(score_k: u32) -> u32 {
@@ -317,8 +324,7 @@ impl NormPlan {
         within(self.window, 12, 16, "a norm's window")?;
         within(self.windows, 1, 2, "a norm's windows")?;
         let least = least_gain(n, self.bits);
-        within(self.f_gain, gain.max(least), GAIN_USUAL.max(least), "a norm's gain")?;
-        within(self.f_gain, gain.max(least), GAIN_MOST, "a norm's gain")?;
+        within(self.f_gain, gain.max(least), most_gain(least), "a norm's gain")?;
         match self.coarse {
             Some(t) => {
                 equal(i64::from(self.k), widest, "a norm's ring")?;

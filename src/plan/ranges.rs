@@ -14,8 +14,8 @@ use serde::Serialize;
 use super::adapter::{AdapterBounds, AdapterPlan, Group, Grouped};
 use super::gate::{f_table, gate_window, mlp, table_error};
 use super::layer::{
-    F, F_ROPE, FW_LEAST, GAIN_LEAST, GAIN_MOST, GAIN_USUAL, HeadPlan, LayerFractions, LayerPlan, NormPlan, Plan,
-    f_inverse, least_gain, log2_ceil, radix, softmax_mass, widest_square,
+    F, F_ROPE, FW_LEAST, GAIN_LEAST, GAIN_MOST, HeadPlan, LayerFractions, LayerPlan, NormPlan, Plan, ROTATION,
+    f_inverse, least_gain, log2_ceil, most_gain, radix, softmax_mass, widest_square,
 };
 use super::softmax::{PositiveParts, Steps, attention, normalised};
 use crate::error::{Error, Result};
@@ -218,7 +218,7 @@ impl Who<'_> {
         let least = lowest.clamp(GAIN_LEAST, GAIN_MOST);
         // As much above the bound as the widths that follow from it are rounded up for.
         let output = behind.output * 1.002 + 0.01;
-        let f_gain = (least..=GAIN_USUAL.max(least)).rev().find(|&f| output < room(f)).unwrap_or(least);
+        let f_gain = (least..=most_gain(least)).rev().find(|&f| output < room(f)).unwrap_or(least);
         self.fits(&needing("a linear output after the norm", behind.f), output, room(f_gain));
         NormPlan { k, bits, window, windows, f_gain, coarse }
     }
@@ -288,7 +288,7 @@ pub fn propose(
         let who = named(format!("layer {}", first_private + i));
         // A query is rotated before it is lifted: F_ROPE more fraction bits, and a factor of sqrt 2. With norms of their
         // own, queries and keys are rotated behind those.
-        let rotated = b.qk * f64::from(F_ROPE).exp2() * std::f64::consts::SQRT_2;
+        let rotated = b.qk * f64::from(F_ROPE).exp2() * std::f64::consts::SQRT_2 * ROTATION;
         let qkv = if r.qk_sum.is_some() { b.qk_raw } else { rotated }.max(b.v).max(b.middle(Group::Qkv, b.f.qkv));
         let qkv = Linear { f: b.f.qkv, output: qkv };
         let input_norm = who.norm(n, at_norm[2 * i], r.input_sum, &qkv, residual_k);

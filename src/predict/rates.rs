@@ -163,7 +163,7 @@ impl Rates {
             let [slow, fast] = rates.map(|rate| per(n, rate));
             fast + (slow - fast).max(0.0) * (1.0 / rows - many) / (few - many)
         };
-        let batch = if rows > 1.0 { rows } else { MAX_BATCH as f64 };
+        let batch = if rows > 1.0 { rows.min(ROWS[1] as f64) } else { MAX_BATCH as f64 };
         per(c.prf_bytes, self.prf_bytes)
             + macs(c.weight_macs, self.weight_macs, batch).max(per(c.weight_bytes, self.weight_bytes))
             + macs(c.ring_macs, self.ring_macs, batch).max(per(c.ring_bytes, self.ring_bytes))

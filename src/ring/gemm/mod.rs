@@ -180,11 +180,11 @@ impl<'a> Rows<'a> {
 
     /// What a tile has multiples of.
     fn grain(&self) -> (usize, usize) {
-        match &self.digits {
-            #[cfg(target_arch = "x86_64")]
-            Some(Digits::Vnni(_)) => vnni::GRAIN,
-            _ => GRAIN,
+        #[cfg(target_arch = "x86_64")]
+        if let Some(Digits::Vnni(_)) = &self.digits {
+            return vnni::GRAIN;
         }
+        GRAIN
     }
 
     /// All rows by the rows `w`, which are `stride` apart: not more than they are long, but for VNNI.
@@ -201,6 +201,7 @@ impl<'a> Rows<'a> {
             }
             _ => {}
         }
+        let _ = (stride, self.k);
         tile(self.isa, self.x, w, (self.n, self.n), rows);
     }
 }
