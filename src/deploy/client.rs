@@ -191,8 +191,7 @@ impl Remote {
     /// [`Error::Peer`] if a peer is gone already.
     pub fn finish(self) -> Result<(SessionReport, BTreeMap<String, LinkReport>)> {
         let Remote { client, meter, channels, links, .. } = self;
-        client.finish()?;
-        let report = SessionReport::receive(&links.within(GOODBYE))?;
+        let report = client.finish_with(|| SessionReport::receive(&links.within(GOODBYE)))?;
         let mut out = BTreeMap::new();
         for (peer, channel) in &channels {
             let sent = meter.sent(*peer);

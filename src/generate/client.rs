@@ -264,11 +264,14 @@ impl Client {
     }
 
     fn announce(&self, index: u64, r: &Request) -> Result<()> {
-        let step = request_scope().address(index, "request.open");
+        self.tell(Role::Owner, index, r)?;
         // How tokens are sampled is the Owner's business only.
-        let for_helper = Request { temperature: 0.0, seed: 0, ..*r };
-        self.session.links().send(Role::Owner, Lane::Online, &step, r.encode())?;
-        self.session.links().send(Role::Helper, Lane::Online, &step, for_helper.encode())
+        self.tell(Role::Helper, index, &Request { temperature: 0.0, seed: 0, ..*r })
+    }
+
+    fn tell(&self, role: Role, index: u64, r: &Request) -> Result<()> {
+        let step = request_scope().address(index, "request.open");
+        self.session.links().send(role, Lane::Online, &step, r.encode())
     }
 
     /// Ends the session at all parties.
@@ -276,7 +279,20 @@ impl Client {
     /// # Errors
     /// [`Error::Peer`] if a peer is gone already.
     pub fn finish(self) -> Result<()> {
-        self.announce(self.requests, &Request::END)
+        self.finish_with(|| Ok(()))
+    }
+
+    /// Ends the session at the Owner, then at the Helper: what the Helper has sent ahead is lost with its connection, which a busy Owner may not
+    /// have read to its end before `hear` has heard from it.
+    ///
+    /// # Errors
+    /// As [`Client::finish`], and those of `hear`.
+    pub(crate) fn finish_with<R>(self, hear: impl FnOnce() -> Result<R>) -> Result<R> {
+        self.tell(Role::Owner, self.requests, &Request::END)?;
+        let heard = hear();
+        let told = self.tell(Role::Helper, self.requests, &Request::END);
+        let heard = heard?;
+        told.map(|()| heard)
     }
 }
 
