@@ -28,11 +28,11 @@ pub struct Rates {
     pub threads: usize,
     /// Bytes of AES streams.
     pub prf_bytes: f64,
-    /// Multiply-adds by 16-bit weights, of [`ROWS`] at once.
+    /// Multiply-adds by 16-bit weights, of 16 rows at once (a batch of decode tokens) and of 128 (a prompt).
     pub weight_macs: [f64; 2],
     /// Bytes of 16-bit weights, one row at a time.
     pub weight_bytes: f64,
-    /// Multiply-adds ring by ring, of [`ROWS`] at once.
+    /// Multiply-adds ring by ring, of as many rows.
     pub ring_macs: [f64; 2],
     /// Bytes of packed ring matrices, one row at a time.
     pub ring_bytes: f64,

@@ -72,7 +72,7 @@ impl JobQueue {
     /// Runs all jobs of `pass` in order, waiting for those not yet there.
     ///
     /// # Errors
-    /// The first job's error; [`PeerFault::Closed`]-like [`Error::Internal`] if the walker ended early.
+    /// The first job's error; [`Error::Internal`] if the walker ended early.
     pub fn run_pass(&self, pass: u64, links: &Links) -> Result<()> {
         loop {
             let job = {
