@@ -27,8 +27,7 @@ fn gemms(c: &mut Criterion) {
                 b.iter(|| gemm::multiply(isa, black_box(&x), &w, t, m, n, &mut out));
             });
             group.bench_function(BenchmarkId::new("ring44", isa.name()), |b| {
-                let part =
-                    |j: usize, from: usize, row: &mut [u64]| row.copy_from_slice(&w[j * n + from..][..row.len()]);
+                let part = |from: usize, words: &mut [u64]| words.copy_from_slice(&w[from..][..words.len()]);
                 b.iter(|| gemm::Rows::on(isa, 44, black_box(&x), n).times(m, part, &mut out));
             });
             group.bench_function(BenchmarkId::new("i32", isa.name()), |b| {

@@ -93,7 +93,7 @@ impl Rates {
             per(rate(packed.bytes() as f64, || y[..m].copy_from_slice(&local_masks(USUAL, &x[..n], &packed))));
         // A part of a matrix that stays in the cache, as it is used.
         let part = &wide[..m / 8 * n];
-        let part = |j: usize, from: usize, row: &mut [u64]| row.copy_from_slice(&part[j * n + from..][..row.len()]);
+        let part = |from: usize, out: &mut [u64]| out.copy_from_slice(&part[from..][..out.len()]);
         let ring_macs = ROWS.map(|t| {
             let digits = gemm::Rows::new(USUAL, &x[..t * n], n);
             per(rate((t * m / 8 * n) as f64, || {

@@ -123,7 +123,6 @@ impl std::fmt::Debug for OwnerMatrix {
 pub(super) enum Masks<'a> {
     Client(Box<MatrixStream>),
     Helper(&'a Packed),
-    None,
 }
 
 impl Masks<'_> {
@@ -132,7 +131,6 @@ impl Masks<'_> {
         match self {
             Masks::Client(stream) => stream.words(from as u64, out),
             Masks::Helper(a) => a.read(from, out),
-            Masks::None => {}
         }
     }
 }
@@ -293,11 +291,11 @@ impl OwnerMatrix {
     }
 
     /// The elements of `B` at the Client, of `A` at the Helper; nothing elsewhere.
-    pub(super) fn masks(&self) -> Masks<'_> {
+    pub(super) fn masks(&self) -> Option<Masks<'_>> {
         match &self.part {
-            Part::Client { seed } => Masks::Client(Box::new(seed.matrix(self.id))),
-            Part::Helper { a } => Masks::Helper(a),
-            Part::Owner { .. } | Part::Public { .. } | Part::Shape { .. } => Masks::None,
+            Part::Client { seed } => Some(Masks::Client(Box::new(seed.matrix(self.id)))),
+            Part::Helper { a } => Some(Masks::Helper(a)),
+            Part::Owner { .. } | Part::Public { .. } | Part::Shape { .. } => None,
         }
     }
 

@@ -21,8 +21,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
 pub use matrix::OwnerMatrix;
-use matrix::Part;
 pub(crate) use matrix::Plain;
+use matrix::{Masks, Part};
 
 use super::Pending;
 use super::product::received;
@@ -104,10 +104,7 @@ fn counts(role: Role, public: bool, t: u64, w: &OwnerMatrix) -> Counts {
 pub(crate) fn local_masks(k: u32, r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
     let (m, n) = (w.outputs, w.inputs);
     let t = r.len() / n;
-    if !matches!(w.part, Part::Client { .. } | Part::Helper { .. }) {
-        return vec![0; t * m];
-    }
-    let masks = w.masks();
+    let Some(masks) = w.masks() else { return vec![0; t * m] };
     if w.diagonal {
         let mut own = vec![0; n];
         masks.read(0, &mut own);
@@ -118,14 +115,14 @@ pub(crate) fn local_masks(k: u32, r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
     let drawing = AtomicU64::new(0);
     let all = gemm::Rows::new(k, r, n).times(
         m,
-        |j, from, row| {
+        |from, words| {
             let begun = Instant::now();
-            masks.read(j * n + from, row);
+            masks.read(from, words);
             drawing.fetch_add(begun.elapsed().as_nanos() as u64, Relaxed);
         },
         &mut y,
     );
-    if matches!(w.part, Part::Client { .. }) {
+    if matches!(masks, Masks::Client(_)) {
         ledger::streams(drawing.into_inner() as f64 / all.as_nanos().max(1) as f64);
     }
     y

@@ -34,6 +34,8 @@ const MADE: usize = 1 << 14;
 const MADE_LONG: usize = 1 << 16;
 /// Rows from which on that is more.
 const LONG: usize = 64;
+/// Rows by which a word is multiplied while one is made.
+const MAKING: usize = 16;
 
 /// A weight that widens to a ring word: `u64` as it is, `i8`, `i16` and `i32` sign-extended. Sealed.
 pub trait Weight: Copy + Send + Sync + lanes::Lanes {}
@@ -137,13 +139,13 @@ impl<'a> Rows<'a> {
         }
     }
 
-    /// `c[s m + j] += sum_i x[s n + i] w[j n + i]`, where `w` is `m x n` and never there as a whole: `make` is asked for row `j`'s columns
-    /// `from..`, as many as it is given room for, by one thread or another. Bits of `c` above `k` mean nothing. Gives the time that it took,
-    /// of all threads together.
+    /// `c[s m + j] += sum_i x[s n + i] w[j n + i]`, where `w` is `m x n`, row-major, and never there as a whole: `make` is asked for words
+    /// from one on, as many as it is given room for, by one thread or another. Bits of `c` above `k` mean nothing. Gives the time that
+    /// it took, of all threads together.
     ///
     /// # Panics
     /// If `c` has not exactly the length that the rows and `m` say.
-    pub fn times(&self, m: usize, make: impl Fn(usize, usize, &mut [u64]) + Sync, c: &mut [u64]) -> Duration {
+    pub fn times(&self, m: usize, make: impl Fn(usize, &mut [u64]) + Sync, c: &mut [u64]) -> Duration {
         let n = self.n;
         let t = self.x.len() / n.max(1);
         assert_eq!(c.len(), area(t, m), "c is t x m");
@@ -151,29 +153,35 @@ impl<'a> Rows<'a> {
             return Duration::ZERO;
         }
         let taken = AtomicU64::new(0);
-        // All rows in one tile: made once.
-        let grain = self.grain();
-        tiles((t.next_multiple_of(grain.0), grain.1), (t, m, n), c, |_, j, rows| {
+        // All rows in one tile: made once. To make a word takes as long as to multiply it by some rows.
+        let grain = (t.next_multiple_of(self.grain().0), self.grain().1);
+        let work = n * MAKING.div_ceil(t.max(1));
+        tiles(grain, (t, m, work), c, |_, j, rows| {
             let begun = Instant::now();
-            self.made(|q, from, out| make(j + q, from, out), rows);
+            self.made(|from, out| make(j * n + from, out), rows);
             taken.fetch_add(begun.elapsed().as_nanos() as u64, Relaxed);
         });
         Duration::from_nanos(taken.into_inner())
     }
 
     /// All rows by rows that are made.
-    fn made(&self, make: impl Fn(usize, usize, &mut [u64]), rows: &mut [&mut [u64]]) {
+    fn made(&self, make: impl Fn(usize, &mut [u64]), rows: &mut [&mut [u64]]) {
         let (n, columns) = (self.n, rows[0].len());
         // Of a few rows at a time that stay in the cache; of more where a long prompt would read its own rows again for each.
         let words = if rows.len() > LONG { MADE_LONG } else { MADE };
-        let step = words.div_ceil(n).next_multiple_of(self.grain().1.min(16)).min(columns);
-        // Rows whose beginnings are a multiple of 4 KB apart would push each other out of the L1 cache.
-        let stride = if self.grain() == GRAIN { n } else { n.next_multiple_of(8) + 8 };
+        let apart = self.grain() != GRAIN;
+        let step = words.div_ceil(n).next_multiple_of(if apart { 16 } else { 4 }).min(columns);
+        // Sixteen rows that begin a multiple of 4 KB apart would push each other out of the L1 cache.
+        let stride = if apart { n.next_multiple_of(8) + 8 } else { n };
         let mut w = vec![0; step * stride];
         for from in (0..columns).step_by(step) {
             let to = columns.min(from + step);
             let w = &mut w[..(to - from) * stride];
-            w.chunks_exact_mut(stride).enumerate().for_each(|(q, row)| make(from + q, 0, &mut row[..n]));
+            if apart {
+                w.chunks_exact_mut(stride).enumerate().for_each(|(q, row)| make((from + q) * n, &mut row[..n]));
+            } else {
+                make(from * n, w);
+            }
             self.tile(w, stride, &mut rows.iter_mut().map(|row| &mut row[from..to]).collect::<Vec<_>>());
         }
     }

@@ -12,9 +12,9 @@ fn words(seed: u64, n: usize) -> Vec<u64> {
         .collect()
 }
 
-/// Parts of a matrix of `n` columns that is there.
-fn part(w: &[u64], n: usize) -> impl Fn(usize, usize, &mut [u64]) + Sync {
-    move |j, from, out| out.copy_from_slice(&w[j * n + from..][..out.len()])
+/// Parts of a matrix that is there.
+fn part(w: &[u64]) -> impl Fn(usize, &mut [u64]) + Sync {
+    |from, out| out.copy_from_slice(&w[from..][..out.len()])
 }
 
 /// The definition.
@@ -49,7 +49,7 @@ fn all_paths_agree(t: usize, m: usize, n: usize, seed: u64) {
         for k in [1, 2, 8, 31, 32, 33, 40, 41, 43, 44, 48, 49, 50, 51, 63, 64] {
             let (mut got16, mut got) = (c.clone(), c.clone());
             multiply_i16(isa, k, &x, &w16, (t, m, n), &mut got16);
-            Rows::on(isa, k, &x, n).times(m, part(&w, n), &mut got);
+            Rows::on(isa, k, &x, n).times(m, part(&w), &mut got);
             let low = |v: &[u64]| v.iter().map(|v| v & mask(k)).collect::<Vec<_>>();
             assert!(low(&got) == low(&want), "ring {isa:?} {t} {m} {n} modulo 2^{k}");
             assert!(low(&got16) == low(&want16), "i16 {isa:?} {t} {m} {n} modulo 2^{k}");
@@ -120,7 +120,7 @@ fn extreme_digits() {
             naive(&x, &w, t, 4, n, &mut want);
             for isa in Isa::available() {
                 let mut got = vec![0; 4 * t];
-                Rows::on(isa, k, &x, n).times(4, part(&w, n), &mut got);
+                Rows::on(isa, k, &x, n).times(4, part(&w), &mut got);
                 assert!(got.iter().zip(&want).all(|(a, b)| (a ^ b) & mask(k) == 0), "{isa:?} 2^{k} {v:x} {u:x}");
             }
         }
