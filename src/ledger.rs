@@ -147,7 +147,15 @@ impl Spent {
         self.each(other, |a, b| a + b)
     }
 
-    fn each(mut self, other: &Spent, f: impl Fn(u64, u64) -> u64) -> Spent {
+    /// Bytes and messages alone.
+    #[must_use]
+    pub fn traffic(self) -> Spent {
+        Spent { ns: Spent::default().ns, ..self }
+    }
+
+    /// Number by number.
+    #[must_use]
+    pub fn each(mut self, other: &Spent, f: impl Fn(u64, u64) -> u64) -> Spent {
         let pairs = [(&mut self.bytes, &other.bytes), (&mut self.messages, &other.messages)];
         let pairs = pairs.into_iter().flat_map(|(a, b)| a.as_flattened_mut().iter_mut().zip(b.as_flattened()));
         let (ns, other_ns) = (self.ns.as_flattened_mut().as_flattened_mut(), other.ns.as_flattened().as_flattened());

@@ -29,7 +29,7 @@ use crate::prf::{Address, Pair, Prf, Stream, bytes_per_word};
 use crate::ring::pack;
 use crate::share::Rows;
 use jobs::JOBS_PER_LAYER;
-pub use jobs::{EndOnPanic, JOBS_AHEAD_LAYERS, Job, JobQueue, WALK_ENDED};
+pub use jobs::{BLOCKS_PER_LAYER, EndOnPanic, JOBS_AHEAD_LAYERS, Job, JobQueue, WALK_ENDED};
 
 /// One secure pass: consecutive positions computed together under one pass number.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,26 +45,34 @@ pub struct Pass {
 pub struct Scope {
     layer: u32,
     path: String,
+    /// First row of a block of the pass, if it is not walked as a whole.
+    block: Option<usize>,
 }
 
 impl Scope {
     /// A scope outside the layers.
     #[must_use]
     pub fn new(path: &str) -> Self {
-        Scope { layer: Address::NO_LAYER, path: path.to_string() }
+        Scope { layer: Address::NO_LAYER, path: path.to_string(), block: None }
     }
 
     /// A scope in a layer.
     #[must_use]
     pub fn layer(layer: usize) -> Self {
-        Scope { layer: layer as u32, path: String::new() }
+        Scope { layer: layer as u32, path: String::new(), block: None }
     }
 
     /// A child scope.
     #[must_use]
     pub fn at(&self, name: &str) -> Scope {
         let path = if self.path.is_empty() { name.to_string() } else { format!("{}.{name}", self.path) };
-        Scope { layer: self.layer, path }
+        Scope { path, ..*self }
+    }
+
+    /// The same for the block of rows that begins at `row`: what is in it has addresses of its own.
+    #[must_use]
+    pub fn block(&self, row: usize) -> Scope {
+        Scope { path: self.path.clone(), block: Some(row), ..*self }
     }
 
     /// The operation's path, `attn.scores` for example.
@@ -76,7 +84,11 @@ impl Scope {
     /// The address of `label` in pass `pass`.
     #[must_use]
     pub fn address(&self, pass: u64, label: &'static str) -> Address {
-        Address { pass, layer: self.layer, path: self.path.clone(), label }
+        let path = match self.block {
+            None => self.path.clone(),
+            Some(row) => format!("{}@{row}", self.path),
+        };
+        Address { pass, layer: self.layer, path, label }
     }
 }
 
@@ -93,6 +105,8 @@ pub struct Session {
     work: Option<Arc<Work>>,
     /// See [`Session::run_far_ahead`].
     far_ahead: bool,
+    /// The pass goes through attention in blocks.
+    in_blocks: bool,
 }
 
 impl Session {
@@ -100,7 +114,7 @@ impl Session {
     #[must_use]
     pub fn new(role: Role, links: Links, prf: Prf, meter: Arc<Meter>) -> Self {
         let (passes, jobs, declared) = (Vec::new(), JobQueue::default(), Cost::default());
-        Session { role, links, prf, passes, jobs, declared, meter, work: None, far_ahead: false }
+        Session { role, links, prf, passes, jobs, declared, meter, work: None, far_ahead: false, in_blocks: false }
     }
 
     /// A session that computes nothing: streams, products and lookups give zeros at once and are added to `work`. It has no
@@ -170,6 +184,7 @@ impl Session {
     pub fn begin(&mut self, first: u64, tokens: &[usize]) {
         let lane = if self.is_owner() { Lane::Online } else { Lane::Ahead };
         ledger::start(self.meter.ledger(), lane, Kind::Rest);
+        self.in_blocks = false;
         let mut start = 0;
         self.passes = tokens
             .iter()
@@ -179,6 +194,22 @@ impl Session {
                 Pass { number: first + i as u64, tokens: start - n..start }
             })
             .collect();
+    }
+
+    /// Walks a block of `rows` rows of the only pass: until the result is given to [`Session::end_block`], the pass is nothing but these
+    /// rows. Scopes in it come from [`Scope::block`].
+    ///
+    /// # Errors
+    /// [`Error::Internal`] if several passes are walked together.
+    pub(crate) fn begin_block(&mut self, rows: usize) -> Result<Vec<Pass>> {
+        let block = Pass { number: self.the_pass()?, tokens: 0..rows };
+        self.in_blocks = true;
+        Ok(std::mem::replace(&mut self.passes, vec![block]))
+    }
+
+    /// Goes on with the whole pass.
+    pub(crate) fn end_block(&mut self, whole: Vec<Pass>) {
+        self.passes = whole;
     }
 
     /// Ends the batch: its addresses can never be taken again.
@@ -309,14 +340,14 @@ impl Session {
         Ok(())
     }
 
-    /// The one pass of the Owner.
+    /// The one pass of the Owner, or of a prompt.
     ///
     /// # Errors
     /// [`Error::Internal`] if the batch has not exactly one pass.
     pub fn the_pass(&self) -> Result<u64> {
         match self.passes.as_slice() {
             [pass] => Ok(pass.number),
-            _ => Err(Error::Internal("the online half walks exactly one pass".into())),
+            _ => Err(Error::Internal("one pass is walked at a time, online and in blocks".into())),
         }
     }
 
@@ -368,12 +399,14 @@ impl Session {
         self.far_ahead = true;
     }
 
-    /// Leaves a job for pass `index` of the batch; of a single pass, not more than two layers ahead of the jobs done.
+    /// Leaves a job for pass `index` of the batch; of a single pass, not more than two layers ahead of the jobs done, or one layer where
+    /// a layer is as long as to be cut into blocks.
     pub fn leave(&self, index: usize, job: Job) {
         let pass = self.passes[index].number;
         // Of several passes walked together, the first cannot be answered before the walk has come to its end.
         if self.passes.len() == 1 && !self.far_ahead {
-            ledger::during(Doing::Wait, || self.jobs.wait_room(pass, JOBS_AHEAD_LAYERS * JOBS_PER_LAYER));
+            let layers = if self.in_blocks { 1 } else { JOBS_AHEAD_LAYERS };
+            ledger::during(Doing::Wait, || self.jobs.wait_room(pass, layers * JOBS_PER_LAYER));
         }
         let (ledger, kind) = (Arc::clone(self.meter.ledger()), ledger::current());
         let accounted = move |links: &Links| {

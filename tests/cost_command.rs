@@ -25,8 +25,13 @@ use trefoil::predict::walk::{bytes, walk};
 /// Runs a request of `prompt` and `new` tokens for real, then predicts it from the plan that was used.
 #[track_caller]
 fn exact(weights: &Weights, text: Option<Vec<u32>>, private: Option<usize>, prompt: &[u32], new: usize) {
+    exact_with(weights, text, LocalOptions::new(private), prompt, new);
+}
+
+#[track_caller]
+fn exact_with(weights: &Weights, text: Option<Vec<u32>>, options: LocalOptions, prompt: &[u32], new: usize) {
     let context = prompt.len() + new;
-    let options = LocalOptions { max_positions: Some(context), ..LocalOptions::new(private) };
+    let options = LocalOptions { max_positions: Some(context), ..options };
     let mut local = Local::start(weights.clone(), text, options).unwrap();
     let meters = Role::ALL.map(|r| Arc::clone(local.world().meter(r)));
     let read = || Role::ALL.map(|a| Role::ALL.map(|b| meters[a.index()].sent(b)));
@@ -102,6 +107,25 @@ fn random_shapes() {
     exact(&random(shape(64, 4, 1, 72, 2)), None, Some(2), &long[..77], 3);
     let qwen3 = ModelConfig { qk_norm: true, arch: Arch::Qwen3, qkv_bias: false, ..shape(64, 4, 2, 96, 2) };
     exact(&random(qwen3), None, Some(2), &ids[..9], 20);
+}
+
+/// Prompts of two blocks and of more, the last as long as the others and shorter, walked as they are and extrapolated.
+#[test]
+fn prompts_in_blocks() {
+    let ids: Vec<u32> = (0..150).map(|i| i * 7 % 301).collect();
+    // Heads, tokens of the prompt, scores of a block.
+    for (heads, tokens, scores) in [
+        (3, 30, 1),
+        (3, 109, 1),
+        (3, 128, 3 * 128 * 40),
+        (4, 64, 1),
+        (4, 71, 4 * 71 * 32),
+        (4, 139, 1),
+        (4, 139, 4 * 139 * 64),
+    ] {
+        let options = LocalOptions { block_scores: Some(scores), ..LocalOptions::new(Some(1)) };
+        exact_with(&random(shape(16 * heads, heads, 1, 64, 2)), None, options, &ids[..tokens], 2);
+    }
 }
 
 #[test]

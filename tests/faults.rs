@@ -14,6 +14,7 @@ use trefoil::Error;
 use trefoil::generate::{LocalOptions, check};
 use trefoil::model::rounding::{self, Choice};
 use trefoil::model::{LayerWeights, Linear, Weights};
+use trefoil::plan::block::LEAST_ROWS;
 
 /// A token of the bundled model that no calibration here reads, unless it is told to.
 const RARE: u32 = 2001;
@@ -273,6 +274,16 @@ fn a_row_that_calibration_has_not_seen() {
                 &prompt,
             );
         }
+    }
+    // In the first block of a prompt that goes through attention in three: flags of all blocks count.
+    for value in [12.0, 50.0] {
+        let mut planted = w.clone();
+        answer(&mut planted, 0, "q", 5, value);
+        answer(&mut planted, 0, "k", 5, value);
+        let long: Vec<u32> = prompt.iter().chain(&text).copied().take(40).collect();
+        assert!(long.iter().rposition(|&t| t == RARE).unwrap() < LEAST_ROWS);
+        let o = LocalOptions { block_scores: Some(1), ..options(Some(3), 2 * CONTEXT) };
+        table.case("score up, in blocks", &format!("{value}"), &planted, Some(text.clone()), o, &long);
     }
     for times in [0.0, 1e-2, 100.0, 1e4, 1e9] {
         for private in [Some(3), Some(1), None] {

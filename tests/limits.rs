@@ -1,7 +1,7 @@
 //! At the edges of what is promised: the largest vocabularies, the smallest buffers.
 
 use trefoil::generate::{Local, LocalOptions, check};
-use trefoil::model::{ModelConfig, Weights};
+use trefoil::model::{Activation, ModelConfig, Softmax, Variant, Weights};
 
 fn config(vocab_size: usize) -> ModelConfig {
     ModelConfig { num_kv_heads: 1, tie_word_embeddings: true, ..ModelConfig::llama(32, 64, 1, 2, vocab_size, 32) }
@@ -38,6 +38,29 @@ fn a_small_buffer_holds_back_and_does_not_hang() {
     options.setup.ahead_capacity = 2_000;
     options.setup.timeout = std::time::Duration::from_secs(20);
     generate(weights, options, &[1, 2, 3, 4, 5], 12);
+}
+
+/// Prompts of four blocks, the last of them short, with even and odd numbers of heads and both kinds of softmax: as the float model says.
+#[test]
+fn long_prompts_go_through_attention_in_blocks() {
+    let relu = Variant {
+        from_layer: 1,
+        num_attention_heads: 2,
+        num_key_value_heads: 1,
+        head_dim: 16,
+        softmax: Softmax::TwoRelu,
+        activation: Activation::Relu,
+    };
+    for config in [in_blocks(2), in_blocks(3), ModelConfig { variant: Some(relu), ..in_blocks(2) }] {
+        let weights = Weights::random(config, 5).unwrap();
+        let prompt: Vec<u32> = (0..53).map(|i| i * 7 % 301).collect();
+        let blocks = LocalOptions { block_scores: Some(1), ..LocalOptions::new(None) };
+        generate(weights, blocks, &prompt, 3);
+    }
+}
+
+fn in_blocks(heads: usize) -> ModelConfig {
+    ModelConfig { num_kv_heads: 1, ..ModelConfig::llama(16 * heads, 64, 2, heads, 301, 64) }
 }
 
 /// The same answer on machines without AVX-512, and without AVX at all.

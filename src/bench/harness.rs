@@ -18,6 +18,7 @@ use crate::party::Role;
 use crate::plan::cost::Cost;
 use crate::plan::work::Work;
 use crate::plan::{F, Fractions, Plan, plan};
+use crate::predict::walk::{self, Cells};
 use crate::prf::PreparationSeed;
 use crate::protocol::gumbel::Gumbel;
 use crate::protocol::{embedding, input};
@@ -154,6 +155,13 @@ impl Harness {
         Ok(Harness { models, hidden, setup })
     }
 
+    /// With attention in blocks of `scores` scores.
+    #[must_use]
+    pub fn in_blocks(mut self, scores: usize) -> Harness {
+        self.models.iter_mut().for_each(|m| m.in_blocks(scores));
+        self
+    }
+
     /// The plan.
     #[must_use]
     pub fn plan(&self) -> &Plan {
@@ -188,17 +196,35 @@ impl Harness {
     }
 }
 
-/// What such passes cost, counted by the walk of `trefoil cost` without computing them: no time.
+impl Cells for Measured {
+    fn zip(&self, o: &Measured, f: impl Fn(u64, u64) -> u64 + Copy) -> Measured {
+        let mut out = self.clone();
+        let others = o.sent.as_flattened();
+        out.sent.as_flattened_mut().iter_mut().zip(others).for_each(|(a, b)| *a = a.zip(b, f));
+        out.spent.iter_mut().zip(&o.spent).for_each(|(a, b)| *a = a.each(b, f));
+        out.depth = f(self.depth.into(), o.depth.into()) as u32;
+        out
+    }
+}
+
+/// What such passes cost, counted by the walk of `trefoil cost` without computing them: no time, nothing declared.
 ///
 /// # Errors
 /// [`Error::Internal`] for a plan that does not belong to the configuration.
 pub fn count(config: &ModelConfig, plan: &Plan, part: Part, context: usize, passes: &[usize]) -> Result<Measured> {
     let model = SecureModel::shape(config.clone(), plan.clone())?;
     let width = if part != Part::Layers && plan.private_embedding { 1 } else { config.hidden_size };
-    let world = World::counting(Arc::new(Work::default()));
-    let pace = Pace::Generation([MAX_BATCH; 3]);
-    let run = Run { world: &world, part, pace, profile: Profile::NONE };
-    run.execute(&[&model, &model, &model], context, passes, &|_| vec![0; width])
+    let counted = |passes: &[usize], work: Work| -> Result<Measured> {
+        let world = World::counting(Arc::new(work));
+        let pace = Pace::Generation([MAX_BATCH; 3]);
+        let run = Run { world: &world, part, pace, profile: Profile::NONE };
+        let m = run.execute(&[&model, &model, &model], context, passes, &|_| vec![0; width])?;
+        Ok(Measured { wall: Duration::ZERO, spent: m.spent.map(Spent::traffic), declared: Vec::new(), ..m })
+    };
+    match passes {
+        &[prompt] if context == 0 => walk::prefill(config, plan, prompt, &mut |tokens, work| counted(&[tokens], work)),
+        _ => counted(passes, Work::default()),
+    }
 }
 
 /// The ends of channels on which the Client's outputs come.

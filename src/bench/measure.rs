@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::generate::MAX_BATCH;
 use crate::model::{ModelConfig, Variant};
 use crate::party::Role;
-use crate::plan::{Plan, memory};
+use crate::plan::{Plan, block, memory};
 use crate::predict::{PROCESS, RUN_AHEAD};
 use crate::ring::Isa;
 use crate::world::Setup;
@@ -183,7 +183,7 @@ impl Case<'_> {
         let pace = Pace::Generation(room);
         let sustained = self.measure(pace, passes)?;
         let ready = passes.min(room.into_iter().fold(MAX_BATCH, usize::min));
-        let ready = self.measure(Pace::Ready, ready)?;
+        let ready = if self.in_blocks() { None } else { Some(self.measure(Pace::Ready, ready)?) };
         // The Client computes the public layers in the clear.
         let public = (preset.layers() - total) as f64 * float.layer_s * 1e3;
         let head = if preset.is_model() { float.head_s } else { 0.0 };
@@ -197,7 +197,7 @@ impl Case<'_> {
             layers_measured: measured,
             layers_total: total,
             ms_per_token: sustained.ms + public,
-            ms_per_token_ready: ready.ms + public,
+            ms_per_token_ready: ready.as_ref().map(|r| r.ms + public),
             float_ms_per_token: 1e3 * (preset.layers() as f64 * float.layer_s + head),
             online_bytes_per_token: per_token(traffic.mean(&Measured::online_bytes)),
             ahead_bytes_per_token: per_token(traffic.mean(&Measured::ahead_bytes)),
@@ -209,10 +209,16 @@ impl Case<'_> {
                 let sent = |m: &Measured| m.spent[role.index()].sent(kind, lane);
                 per_token(traffic.mean(&sent))
             }),
-            ready_by_operation: ready.times.steps(),
+            ready_by_operation: ready.map(|r| r.times.steps()).unwrap_or_default(),
             threads: rayon::current_num_threads(),
             isa: Isa::current().name(),
         })
+    }
+
+    /// Of such a prompt nobody holds the whole run-ahead.
+    fn in_blocks(&self) -> bool {
+        let (config, plan) = &self.bench.whole;
+        matches!(self.test, Test::Prefill(n) if block::rows(config, plan, 0, n) < n)
     }
 
     /// Per token, for all private layers.
@@ -254,9 +260,11 @@ impl Case<'_> {
         let config = ModelConfig { num_layers: measured, ..self.bench.whole.0.clone() };
         let plan = self.bench.harness.plan();
         let of = |role| memory::session_bytes(role, &config, plan, prompt, decode, self.bench.run_ahead).total();
-        // All of it is there before the clock of `ready` starts.
-        let walked = traffic.mean(&Measured::ahead_bytes) as u64 * measured as u64 / total as u64
-            * self.test.passes().0.min(MAX_BATCH) as u64;
+        // All of it is there before the clock of `ready` starts; of a prompt in blocks there is no `ready`.
+        let walked =
+            if self.in_blocks() { 0 } else { 1 } * traffic.mean(&Measured::ahead_bytes) as u64 * measured as u64
+                / total as u64
+                * self.test.passes().0.min(MAX_BATCH) as u64;
         enough_memory(
             &format!("{}: caches, vectors and run-ahead", self.test),
             Role::ALL.map(of).iter().sum::<u64>() + walked,

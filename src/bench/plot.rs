@@ -94,13 +94,13 @@ fn subject(row: &Row) -> String {
 
 /// Rows and where they stand.
 type Points<'a> = Vec<(f64, &'a Row)>;
-/// A figure of a row.
-type Figure = fn(&Row) -> f64;
+/// A figure of a row, if it has it.
+type Figure = fn(&Row) -> Option<f64>;
 
 const TIMES: [(&str, Figure); 3] = [
-    ("sustained", |r| r.ms_per_token),
+    ("sustained", |r| Some(r.ms_per_token)),
     ("run-ahead ready", |r| r.ms_per_token_ready),
-    ("float model", |r| r.float_ms_per_token),
+    ("float model", |r| Some(r.float_ms_per_token)),
 ];
 
 /// Milliseconds per token against the context of decode tests, and against the prompt of prefills.
@@ -129,7 +129,7 @@ fn context(rows: &[Row]) -> std::result::Result<String, String> {
 fn lines(area: &Area<'_>, title: &str, x: &str, points: &[(f64, &Row)]) -> Drawn {
     let most = |f: &dyn Fn(&(f64, &Row)) -> f64| points.iter().map(f).fold(0.0, f64::max);
     let right = most(&|(x, _)| *x).max(1.0) * 1.1;
-    let top = most(&|(_, r)| TIMES.iter().map(|(_, of)| of(r)).fold(0.0, f64::max)).max(1e-6) * 1.25;
+    let top = most(&|(_, r)| TIMES.iter().filter_map(|(_, of)| of(r)).fold(0.0, f64::max)).max(1e-6) * 1.25;
     let mut chart = ChartBuilder::on(area)
         .caption(title, (FONT, 16))
         .margin(12)
@@ -144,7 +144,7 @@ fn lines(area: &Area<'_>, title: &str, x: &str, points: &[(f64, &Row)]) -> Drawn
         .x_label_formatter(&|x| if right < 10.0 { format!("{x:.1}") } else { format!("{x:.0}") })
         .draw()?;
     for ((name, of), colour) in TIMES.iter().zip(COLOURS) {
-        let line = || points.iter().map(|(x, row)| (*x, of(row)));
+        let line = || points.iter().filter_map(|(x, row)| Some((*x, of(row)?)));
         chart
             .draw_series(LineSeries::new(line(), colour.stroke_width(2)))?
             .label(*name)

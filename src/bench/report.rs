@@ -29,8 +29,9 @@ pub struct Row {
     pub layers_total: usize,
     /// From cold, run-ahead work of all parties counted.
     pub ms_per_token: f64,
-    /// The online part alone, of at most a batch of tokens.
-    pub ms_per_token_ready: f64,
+    /// The online part alone, of at most a batch of tokens; `None` of a prompt that is cut into blocks ([`crate::plan::block`]), whose run-ahead nobody
+    /// holds as a whole.
+    pub ms_per_token_ready: Option<f64>,
     /// The float model with all of the preset's layers.
     pub float_ms_per_token: f64,
     /// Bytes of all links that depend on the input.
@@ -80,14 +81,14 @@ impl Report {
                 format!("{}, times extrapolated from {}", r.layers_total, r.layers_measured)
             };
             out += &format!(
-                "| {} | {} | {} | {} | {} | {layers} | {:.2} | {:.2} | {:.3} | {:.3} | {:.3} | {} | {:.0} |\n",
+                "| {} | {} | {} | {} | {} | {layers} | {:.2} | {} | {:.3} | {:.3} | {:.3} | {} | {:.0} |\n",
                 r.preset,
                 r.reshaping,
                 r.test,
                 r.context,
                 r.net,
                 r.ms_per_token,
-                r.ms_per_token_ready,
+                r.ms_per_token_ready.map_or("-".into(), |ms| format!("{ms:.2}")),
                 r.float_ms_per_token,
                 mb(r.online_bytes_per_token),
                 mb(r.ahead_bytes_per_token),

@@ -46,6 +46,8 @@ pub struct LocalOptions {
     pub keys: Option<Keys>,
     /// Records PRF addresses (tests).
     pub addresses: Option<AddressLog>,
+    /// Scores that attention computes at once, instead of what the plan says (tests).
+    pub block_scores: Option<usize>,
 }
 
 impl LocalOptions {
@@ -61,6 +63,7 @@ impl LocalOptions {
             setup: Setup { ahead_capacity: 256 << 20, timeout: Duration::from_secs(600), ..Setup::default() },
             keys: None,
             addresses: None,
+            block_scores: None,
         }
     }
 
@@ -149,7 +152,7 @@ impl Local {
         let owner = spawn(&world, Role::Owner, {
             let mut session = world.session(Role::Owner);
             move || {
-                let model = prepare_owner(&session, loaded)?;
+                let model = prepare_owner(&session, loaded, options.block_scores)?;
                 ready.send(model.plan().clone()).map_err(|_| lost("the client"))?;
                 owner(&mut session, &model, &Grant::all(idle))
             }
@@ -313,8 +316,9 @@ fn finished<T>(h: JoinHandle<Result<T>>) -> Result<T> {
 }
 
 /// The Owner: prepares, then gives each peer its part.
-fn prepare_owner(s: &crate::session::Session, loaded: Loaded) -> Result<SecureModel> {
-    let Preparation { plan, seed, parts } = loaded.prepare()?;
+fn prepare_owner(s: &crate::session::Session, loaded: Loaded, block_scores: Option<usize>) -> Result<SecureModel> {
+    let Preparation { mut plan, seed, parts } = loaded.prepare()?;
+    plan.block_scores = block_scores.unwrap_or(plan.block_scores);
     let json = serde_json::to_vec(&plan).map_err(|e| Error::Internal(format!("writing the plan: {e}")))?;
     let links = s.links().clone();
     let at = |label| prepare_scope().address(0, label);

@@ -28,15 +28,23 @@ pub struct LinkTotals {
     pub ahead_messages: u64,
 }
 
+impl LinkTotals {
+    /// Number by number.
+    #[must_use]
+    pub fn zip(&self, o: &LinkTotals, f: impl Fn(u64, u64) -> u64) -> LinkTotals {
+        LinkTotals {
+            online_bytes: f(self.online_bytes, o.online_bytes),
+            ahead_bytes: f(self.ahead_bytes, o.ahead_bytes),
+            messages: f(self.messages, o.messages),
+            ahead_messages: f(self.ahead_messages, o.ahead_messages),
+        }
+    }
+}
+
 impl std::ops::Sub for LinkTotals {
     type Output = LinkTotals;
     fn sub(self, o: LinkTotals) -> LinkTotals {
-        LinkTotals {
-            online_bytes: self.online_bytes - o.online_bytes,
-            ahead_bytes: self.ahead_bytes - o.ahead_bytes,
-            messages: self.messages - o.messages,
-            ahead_messages: self.ahead_messages - o.ahead_messages,
-        }
+        self.zip(&o, |a, b| a - b)
     }
 }
 

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::adapter::{AdapterFractions, AdapterPlan, Group, Grouped};
+use super::block;
 use crate::model::{Activation, LayerShape, ModelConfig, Softmax};
 
 /// Fraction bits of activations between operations.
@@ -189,6 +190,9 @@ pub struct Plan {
     /// All weights but those of the adapters are a public base's: public linear maps, embedding and head too.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub public_base: bool,
+    /// Scores that attention computes at once: see [`block`].
+    #[serde(default = "block::most_scores", skip_serializing_if = "block::is_most")]
+    pub block_scores: usize,
     /// One plan per private layer.
     pub layers: Vec<LayerPlan>,
     /// The head.
@@ -440,6 +444,9 @@ impl Plan {
             return Err("the context");
         }
         within(self.residual_k, 28, 40, "the residual stream's ring")?;
+        if self.block_scores > block::MOST_SCORES {
+            return Err("the scores of a block");
+        }
         let (n, ring) = (c.hidden_size, i64::from(self.residual_k));
         if self.public_base && (self.private_embedding || !self.head.public) {
             return Err("a public base with a private embedding or head");

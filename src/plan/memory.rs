@@ -6,18 +6,19 @@
 //! | tables | the functions of every private layer, the same at all three | | |
 //! | cache | `d`: 8 per key or value element | `r` and a share: 16 | `r` and a share: 16 |
 //! | run-ahead | what both peers have sent and no pass has used yet | none | none |
-//! | batch | vectors of the largest operation of a pass | the same, of a batch of passes | the same, and what answers to the Owner wait for: of 2 layers of the prefill, or of the decode passes walked ahead |
+//! | batch | vectors of the largest operation of a pass | the same, of a batch of passes | the same, and what answers to the Owner wait for: of 2 layers of the prefill (of 1 if it goes through attention in blocks, [`super::block`]), or of the decode passes walked ahead |
 //!
 //! Exact but for the last two, which depend on who is faster: they are upper bounds up to allocator and rounding.
 
 use serde::Serialize;
 
+use super::block;
 use super::{AdapterPlan, AttentionPlan, LayerPlan, Module, NormPlan, Plan};
 use crate::generate::{MAX_BATCH, MAX_DRAFTS, MAX_WAITING, next_batch};
 use crate::model::sections::HalfLayout;
 use crate::model::{LayerShape, ModelConfig};
 use crate::party::Role;
-use crate::session::JOBS_AHEAD_LAYERS;
+use crate::session::{BLOCKS_PER_LAYER, JOBS_AHEAD_LAYERS};
 
 /// What a party keeps of a model, whatever the sessions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -125,11 +126,6 @@ pub fn model_bytes(role: Role, c: &ModelConfig, plan: &Plan) -> ModelBytes {
     ModelBytes { weights, tables: table_bytes(plan) }
 }
 
-/// Visible positions, summed over `tokens` from position `first` on.
-fn visible(first: usize, tokens: usize) -> u64 {
-    (tokens * first + tokens * (tokens + 1) / 2) as u64
-}
-
 /// Vectors of a pass at one layer: the largest operation, and what the Helper's answers wait for.
 struct Layer {
     largest: u64,
@@ -139,11 +135,15 @@ struct Layer {
     held: u64,
 }
 
-fn layer(c: &ModelConfig, shape: LayerShape, l: &LayerPlan, first: usize, tokens: usize) -> Layer {
+/// Of a pass whose blocks have `rows` rows.
+fn layer(c: &ModelConfig, (shape, l): (LayerShape, &LayerPlan), first: usize, tokens: usize, rows: usize) -> Layer {
     let t = tokens as u64;
     let (h, m, q) = (c.hidden_size as u64, c.intermediate_size as u64, shape.q_size() as u64);
     let kv = shape.kv_size() as u64;
-    let scores = shape.num_heads as u64 * visible(first, tokens);
+    // Of the last block, which is the largest; as many of them as are walked ahead.
+    let rows = rows.min(tokens);
+    let scores = block::scores(shape.num_heads, first + tokens - rows, rows) as u64;
+    let ahead = (BLOCKS_PER_LAYER as u64 * scores).min(block::scores(shape.num_heads, first, tokens) as u64);
     let a = &l.attention;
     // Query bytes of a lookup per element.
     let query = |bits: u32| (1u64 << bits) / 8;
@@ -160,12 +160,18 @@ fn layer(c: &ModelConfig, shape: LayerShape, l: &LayerPlan, first: usize, tokens
     let guard = |proven: u32, k: u32| if proven > k { 5 * u64::from((proven - k + 4).div_ceil(8)) } else { 0 };
     let words = 6 * h * t
         + t * (2 * (q + 2 * kv) + 5 * q)
-        + scores * (2 * columns + guard(a.score_proven, a.score_k) + 6)
+        + ahead * (2 * columns + guard(a.score_proven, a.score_k) + 6)
         + t * m * (9 + guard(l.mlp.gate_proven, l.mlp.gate_k));
     // What lives beside it: hidden states, projections and gated values of the layer.
     let beside = 8 * t * (2 * m + 3 * h + 2 * q) * 10 / VECTORS;
     let value = (scores * code_rows.max(8 * 2 * columns + 8 * 10)).max(t * m * 8 * 20);
     Layer { value, largest: codes.max(gate).max(exp).max(norm) + beside, held: 8 * words }
+}
+
+/// The private layers at a pass.
+fn layers(c: &ModelConfig, plan: &Plan, first: usize, tokens: usize) -> Vec<Layer> {
+    let rows = block::rows(c, plan, first, tokens);
+    shaped(c, plan).map(|l| layer(c, l, first, tokens, rows)).collect()
 }
 
 /// Run-ahead bytes of one pass of `tokens` from `first` on, about: what linear layers, products and lookups send to the
@@ -175,7 +181,7 @@ fn ahead_bytes(c: &ModelConfig, plan: &Plan, first: usize, tokens: usize) -> u64
     let (h, m) = (c.hidden_size as u64, c.intermediate_size as u64);
     let layers = shaped(c, plan).map(|(shape, l)| {
         let (q, kv) = (shape.q_size() as u64, shape.kv_size() as u64);
-        let scores = shape.num_heads as u64 * visible(first, tokens);
+        let scores = block::scores(shape.num_heads, first, tokens) as u64;
         let a = &l.attention;
         let counter = u64::from(usize::BITS - c.max_positions.leading_zeros());
         let per_score = u64::from(a.score_proven + 8)
@@ -209,13 +215,17 @@ fn largest_batch(decode: usize) -> usize {
 #[must_use]
 pub fn verification_bytes(role: Role, c: &ModelConfig, plan: &Plan, positions: usize) -> u64 {
     let tokens = (MAX_DRAFTS + 1).min(positions);
-    let layers: Vec<Layer> = shaped(c, plan).map(|(shape, l)| layer(c, shape, l, positions - tokens, tokens)).collect();
+    let layers = layers(c, plan, positions - tokens, tokens);
     let head = tokens as u64 * head_bytes(c, plan);
     let largest = VECTORS * layers.iter().map(|l| l.largest).max().unwrap_or(0).max(head) / 10;
+    largest + if role == Role::Helper { most_held(&layers, JOBS_AHEAD_LAYERS) } else { 0 }
+}
+
+/// By the `n` layers that hold most.
+fn most_held(layers: &[Layer], n: usize) -> u64 {
     let mut held: Vec<u64> = layers.iter().map(|l| l.held).collect();
     held.sort_unstable_by_key(|h| std::cmp::Reverse(*h));
-    let held = held.iter().take(JOBS_AHEAD_LAYERS).sum::<u64>();
-    largest + if role == Role::Helper { held } else { 0 }
+    held.iter().take(n).sum()
 }
 
 /// Of one position's tournament: its first level has, per candidate of a group of `radix`, half the group's comparisons.
@@ -240,19 +250,17 @@ pub fn session_bytes(
     let last = prefill + decode.saturating_sub(1);
     // Batches of holders: passes walked together, and passes walked and not yet used.
     let (batch, waiting) = (largest_batch(decode), decode.min(MAX_WAITING));
-    let of = |first, tokens| shaped(c, plan).map(|(shape, l)| layer(c, shape, l, first, tokens)).collect::<Vec<_>>();
     let largest = |layers: &[Layer], head: u64| layers.iter().map(|l| l.largest).max().unwrap_or(0).max(head);
     let head = head_bytes(c, plan);
-    let (first, later) = (of(0, prefill), of(last, 1));
+    let (first, later) = (layers(c, plan, 0, prefill), layers(c, plan, last, 1));
     let (once, together) = (VECTORS * largest(&first, head) / 10, VECTORS * batch as u64 * largest(&later, head) / 10);
     let value = first.iter().map(|l| l.value).max().unwrap_or(0).max(VECTORS * head / 10);
     let batch_bytes = match role {
         Role::Owner => value,
         Role::Client => once.max(together),
         Role::Helper => {
-            let mut held: Vec<u64> = first.iter().map(|l| l.held).collect();
-            held.sort_unstable_by_key(|h| std::cmp::Reverse(*h));
-            let prefill = once + held.iter().take(JOBS_AHEAD_LAYERS).sum::<u64>();
+            let blocks = block::rows(c, plan, 0, prefill) < prefill;
+            let prefill = once + most_held(&first, if blocks { 1 } else { JOBS_AHEAD_LAYERS });
             let held: u64 = later.iter().map(|l| l.held).sum::<u64>() + head;
             prefill.max(together + waiting as u64 * held)
         }

@@ -1,6 +1,7 @@
 //! What is decided before anything runs: ring widths, tables, guards, and what it costs. All of it is public.
 
 mod adapter;
+pub mod block;
 pub mod cost;
 mod gate;
 pub mod headroom;

@@ -12,6 +12,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::adapter::{AdapterBounds, AdapterPlan, Group, Grouped};
+use super::block;
 use super::gate::{f_table, gate_window, mlp, table_error};
 use super::layer::{
     F, F_ROPE, FW_LEAST, GAIN_LEAST, GAIN_MOST, HeadPlan, LayerFractions, LayerPlan, NormPlan, Plan, ROTATION,
@@ -318,7 +319,8 @@ pub fn propose(
         return Err(misfits);
     }
     let max_positions = config.max_positions;
-    Ok(Plan { first_private, private_embedding, residual_k, max_positions, public_base, layers, head })
+    let block_scores = block::MOST_SCORES;
+    Ok(Plan { first_private, private_embedding, residual_k, max_positions, public_base, block_scores, layers, head })
 }
 
 /// The largest hidden state that the Client may give; it refuses a larger one by name.

@@ -93,23 +93,35 @@ impl std::ops::AddAssign for Counts {
 /// Work by party, lane (online, ahead) and part.
 pub type Table = [[[Counts; 4]; 2]; 3];
 
+/// A pass that a shorter one is walked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Longer {
+    /// Its length: what the program sizes by that (the range flags' counters) is sized for it.
+    pub tokens: usize,
+    /// Rows of the blocks that the short one is cut into, in place of what its own length says.
+    pub block_rows: Option<usize>,
+}
+
 /// The work of all three parties of a walk, by party, lane (online or ahead) and part.
 #[derive(Debug, Default)]
 pub struct Work {
     table: Mutex<Table>,
-    as_tokens: Option<usize>,
+    stands_for: Option<Longer>,
 }
 
 impl Work {
-    /// For a pass that is walked in place of a longer one: what the program sizes by the length of a pass (the range
-    /// flags' counters) is sized for `tokens`.
+    /// For a pass that is walked in place of a longer one.
     #[must_use]
-    pub fn standing_for(tokens: usize) -> Work {
-        Work { as_tokens: Some(tokens), ..Work::default() }
+    pub fn standing_for(longer: Longer) -> Work {
+        Work { stands_for: Some(longer), ..Work::default() }
     }
 
-    pub(crate) fn tokens(&self, walked: usize) -> usize {
-        self.as_tokens.unwrap_or(walked)
+    pub(crate) fn tokens(&self) -> Option<usize> {
+        self.stands_for.map(|l| l.tokens)
+    }
+
+    pub(crate) fn block_rows(&self) -> Option<usize> {
+        self.stands_for?.block_rows
     }
 
     pub(crate) fn add(&self, role: Role, lane: Lane, scope: &Scope, counts: Counts) {

@@ -8,6 +8,9 @@
 //! - A message of a prefill of `t` tokens carries `n = a + b t + c h t (t + 1) / 2` elements, `h` the number of heads. From `t` to
 //!   `t + 8` (16 if `h` is odd) `n` grows by a multiple of 8, so its bytes are a polynomial of degree 2 along such steps: three
 //!   short prompts say all, once their range flags' counters are as wide as the long one's.
+//! - A prompt that goes through attention in blocks ([`crate::plan::block`]) carries the same elements, whole bytes of them in each block
+//!   but the last. So each further block adds the same: its messages' headers, their number, and what waits for them. The three
+//!   short prompts are cut into two blocks, and one of them into three as well.
 
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,8 +22,8 @@ use crate::model::secure::{ClientPorts, KvCache, PassOptions, SecureModel};
 use crate::net::Lane;
 use crate::net::meter::LinkTotals;
 use crate::party::Role;
-use crate::plan::Plan;
-use crate::plan::work::{Table, Work};
+use crate::plan::work::{Longer, Table, Work};
+use crate::plan::{Plan, block};
 use crate::protocol::embedding;
 use crate::protocol::gumbel::Gumbel;
 use crate::world::World;
@@ -39,14 +42,7 @@ pub fn bytes(links: &Links, lane: Lane) -> u64 {
 
 fn each(a: &Links, b: &Links, f: impl Fn(u64, u64) -> u64) -> Links {
     let mut out = *a;
-    for (o, b) in out.iter_mut().flatten().zip(b.iter().flatten()) {
-        *o = LinkTotals {
-            online_bytes: f(o.online_bytes, b.online_bytes),
-            ahead_bytes: f(o.ahead_bytes, b.ahead_bytes),
-            messages: f(o.messages, b.messages),
-            ahead_messages: f(o.ahead_messages, b.ahead_messages),
-        };
-    }
+    out.as_flattened_mut().iter_mut().zip(b.as_flattened()).for_each(|(o, b)| *o = o.zip(b, &f));
     out
 }
 
@@ -177,44 +173,60 @@ fn control(request: bool, passes: u64, end: bool) -> Links {
     })
 }
 
-/// The pass over the prompt, of a long one from three short ones.
-fn walk_prefill(model: &SecureModel, prompt: usize) -> Result<Run> {
-    let c = model.config();
+impl Cells for Run {
+    fn zip(&self, o: &Run, f: impl Fn(u64, u64) -> u64 + Copy) -> Run {
+        let mut work = self.work;
+        let others = o.work.iter().flatten().flatten();
+        work.iter_mut().flatten().flatten().zip(others).for_each(|(a, b)| *a = a.zip(*b, f));
+        let depth = |a: u32, b: u32| f(a.into(), b.into()) as u32;
+        let layers = self.layers.iter().zip(&o.layers).map(|(a, b)| depth(*a, *b)).collect();
+        Run { links: each(&self.links, &o.links, f), depth: depth(self.depth, o.depth), work, layers }
+    }
+}
+
+/// What a pass takes, as numbers that can be extrapolated.
+pub(crate) trait Cells: Sized {
+    /// Number by number.
+    fn zip(&self, o: &Self, f: impl Fn(u64, u64) -> u64 + Copy) -> Self;
+}
+
+/// The pass `n` steps after `a`, of three a step apart whose second differences stay (Newton's forward differences).
+fn extrapolated<T: Cells>([a, b, c]: &[T; 3], n: u64) -> T {
+    let (first, second) = (b.zip(a, |b, a| b - a), c.zip(a, |c, a| c + a).zip(b, |ca, b| ca - 2 * b));
+    a.zip(&first, |a, d| a + n * d).zip(&second, |v, d| v + n * n.saturating_sub(1) / 2 * d)
+}
+
+/// The pass over a prompt as `run` walks it, of a long one from a few short ones that it walks for it.
+pub(crate) fn prefill<T: Cells>(
+    c: &ModelConfig,
+    plan: &Plan,
+    prompt: usize,
+    run: &mut dyn FnMut(usize, Work) -> Result<T>,
+) -> Result<T> {
     let even = (0..c.num_layers).all(|i| c.layer(i).num_heads.is_multiple_of(2));
     let step = if even { PERIOD } else { 2 * PERIOD };
-    let shortest = match prompt % step {
+    let rest = match prompt % step {
         0 => step,
         rest => rest,
     };
+    let blocks = prompt.div_ceil(block::rows(c, plan, 0, prompt));
+    // Of one block, or of two with a last one as long as what the whole prompt has beyond its steps.
+    let shortest = if blocks == 1 { rest } else { rest + step };
     if prompt <= shortest + 3 * step {
-        return Walker::new(model, 0).run(&[prompt]);
+        return run(prompt, Work::default());
     }
-    let run = |i: usize| Walker::new(model, 0).run_as(&[shortest + i * step], Work::standing_for(prompt));
-    let (a, b, c) = (run(0)?, run(1)?, run(2)?);
-    // Newton's forward differences.
-    let n = ((prompt - shortest) / step) as u64;
-    let at = |a: u64, b: u64, c: u64| a + n * (b - a) + n * (n - 1) / 2 * (c + a - 2 * b);
-    let abc = |i: usize, f: fn(&LinkTotals) -> u64| {
-        let of = |r: &Run| f(&r.links[i / 3][i % 3]);
-        at(of(&a), of(&b), of(&c))
+    let mut short = |tokens: usize, rows: usize| {
+        let block_rows = (blocks > 1).then_some(rows);
+        run(tokens, Work::standing_for(Longer { tokens: prompt, block_rows }))
     };
-    let mut links = Links::default();
-    for (i, l) in links.iter_mut().flatten().enumerate() {
-        *l = LinkTotals {
-            online_bytes: abc(i, |l| l.online_bytes),
-            ahead_bytes: abc(i, |l| l.ahead_bytes),
-            messages: abc(i, |l| l.messages),
-            ahead_messages: abc(i, |l| l.ahead_messages),
-        };
+    let [a, b, c] = [shortest, shortest + step, shortest + 2 * step];
+    let three = [short(a, a - rest)?, short(b, b - rest)?, short(c, c - rest)?];
+    let all = extrapolated(&three, ((prompt - shortest) / step) as u64);
+    if blocks <= 2 {
+        return Ok(all);
     }
-    let mut work = Table::default();
-    let cells = |r: &Run| r.work.into_iter().flatten().flatten().collect::<Vec<_>>();
-    for (w, ((a, b), c)) in work.iter_mut().flatten().flatten().zip(cells(&a).into_iter().zip(cells(&b)).zip(cells(&c)))
-    {
-        let (first, second) = (b.zip(a, |b, a| b - a), c.zip(a, |c, a| c + a).zip(b, |ca, b| ca - 2 * b));
-        *w = a.zip(first, |a, d| a + n * d).zip(second, |v, d| v + n * (n - 1) / 2 * d);
-    }
-    Ok(Run { links, depth: c.depth, work, layers: c.layers })
+    let more = short(b, step)?.zip(&three[1], |three, two| three - two);
+    Ok(all.zip(&more, |a, d| a + (blocks - 2) as u64 * d))
 }
 
 /// Walks a request of `prompt` tokens and `decode` further passes.
@@ -229,7 +241,8 @@ pub fn walk(config: &ModelConfig, plan: &Plan, prompt: usize, decode: usize) -> 
         )));
     }
     let model = SecureModel::shape(config.clone(), plan.clone())?;
-    let first = walk_prefill(&model, prompt)?;
+    let walk = &mut |tokens: usize, work| Walker::new(&model, 0).run_as(&[tokens], work);
+    let first = self::prefill(config, plan, prompt, walk)?;
     let mut walker = Walker::new(&model, prompt);
     let prefill = Stretch {
         passes: 1,

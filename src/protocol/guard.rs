@@ -201,7 +201,26 @@ pub struct RangeFlags {
     names: Vec<(String, &'static str)>,
     direct: Vec<(usize, Masked)>,
     guards: Vec<(usize, Pending<'static, Counts>)>,
+    /// Of a long prompt: see [`RangeFlags::fold`].
+    late: Vec<Pending<'static, Vec<(usize, Masked)>>>,
     state: State,
+}
+
+/// Guards of a pass of which a block is walked.
+pub struct HeldGuards(Vec<(usize, Pending<'static, Counts>)>);
+
+/// Sums of products that stand side by side for each token, of some tokens: for each quantity with the layout of its own.
+fn sums_by_quantity(m: &Masked, tokens: Range<usize>, quantities: &[(usize, Rows)]) -> Vec<(usize, u64)> {
+    let mut sums: Vec<(usize, u64)> = quantities.iter().map(|(i, _)| (*i, 0)).collect();
+    for t in tokens {
+        let mut row = &m.raw()[m.rows().row(t)];
+        for ((_, sum), (_, rows)) in sums.iter_mut().zip(quantities) {
+            let (own, others) = row.split_at(rows.row(t).len());
+            *sum = own.iter().fold(*sum, |a, b| a.wrapping_add(*b));
+            row = others;
+        }
+    }
+    sums
 }
 
 enum State {
@@ -218,7 +237,8 @@ impl RangeFlags {
     pub fn new(counts: usize) -> Self {
         // 64 per value is the largest product of two mismatch counts.
         let count_bits = (usize::BITS - (counts.max(1) * 64).leading_zeros() + 1).next_multiple_of(8);
-        RangeFlags { count_bits, names: Vec::new(), direct: Vec::new(), guards: Vec::new(), state: State::Collecting }
+        let (names, direct, guards, late) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        RangeFlags { count_bits, names, direct, guards, late, state: State::Collecting }
     }
 
     /// Ring of the counters.
@@ -255,6 +275,71 @@ impl RangeFlags {
         }
     }
 
+    /// Takes the guards of the whole pass aside, while those of a block are collected.
+    pub fn hold(&mut self) -> HeldGuards {
+        HeldGuards(std::mem::take(&mut self.guards))
+    }
+
+    /// Puts them back.
+    pub fn resume(&mut self, held: HeldGuards) {
+        self.guards.splice(0..0, held.0);
+    }
+
+    /// Sums up what has been collected, which would take as much memory as all guarded values of the pass: after each block and each layer
+    /// of a prompt that is walked in blocks. `last` is a row for every token of the whole pass and an element at its last one. Called
+    /// where the replies are surely there; those of the product that it begins are taken by the next call.
+    ///
+    /// # Errors
+    /// [`crate::Error::Peer`], [`crate::Error::Reuse`], [`crate::Error::Shape`].
+    pub fn fold(&mut self, s: &mut Session, scope: &Scope, last: &Rows) -> Result<()> {
+        self.take_late(s)?;
+        let one = |m: &Masked| m.map(0, last.clone(), |v| vec![v.iter().fold(0u64, |a, b| a.wrapping_add(*b))]);
+        for (i, m) in std::mem::take(&mut self.direct) {
+            self.add(i, if m.rows() == last { m } else { one(&m) })?;
+        }
+        let (mut a, mut b, mut quantities) = (Vec::new(), Vec::new(), Vec::new());
+        for (i, g) in std::mem::take(&mut self.guards) {
+            match g.finish(s)? {
+                Counts::Direct(m) => self.add(i, one(&m))?,
+                Counts::Pair(m0, m1) => {
+                    quantities.push((i, m0.rows().clone()));
+                    a.push(m0);
+                    b.push(m1);
+                }
+            }
+        }
+        if quantities.is_empty() {
+            return Ok(());
+        }
+        let (a, b) = (concat(&a.iter().collect::<Vec<_>>())?, concat(&b.iter().collect::<Vec<_>>())?);
+        let products = product(s, &scope.at("pairs"), &a, &b, Arc::new(Elementwise))?;
+        let (side, k, last) = (side(s), self.count_bits, last.clone());
+        let sums = products.then(move |m| {
+            let sums = sums_by_quantity(&m, 0..m.rows().tokens(), &quantities);
+            Ok(sums.into_iter().map(|(i, sum)| (i, Masked::new(vec![sum], side, k, 0, last.clone()))).collect())
+        });
+        self.late.push(if s.is_owner() { sums } else { Pending::ready(sums.finish(s)?) });
+        Ok(())
+    }
+
+    fn take_late(&mut self, s: &mut Session) -> Result<()> {
+        for sums in std::mem::take(&mut self.late) {
+            for (i, sum) in sums.finish(s)? {
+                self.add(i, sum)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds counts to those of the same quantity and layout.
+    fn add(&mut self, i: usize, m: Masked) -> Result<()> {
+        match self.direct.iter_mut().find(|(j, sum)| *j == i && sum.rows() == m.rows()) {
+            Some((_, sum)) => *sum = sum.add(&m)?,
+            None => self.direct.push((i, m)),
+        }
+        Ok(())
+    }
+
     /// Takes the next step, without which later steps cannot start. Called at points where earlier replies are surely
     /// there already, so that nothing on the critical path waits for it.
     ///
@@ -264,6 +349,7 @@ impl RangeFlags {
         let scope = scope.at("flags");
         self.state = match std::mem::replace(&mut self.state, State::Done) {
             State::Collecting => {
+                self.take_late(s)?;
                 let (mut a, mut b, mut pair_of) = (Vec::new(), Vec::new(), Vec::new());
                 for (i, g) in std::mem::take(&mut self.guards) {
                     match g.finish(s)? {
@@ -332,14 +418,8 @@ impl RangeFlags {
                 sums[*i] = sums[*i].wrapping_add(sum);
             }
             if let Some(m) = products {
-                for t in pass.tokens.clone() {
-                    let mut at = m.rows().row(t).start;
-                    for (i, rows) in pair_of {
-                        let n = rows.row(t).len();
-                        let sum = m.raw()[at..at + n].iter().fold(0u64, |a, b| a.wrapping_add(*b));
-                        sums[*i] = sums[*i].wrapping_add(sum);
-                        at += n;
-                    }
+                for (i, sum) in sums_by_quantity(m, pass.tokens.clone(), pair_of) {
+                    sums[i] = sums[i].wrapping_add(sum);
                 }
             }
         }

@@ -228,6 +228,39 @@ impl Masked {
         Ok(Masked::reduced(v, self.side, self.k, self.f, Rows::even(tokens, columns.len())))
     }
 
+    /// The rows of `tokens`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for tokens that it has not.
+    pub fn tokens(&self, tokens: &Range<usize>) -> Result<Masked> {
+        if tokens.start > tokens.end || tokens.end > self.rows.tokens() {
+            return Err(Error::Shape { op: "tokens", lhs: self.facts(), rhs: format!("tokens {tokens:?}") });
+        }
+        let rows = Rows::ragged(tokens.clone().map(|t| self.rows.row(t).len()));
+        Ok(Masked::reduced(self.v[self.rows.range(tokens)].to_vec(), self.side, self.k, self.f, rows))
+    }
+
+    /// Values under each other, as if their tokens had been one after the other in one value.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for none, and for values of different rings or fractions.
+    pub fn stack(parts: Vec<Masked>) -> Result<Masked> {
+        let mut parts = parts.into_iter();
+        let Some(mut all) = parts.next() else {
+            return Err(Error::Shape { op: "stack", lhs: "nothing".into(), rhs: "a value at least".into() });
+        };
+        let mut widths: Vec<usize> = (0..all.rows.tokens()).map(|t| all.rows.row(t).len()).collect();
+        for part in parts {
+            if part.k != all.k || part.f != all.f || part.side != all.side {
+                return Err(all.mismatch("stack", &part));
+            }
+            widths.extend((0..part.rows.tokens()).map(|t| part.rows.row(t).len()));
+            all.v.extend(part.v);
+        }
+        all.rows = Rows::ragged(widths);
+        Ok(all)
+    }
+
     /// Adds `o` to the columns from `first` on of a value with equally many elements for each token.
     ///
     /// # Errors

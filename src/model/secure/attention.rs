@@ -1,4 +1,5 @@
-//! Attention with a secret KV cache: 16 messages (22 or 24 with a norm on queries and keys, which are normalised side by side).
+//! Attention with a secret KV cache: 16 messages (22 or 24 with a norm on queries and keys, which are normalised side by side); of a
+//! long prompt the 10 from the scores to the normalised context for each block of its rows ([`crate::plan::block`]).
 //!
 //! q, k, v in one linear; rotation (public); lifts of q, k, v beside each other (2); scores (2); thermometer maximum (4);
 //! exponential (2); P V beside the reciprocal's windows (2); lift of the context beside their selection (2);
@@ -13,7 +14,7 @@ use std::sync::Arc;
 
 use super::norm::Norm;
 use super::projection::projection;
-use super::{Context, Tables};
+use super::{Context, Tables, last_row};
 use crate::approx::{PositiveTable, exp_tables};
 use crate::error::Result;
 use crate::model::prepare::PreparedLayer;
@@ -123,74 +124,116 @@ fn exponential(
     exp(c.s, &scope.at("exp"), &thermometer::subtract(s, &reference.m, lengths)?, table)
 }
 
-#[allow(clippy::too_many_arguments)] // the cache's two halves are borrowed apart from the model
-pub(super) fn attention(
-    c: &mut Context<'_>,
-    x: &Masked,
-    parts: &PreparedLayer,
-    p: &AttentionPlan,
-    t: &AttentionTables,
-    frequencies: &[f64],
-    first: usize,
-    keys: &mut Cached,
-    values: &mut Cached,
-) -> Result<Masked> {
-    let scope = c.scope.at("attn");
-    let LayerShape { num_heads: heads, num_kv_heads: kv_heads, head_dim: dim, .. } = t.shape;
-    let (nq, nk) = (t.shape.q_size(), t.shape.kv_size());
-    let tokens = x.rows().tokens();
-    let count_bits = c.flags.count_bits();
+/// The attention of a layer at a pass.
+pub(super) struct Attention<'a> {
+    pub(super) parts: &'a PreparedLayer,
+    pub(super) plan: &'a AttentionPlan,
+    pub(super) tables: &'a AttentionTables,
+    pub(super) frequencies: &'a [f64],
+    /// Position of the first row.
+    pub(super) first: usize,
+    /// Rows that are computed at once.
+    pub(super) block_rows: usize,
+}
 
-    let qkv = projection(c.s, &scope.at("qkv"), x, &parts.qkv)?;
-    let v = to_ring(c.s, &scope.at("lift_v"), &qkv.columns(nq + nk..nq + 2 * nk)?, p.prob_k)?;
-    let qk = qkv.columns(0..nq + nk)?;
-    let qk = match (&t.qk_norm, &p.qk_norm, &parts.qk_gain) {
-        (Some(norm), Some(plan), Some(gain)) => {
-            let y = norm.apply(c, "qk_norm", "sum of squares of a query or key", &qk, plan)?;
-            // Not truncated before the rotation: the ring that this saves may save the lift.
-            owner_linear(c.s, &scope.at("qk_gain"), &y, gain)?
-        }
-        _ => qk,
-    };
-    // A merged head is several of the model's, each rotated by itself.
-    let rotated = rotate(&qk, first, c.config.head_dim, frequencies);
-    let qk = truncate(&rotated, rotated.f() - F_QK)?;
-    let ring = product_ring(p);
-    let q = to_ring(c.s, &scope.at("lift_q"), &qk.columns(0..nq)?, ring)?;
-    let k = to_ring(c.s, &scope.at("lift_k"), &qk.columns(nq..nq + nk)?, ring)?;
-    let (q, k, v) = (q.finish(c.s)?, k.finish(c.s)?, v.finish(c.s)?);
+impl Attention<'_> {
+    pub(super) fn apply(
+        &self,
+        c: &mut Context<'_>,
+        x: &Masked,
+        (keys, values): &mut (Cached, Cached),
+    ) -> Result<Masked> {
+        let (scope, p) = (c.scope.at("attn"), self.plan);
+        let (nq, nk) = (self.tables.shape.q_size(), self.tables.shape.kv_size());
 
-    // scores = q k^T, guarded, then softmax with a reference near each row's maximum
-    let s = product_cached(c.s, &scope.at("scores"), &q, &k, keys, Arc::new(Scores { heads, kv_heads, dim }))?;
-    let s = truncate(&s.finish(c.s)?, 2 * F_QK - F)?;
-    let g = guard(c.s, &scope.at("guard"), &s, p.score_k, true, count_bits)?;
-    c.flags.guard(c.layer, "score", g);
-    let s = s.narrow(p.score_k)?;
-    let lengths: Vec<usize> = (0..tokens).map(|t| first + t + 1).collect();
-    let e = match (&p.exp, &t.exp) {
-        (Some(plan), Some(table)) => exponential(c, &scope, &s, &lengths, plan, table)?,
-        _ => positive_part(c.s, &scope.at("relu"), &truncate(&s, F - p.f_prob)?, p.prob_k)?.finish(c.s)?,
-    };
+        let qkv = projection(c.s, &scope.at("qkv"), x, &self.parts.qkv)?;
+        let v = to_ring(c.s, &scope.at("lift_v"), &qkv.columns(nq + nk..nq + 2 * nk)?, p.prob_k)?;
+        let qk = qkv.columns(0..nq + nk)?;
+        let qk = match (&self.tables.qk_norm, &p.qk_norm, &self.parts.qk_gain) {
+            (Some(norm), Some(plan), Some(gain)) => {
+                let y = norm.apply(c, "qk_norm", "sum of squares of a query or key", &qk, plan)?;
+                // Not truncated before the rotation: the ring that this saves may save the lift.
+                owner_linear(c.s, &scope.at("qk_gain"), &y, gain)?
+            }
+            _ => qk,
+        };
+        // A merged head is several of the model's, each rotated by itself.
+        let rotated = rotate(&qk, self.first, c.config.head_dim, self.frequencies);
+        let qk = truncate(&rotated, rotated.f() - F_QK)?;
+        let ring = product_ring(p);
+        let q = to_ring(c.s, &scope.at("lift_q"), &qk.columns(0..nq)?, ring)?;
+        let k = to_ring(c.s, &scope.at("lift_k"), &qk.columns(nq..nq + nk)?, ring)?;
+        let qkv = [q.finish(c.s)?, k.finish(c.s)?, v.finish(c.s)?];
 
-    // o = (e v) / sum(e)
-    let total = e.map(e.f(), Rows::even(tokens, heads), |v| {
-        let mut out = Vec::with_capacity(tokens * heads);
-        for (t, &n) in lengths.iter().enumerate() {
-            out.extend(v[e.rows().row(t)].chunks(n).map(|row| row.iter().fold(0u64, |a, b| a.wrapping_add(*b))));
-        }
-        out
-    });
-    let total = match t.shape.softmax {
-        Softmax::Exact => total,
-        Softmax::TwoRelu => total.offset(fixed::encode(TWO_RELU_EPS, p.f_prob, 64)),
-    };
-    let o = product_cached(c.s, &scope.at("pv"), &e, &v, values, Arc::new(PV { heads, kv_heads, dim }))?;
-    let looked = positive::start(c.s, &scope.at("inverse"), &total, &t.inverse)?;
-    let o = truncate(&o.finish(c.s)?, p.f_prob)?;
-    let inverse = looked.evaluate(c.s, &scope.at("inverse"), None)?;
-    let o = lift(c.s, &scope.at("lift_o"), &o, 64)?;
-    let (o, inverse) = (o.finish(c.s)?, inverse.value.finish(c.s)?);
-    let o = product(c.s, &scope.at("normalise"), &o, &inverse, Arc::new(Scale { width: dim }))?;
-    let o = truncate(&o.finish(c.s)?, p.f_inverse)?;
-    projection(c.s, &scope.at("o"), &o, &parts.o)
+        let tokens = x.rows().tokens();
+        let o = if tokens <= self.block_rows {
+            self.rows(c, &scope, self.first, &qkv, keys, values)?
+        } else {
+            let last = last_row(tokens);
+            let before = c.flags.hold();
+            let mut blocks = Vec::with_capacity(tokens.div_ceil(self.block_rows));
+            for from in (0..tokens).step_by(self.block_rows) {
+                let rows = from..tokens.min(from + self.block_rows);
+                let [q, k, v] = &qkv;
+                let block = [q.tokens(&rows)?, k.tokens(&rows)?, v.tokens(&rows)?];
+                let scope = scope.block(from);
+                let whole = c.s.begin_block(rows.len())?;
+                let o = self.rows(c, &scope, self.first + from, &block, keys, values);
+                let o = o.and_then(|o| c.flags.fold(c.s, &scope.at("guard"), &last).map(|()| o));
+                c.s.end_block(whole);
+                blocks.push(o?);
+            }
+            c.flags.resume(before);
+            Masked::stack(blocks)?
+        };
+        projection(c.s, &scope.at("o"), &o, &self.parts.o)
+    }
+
+    /// Some rows, from position `first` on: `softmax(q k^T) v`.
+    fn rows(
+        &self,
+        c: &mut Context<'_>,
+        scope: &Scope,
+        first: usize,
+        [q, k, v]: &[Masked; 3],
+        keys: &mut Cached,
+        values: &mut Cached,
+    ) -> Result<Masked> {
+        let (p, t) = (self.plan, self.tables);
+        let LayerShape { num_heads: heads, num_kv_heads: kv_heads, head_dim: dim, .. } = t.shape;
+        let (tokens, count_bits) = (q.rows().tokens(), c.flags.count_bits());
+
+        // scores = q k^T, guarded, then softmax with a reference near each row's maximum
+        let s = product_cached(c.s, &scope.at("scores"), q, k, keys, Arc::new(Scores { heads, kv_heads, dim }))?;
+        let s = truncate(&s.finish(c.s)?, 2 * F_QK - F)?;
+        let g = guard(c.s, &scope.at("guard"), &s, p.score_k, true, count_bits)?;
+        c.flags.guard(c.layer, "score", g);
+        let s = s.narrow(p.score_k)?;
+        let lengths: Vec<usize> = (0..tokens).map(|t| first + t + 1).collect();
+        let e = match (&p.exp, &t.exp) {
+            (Some(plan), Some(table)) => exponential(c, scope, &s, &lengths, plan, table)?,
+            _ => positive_part(c.s, &scope.at("relu"), &truncate(&s, F - p.f_prob)?, p.prob_k)?.finish(c.s)?,
+        };
+
+        // o = (e v) / sum(e)
+        let total = e.map(e.f(), Rows::even(tokens, heads), |v| {
+            let mut out = Vec::with_capacity(tokens * heads);
+            for (t, &n) in lengths.iter().enumerate() {
+                out.extend(v[e.rows().row(t)].chunks(n).map(|row| row.iter().fold(0u64, |a, b| a.wrapping_add(*b))));
+            }
+            out
+        });
+        let total = match t.shape.softmax {
+            Softmax::Exact => total,
+            Softmax::TwoRelu => total.offset(fixed::encode(TWO_RELU_EPS, p.f_prob, 64)),
+        };
+        let o = product_cached(c.s, &scope.at("pv"), &e, v, values, Arc::new(PV { heads, kv_heads, dim }))?;
+        let looked = positive::start(c.s, &scope.at("inverse"), &total, &t.inverse)?;
+        let o = truncate(&o.finish(c.s)?, p.f_prob)?;
+        let inverse = looked.evaluate(c.s, &scope.at("inverse"), None)?;
+        let o = lift(c.s, &scope.at("lift_o"), &o, 64)?;
+        let (o, inverse) = (o.finish(c.s)?, inverse.value.finish(c.s)?);
+        let o = product(c.s, &scope.at("normalise"), &o, &inverse, Arc::new(Scale { width: dim }))?;
+        truncate(&o.finish(c.s)?, p.f_inverse)
+    }
 }

@@ -16,7 +16,7 @@ use super::ModelConfig;
 use super::float::rope_frequencies;
 use super::prepare::Prepared;
 use crate::error::Result;
-use crate::plan::{F, Plan};
+use crate::plan::{F, Plan, block};
 use crate::protocol::cached::Cached;
 use crate::protocol::guard::RangeFlags;
 use crate::protocol::gumbel::Gumbel;
@@ -184,6 +184,11 @@ impl SecureModel {
         &self.plan
     }
 
+    /// Computes `scores` scores of attention at once instead of what the plan says, as all parties must.
+    pub(crate) fn in_blocks(&mut self, scores: usize) {
+        self.plan.block_scores = scores;
+    }
+
     /// This party's part.
     pub(crate) fn parts(&self) -> &Prepared {
         &self.parts
@@ -213,10 +218,17 @@ impl SecureModel {
         let c = &self.config;
         let tokens = s.passes().iter().map(|p| p.tokens.len()).max().unwrap_or(1);
         // A walk that counts may stand for a longer prompt.
-        let tokens = s.work().map_or(tokens, |w| w.tokens(tokens));
+        let tokens = s.work().and_then(|w| w.tokens()).unwrap_or(tokens);
         let heads = (0..c.num_layers).map(|i| c.layer(i).num_heads).max().unwrap_or(0);
         let per_token = (heads * c.max_positions).max(c.intermediate_size).max(c.hidden_size);
         RangeFlags::new(tokens * per_token)
+    }
+
+    /// Rows of the blocks in which a pass goes through attention: see [`block`]. All rows, of passes that are walked together.
+    fn block_rows(&self, s: &Session, first: usize) -> usize {
+        let forced = s.work().and_then(|w| w.block_rows());
+        let of = |tokens| forced.unwrap_or_else(|| block::rows(&self.config, &self.plan, first, tokens));
+        if s.passes().len() == 1 { of(s.tokens()) } else { s.tokens() }
     }
 
     /// One layer: `h` in the residual ring, in and out.
@@ -238,21 +250,23 @@ impl SecureModel {
         let mut ctx = Context { s, scope: &scope, layer: &name, flags, config: &self.config };
         let x = tables.input_norm.apply(&mut ctx, "norm1", "sum of squares before attention", &h, &plan.input_norm)?;
         let first = cache.positions;
-        let (keys, values) = &mut cache.layers[index];
-        let a = attention::attention(
-            &mut ctx,
-            &x,
+        let block_rows = self.block_rows(ctx.s, first);
+        let blocks = x.rows().tokens() > block_rows;
+        let a = attention::Attention {
             parts,
-            &plan.attention,
-            &tables.attention,
-            &self.frequencies,
+            plan: &plan.attention,
+            tables: &tables.attention,
+            frequencies: &self.frequencies,
             first,
-            keys,
-            values,
-        )?;
+            block_rows,
+        };
+        let a = a.apply(&mut ctx, &x, &mut cache.layers[index])?;
         let h = h.add(&a.narrow(self.plan.residual_k)?)?;
         let x = tables.post_norm.apply(&mut ctx, "norm2", "sum of squares before the MLP", &h, &plan.post_norm)?;
         let m = mlp::mlp(&mut ctx, &x, parts, &plan.mlp, &tables.mlp)?;
+        if blocks {
+            flags.fold(s, &scope.at("guard"), &last_row(h.rows().tokens()))?;
+        }
         h.add(&m.narrow(self.plan.residual_k)?)
     }
 
@@ -282,6 +296,11 @@ impl SecureModel {
         cache.advance(tokens);
         head::head(self, s, &h, flags, o)
     }
+}
+
+/// An element at the last of `tokens` tokens.
+fn last_row(tokens: usize) -> Rows {
+    Rows::ragged((1..=tokens).map(|t| usize::from(t == tokens)))
 }
 
 /// What every part of a layer needs.

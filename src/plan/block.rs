@@ -1,0 +1,64 @@
+//! Blocks: a long prompt's attention goes through its rows in blocks, so that what it takes of memory is bounded.
+//!
+//! Attention is the one part of a layer whose vectors grow with the square of a prompt, and its largest ones (the maximum's counters) have
+//! some hundred bytes per score at each holder. Rows are independent of each other, so nothing but the number of messages depends on where
+//! they are cut: each block has the 12 to 16 of the scores to the normalised context. The cut follows from public facts, and is the same
+//! at all parties.
+
+use super::Plan;
+use crate::model::ModelConfig;
+
+/// Scores of all heads that are computed at once: of 32 heads, those of a prompt of 361.
+pub const MOST_SCORES: usize = 1 << 21;
+/// Rows of a block: at least so many, and a power of two. Any message of as many rows has whole bytes.
+pub const LEAST_ROWS: usize = 16;
+
+/// As a plan has it that does not say.
+pub(super) fn most_scores() -> usize {
+    MOST_SCORES
+}
+
+pub(super) fn is_most(scores: &usize) -> bool {
+    *scores == MOST_SCORES
+}
+
+/// Scores of `heads` heads for `tokens` rows from position `first` on.
+#[must_use]
+pub fn scores(heads: usize, first: usize, tokens: usize) -> usize {
+    heads * (tokens * first + tokens * (tokens + 1) / 2)
+}
+
+/// Rows of each block (the last may have fewer) of a pass of `tokens` from position `first` on; all of them where they make one block. The
+/// same in all private layers, for the one with the most heads.
+#[must_use]
+pub fn rows(c: &ModelConfig, plan: &Plan, first: usize, tokens: usize) -> usize {
+    let heads = (plan.first_private..c.num_layers).map(|i| c.layer(i).num_heads).max().unwrap_or(1);
+    cut(heads, plan.block_scores, first, tokens)
+}
+
+fn cut(heads: usize, most: usize, first: usize, tokens: usize) -> usize {
+    if scores(heads, first, tokens) <= most {
+        return tokens;
+    }
+    let rows = most / (heads * (first + tokens)).max(1);
+    if rows <= LEAST_ROWS { LEAST_ROWS } else { 1 << rows.ilog2() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_bounded() {
+        let rows = |first, tokens| cut(32, MOST_SCORES, first, tokens);
+        assert_eq!(rows(0, 361), 361);
+        assert_eq!(rows(0, 362), 128);
+        assert_eq!(rows(0, 2048), 32);
+        assert_eq!(rows(65_000, 1), 1, "a decode pass is one block");
+        for (first, tokens) in [(0, 700), (0, 2048), (1000, 900), (5, 4000)] {
+            let rows = rows(first, tokens);
+            assert!(rows.is_power_of_two() && rows >= LEAST_ROWS);
+            assert!(scores(32, first + tokens - rows, rows) <= MOST_SCORES);
+        }
+    }
+}
