@@ -36,6 +36,8 @@ mod party;
 mod prepare;
 #[path = "cli/private.rs"]
 mod private;
+#[path = "cli/progress.rs"]
+mod progress;
 #[path = "cli/recommend.rs"]
 mod recommend;
 #[path = "cli/serve.rs"]

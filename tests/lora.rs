@@ -17,6 +17,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use trefoil::generate::{Local, LocalOptions};
 use trefoil::model::preparation::{Loaded, Options, adapted, private_layers};
+use trefoil::model::progress::Progress;
 use trefoil::model::sections::{Slot, sections};
 use trefoil::model::{Adapter, Checkpoint, ModelConfig, Weights, float};
 use trefoil::plan::{Group, Module, Plan};
@@ -43,7 +44,7 @@ fn dirs(name: &str) -> (PathBuf, PathBuf) {
 
 fn weights(name: &str) -> Weights {
     let (base, adapter) = dirs(name);
-    adapted(&Checkpoint::open(&base).unwrap(), &base, Some(&adapter)).unwrap()
+    adapted(&Checkpoint::open(&base).unwrap(), &base, Some(&adapter), &Progress::default()).unwrap()
 }
 
 fn loaded(name: &str, max_positions: usize) -> Loaded {
@@ -236,7 +237,7 @@ fn tensors_may_have_the_name_of_the_adapter_in_theirs() {
         *t = std::mem::take(t).into_iter().map(|(n, v)| (n.replace(".weight", ".default.weight"), v)).collect();
     });
     let base = fixture("llama-plain");
-    let w = adapted(&Checkpoint::open(&base).unwrap(), &base, Some(dir.path())).unwrap();
+    let w = adapted(&Checkpoint::open(&base).unwrap(), &base, Some(dir.path()), &Progress::default()).unwrap();
     assert_eq!(w, weights("lora-all"));
 }
 

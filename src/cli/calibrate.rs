@@ -7,6 +7,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use trefoil::error::{Error, Result};
 use trefoil::model::preparation::{adapted, split_layers, split_weights};
+use trefoil::model::progress::Progress;
 use trefoil::model::rounding::Choice;
 use trefoil::model::{Checkpoint, TextCodec, calibrate};
 use trefoil::plan::headroom::{Headroom, headroom};
@@ -72,7 +73,7 @@ pub fn run(a: &Args) -> Result<()> {
     // Before the weights are read, which takes a while.
     split_layers(&config, private_layers)?;
     let ids = TextCodec::open(&model)?.encode(&text)?;
-    let mut weights = adapted(&Checkpoint::open(&model)?, &model, adapter.as_deref())?;
+    let mut weights = adapted(&Checkpoint::open(&model)?, &model, adapter.as_deref(), &Progress::default())?;
     let (first, private_embedding) = split_weights(&weights, private_layers)?;
     weights.check()?;
     if let Some(n) = a.context {

@@ -119,7 +119,7 @@ fn source(a: &Args) -> Result<Source> {
     let Chosen { model, adapter, config, private_layers } = a.private.chosen(&a.model)?;
     within(a, a.context.unwrap_or(usize::MAX).min(config.max_positions))?;
     let base = a.base.clone();
-    let options = Options { private_layers, max_positions: a.context, base, adapter, calibration_text: None };
+    let options = Options { private_layers, max_positions: a.context, base, adapter, ..Options::default() };
     Source::checkpoint(&model, &options)
 }
 

@@ -15,6 +15,7 @@ use trefoil::generate::{
     Check, Draft, Drafts, Generation, LinkReport, Local, LocalOptions, Stop, check, check_draft_tokens,
 };
 use trefoil::model::preparation::adapted;
+use trefoil::model::progress::Progress;
 use trefoil::model::{Checkpoint, TextCodec, TextStream, calibrate};
 use trefoil::net::shape::Profile;
 use trefoil::plan::{MAX_TEMPERATURE, Plan};
@@ -320,7 +321,10 @@ fn local(a: &Args) -> Result<Report> {
     if !a.json {
         eprintln!("preparing {} (calibration, fixed point, shares of the weights) ...", a.model.display());
     }
+    let bar;
+    (options.progress, bar) = super::progress::bar(!a.json);
     let mut local = Local::open(&model, options)?;
+    bar.finish_and_clear();
     draft.map_or(Ok(()), |d| local.draft_with(d))?;
     if let (Some(base), false) = (&a.base, local.plan().head.public) {
         eprintln!(
@@ -346,7 +350,7 @@ fn local(a: &Args) -> Result<Report> {
     let check = match a.check {
         false => None,
         true => {
-            let weights = adapted(&Checkpoint::open(&model)?, &model, adapter.as_deref())?;
+            let weights = adapted(&Checkpoint::open(&model)?, &model, adapter.as_deref(), &Progress::default())?;
             Some(check(&weights, &prompt, &g, a.temperature > 0.0))
         }
     };

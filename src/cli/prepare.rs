@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use super::private::Chosen;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use trefoil::error::{Error, Result};
 use trefoil::model::calibrate;
 use trefoil::model::preparation::Options;
+use trefoil::model::progress::Stage;
 use trefoil::model::store::OwnerPreparation;
 
 /// Options of `trefoil prepare`.
@@ -61,20 +61,15 @@ struct Report {
 pub fn run(a: &Args) -> Result<()> {
     let Chosen { model, adapter, private_layers, .. } = a.private.chosen(&a.model)?;
     let calibration_text = a.calibration_text.as_deref().map(calibrate::read_text).transpose()?;
-    let options = Options { private_layers, max_positions: a.context, base: a.base.clone(), adapter, calibration_text };
+    let (progress, bar) = super::progress::bar(!a.json);
+    let options =
+        Options { private_layers, max_positions: a.context, base: a.base.clone(), adapter, calibration_text, progress };
     let begun = Instant::now();
-    // indicatif draws on a terminal only; a log gets none of it.
-    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    if a.json {
-        bar.set_draw_target(ProgressDrawTarget::hidden());
-    } else {
+    if !a.json {
         eprintln!("preparing {} (calibration, fixed point, the helper's half) ...", a.model.display());
     }
-    let style = ProgressStyle::with_template("helper's half {wide_bar} {bytes} of {total_bytes}, {eta}");
-    bar.set_style(style.map_err(|e| Error::Internal(format!("progress bar: {e}")))?);
     let made = OwnerPreparation::create(&model, &a.out, &options, &mut |done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
+        options.progress.tell(Stage::Shares, done, total);
     });
     bar.finish_and_clear();
     let made = made?;

@@ -161,6 +161,7 @@ pub(super) mod tests {
             ring_macs: [1e9; 2],
             ring_bytes: 1e9,
             row_macs: 1e9,
+            together_macs: 1e9,
             cold_row_macs: 1e9,
             fold_words: 1e9,
             float_macs: 1e9,

@@ -15,7 +15,8 @@ use super::{Client, Draft, Generation, Grant, OwnerReport, helper, lost, owner};
 use crate::error::{Error, PeerFault, Result};
 use crate::model::preparation::{self, Loaded, Preparation};
 use crate::model::prepare::Prepared;
-use crate::model::sections::sections;
+use crate::model::progress::{Progress, Stage};
+use crate::model::sections::{HalfLayout, sections};
 use crate::model::secure::SecureModel;
 use crate::model::{ModelConfig, Weights};
 use crate::net::shape::Profile;
@@ -48,6 +49,8 @@ pub struct LocalOptions {
     pub addresses: Option<AddressLog>,
     /// Scores that attention computes at once, instead of what the plan says (tests).
     pub block_scores: Option<usize>,
+    /// Who is told how far loading and preparing the model are.
+    pub progress: Progress,
 }
 
 impl LocalOptions {
@@ -64,6 +67,7 @@ impl LocalOptions {
             keys: None,
             addresses: None,
             block_scores: None,
+            progress: Progress::default(),
         }
     }
 
@@ -74,6 +78,7 @@ impl LocalOptions {
             base: self.base.clone(),
             adapter: self.adapter.clone(),
             calibration_text: self.calibration_text.clone(),
+            progress: self.progress.clone(),
         }
     }
 
@@ -328,6 +333,8 @@ fn prepare_owner(s: &crate::session::Session, loaded: Loaded, block_scores: Opti
     }
     links.send(Role::Client, Lane::Online, &at("prepare.seed"), seed.to_bytes().to_vec())?;
     let mut public = 0;
+    let layout = HalfLayout::new(&loaded.weights.config, &plan)?;
+    let (mut sent, total) = (0, layout.bytes());
     // Packed as the Helper keeps them: nobody ever has a matrix in words of 8 bytes.
     for (i, section) in sections(&loaded.weights.config, &plan)?.iter().enumerate() {
         let bytes = parts.helper_bytes(&seed, (i, section), 0..section.rows * section.cols)?;
@@ -335,6 +342,8 @@ fn prepare_owner(s: &crate::session::Session, loaded: Loaded, block_scores: Opti
             links.send(Role::Client, Lane::Online, &words_step(public), bytes.clone())?;
             public += 1;
         }
+        sent += bytes.len() as u64;
+        loaded.progress.tell(Stage::Shares, sent, total);
         links.send(Role::Helper, Lane::Online, &words_step(i as u64), bytes)?;
     }
     Ok(SecureModel::new(loaded.weights.config, plan, parts))

@@ -15,6 +15,7 @@ mod mmap;
 mod observe;
 pub mod preparation;
 pub mod prepare;
+pub mod progress;
 mod public;
 pub mod rounding;
 pub mod sections;

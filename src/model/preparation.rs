@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use super::prepare::Prepared;
+use super::progress::{Progress, Stage};
 use super::rounding::Choice;
 use super::variant::{FILE, Record};
 use super::{Adapter, Checkpoint, ModelConfig, TextCodec, Weights, calibrate};
@@ -24,6 +25,8 @@ pub struct Options {
     pub adapter: Option<PathBuf>,
     /// Text for calibration instead of the built-in one.
     pub calibration_text: Option<String>,
+    /// Who is told how far it is.
+    pub progress: Progress,
 }
 
 /// Which part of a model is private.
@@ -73,13 +76,13 @@ pub fn split_weights(w: &Weights, private_layers: Option<usize>) -> Result<(usiz
 ///
 /// # Errors
 /// [`Error::Model`] for either.
-pub fn adapted(checkpoint: &Checkpoint, dir: &Path, adapter: Option<&Path>) -> Result<Weights> {
+pub fn adapted(checkpoint: &Checkpoint, dir: &Path, adapter: Option<&Path>, progress: &Progress) -> Result<Weights> {
     if adapter.is_some() {
         Record::check_public(dir)?;
     }
     // First the adapter, which is small: what is wrong with it need not wait for the weights.
     let adapter = adapter.map(|a| Adapter::open(a, dir, checkpoint.config())).transpose()?;
-    let mut weights = Weights::load(checkpoint)?;
+    let mut weights = Weights::load_telling(checkpoint, progress)?;
     adapter.map_or(Ok(()), |a| a.attach(&mut weights))?;
     Ok(weights)
 }
@@ -140,6 +143,8 @@ pub struct Loaded {
     pub context: usize,
     /// What is private.
     pub split: Split,
+    /// Who is told how far it is.
+    pub progress: Progress,
 }
 
 impl Loaded {
@@ -157,7 +162,7 @@ impl Loaded {
             None if !dir.join("tokenizer.json").exists() => None,
             None => Some(TextCodec::open(dir)?.encode(calibrate::DEFAULT_TEXT)?),
         };
-        Loaded::new(adapted(&checkpoint, dir, options.adapter.as_deref())?, text, options)
+        Loaded::new(adapted(&checkpoint, dir, options.adapter.as_deref(), &options.progress)?, text, options)
     }
 
     /// From weights in memory; `text` is what calibration reads.
@@ -180,7 +185,7 @@ impl Loaded {
             }
         };
         let split = Split { first_private, private_embedding, public_head };
-        Ok(Loaded { weights, text, context, split })
+        Ok(Loaded { weights, text, context, split, progress: options.progress.clone() })
     }
 
     /// What weights prove and calibration shows of the private layers.
@@ -189,6 +194,7 @@ impl Loaded {
     /// [`Error::Model`] naming the matrix of which no rounding leaves enough.
     pub fn evidence(&self) -> Result<Evidence> {
         let (w, first) = (&self.weights, self.split.first_private);
+        self.progress.tell(Stage::Calibration, 0, 0);
         w.check()?;
         let choice = Choice::new(w, first, self.split.private_embedding)?;
         let inputs = calibrate::inputs(&w.config, self.context, self.text.clone());

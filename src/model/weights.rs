@@ -1,6 +1,7 @@
 //! The weights of a model in memory, f32, under the names that the forward pass uses.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use ndarray::{Array1, Array2, ArrayView2};
 use rand_chacha::ChaCha8Rng;
@@ -10,6 +11,7 @@ use rayon::prelude::*;
 use super::adapter::LowRank;
 use super::checkpoint::Checkpoint;
 use super::config::ModelConfig;
+use super::progress::{Progress, Stage};
 use crate::error::{Error, Result};
 use crate::plan::Module;
 
@@ -236,11 +238,24 @@ impl Weights {
     /// # Errors
     /// As [`Checkpoint::tensor2`].
     pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
+        Self::load_telling(checkpoint, &Progress::default())
+    }
+
+    /// As [`Weights::load`], and tells how far it is.
+    ///
+    /// # Errors
+    /// As [`Weights::load`].
+    pub fn load_telling(checkpoint: &Checkpoint, progress: &Progress) -> Result<Self> {
         let config = checkpoint.config().clone();
-        let layers = (0..config.num_layers)
-            .into_par_iter()
-            .map(|index| LayerWeights::load(checkpoint, index))
-            .collect::<Result<_>>()?;
+        let (read, total) = (AtomicU64::new(0), 4 * config.parameter_count());
+        let load = |index| {
+            let layer = LayerWeights::load(checkpoint, index)?;
+            let bytes = 4 * config.layer_parameters(index);
+            progress.tell(Stage::Weights, read.fetch_add(bytes, Relaxed) + bytes, total);
+            Ok(layer)
+        };
+        progress.tell(Stage::Weights, 0, total);
+        let layers = (0..config.num_layers).into_par_iter().map(load).collect::<Result<_>>()?;
         Self::read(&mut &*checkpoint, config, layers)
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Attention is the one part of a layer whose vectors grow with the square of a prompt, and its largest ones (the maximum's counters) have
 //! some hundred bytes per score at each holder. Rows are independent of each other, so nothing but the number of messages depends on where
-//! they are cut: each block has the 12 to 16 of the scores to the normalised context. The cut follows from public facts, and is the same
+//! they are cut: each block has the 14 from the scores to the normalised context. The cut follows from public facts, and is the same
 //! at all parties.
 
 use super::Plan;

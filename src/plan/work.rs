@@ -53,8 +53,10 @@ pub struct Counts {
     pub ring_macs: u64,
     /// Bytes of such matrices read.
     pub ring_bytes: u64,
-    /// Multiply-adds with the cached keys and values.
+    /// Multiply-adds with the cached keys and values, of single rows.
     pub row_macs: u64,
+    /// The same of several rows together.
+    pub together_macs: u64,
     /// Words of tables read by lookups.
     pub fold_words: u64,
     /// Words masked, packed or unpacked: stands for everything element by element.
@@ -72,6 +74,7 @@ impl Counts {
             ring_macs: f(self.ring_macs, o.ring_macs),
             ring_bytes: f(self.ring_bytes, o.ring_bytes),
             row_macs: f(self.row_macs, o.row_macs),
+            together_macs: f(self.together_macs, o.together_macs),
             fold_words: f(self.fold_words, o.fold_words),
             words: f(self.words, o.words),
         }

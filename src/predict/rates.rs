@@ -15,8 +15,10 @@ use crate::par::in_blocks;
 use crate::plan::FW_LEAST;
 use crate::plan::work::Counts;
 use crate::prf::{Address, Pair, PairKey, Prf};
+use crate::protocol::cached::{CausalBilinear, Scores, Span};
 use crate::protocol::linear::{OwnerMatrix, local_masks};
 use crate::ring::{Isa, Packed, fold, gemm};
+use crate::share::Rows;
 
 /// What a second of one core does. Kernels run on the whole pool where they are large; these are figures of the pool
 /// divided by its threads.
@@ -40,6 +42,8 @@ pub struct Rates {
     pub row_macs: f64,
     /// The same of rows that come from memory.
     pub cold_row_macs: f64,
+    /// The same of a batch of rows together.
+    pub together_macs: f64,
     /// Table words read by lookups.
     pub fold_words: f64,
     /// Multiply-adds of f32 weights in plaintext, one row at a time; of all threads together.
@@ -113,6 +117,13 @@ impl Rates {
             })
         };
         let (row_macs, cold_row_macs) = (row_rate(256, 1), row_rate(m, width / dim));
+        let (tokens, positions, op) = (MAX_BATCH, 256, Scores { heads: 1, kv_heads: 1, dim });
+        let row = Rows::even(tokens, dim);
+        let mut scores = Vec::new();
+        let together_macs = rate((tokens * dim * (positions - tokens / 2)) as f64, || {
+            scores.clear();
+            op.apply_all(USUAL, &Span::new(&row, 0..tokens, &x[..tokens * dim]), &wide[..positions * dim], &mut scores);
+        });
         let (rows, elements) = (512usize, 1 << 13);
         let (offsets, queries) = (vec![7u32; elements], vec![0x5au8; elements * rows / 8]);
         let fold_words = per(rate((rows * elements) as f64, || {
@@ -144,6 +155,7 @@ impl Rates {
             ring_bytes,
             row_macs,
             cold_row_macs,
+            together_macs,
             fold_words,
             float_macs,
             overheads: Overheads::default(),
@@ -168,6 +180,7 @@ impl Rates {
             + macs(c.weight_macs, self.weight_macs, batch).max(per(c.weight_bytes, self.weight_bytes))
             + macs(c.ring_macs, self.ring_macs, batch).max(per(c.ring_bytes, self.ring_bytes))
             + per(c.row_macs, if rows > 1.0 { self.row_macs } else { self.cold_row_macs })
+            + per(c.together_macs, self.together_macs)
             + per(c.fold_words, self.fold_words)
     }
 }

@@ -1,5 +1,5 @@
 //! Attention with a secret KV cache: 16 messages (22 or 24 with a norm on queries and keys, which are normalised side by side); of a
-//! long prompt the 10 from the scores to the normalised context for each block of its rows ([`crate::plan::block`]).
+//! long prompt the 14 from the scores to the normalised context for each block of its rows ([`crate::plan::block`]).
 //!
 //! q, k, v in one linear; rotation (public); lifts of q, k, v beside each other (2); scores (2); thermometer maximum (4);
 //! exponential (2); P V beside the reciprocal's windows (2); lift of the context beside their selection (2);

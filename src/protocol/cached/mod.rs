@@ -12,6 +12,9 @@
 //! Cost: 2 messages; `k (|x| + |new rows|)` bits up, `k` per output back and ahead. Private: as the product; a share of a
 //! cached row is sent once, so its mask is used once.
 
+mod together;
+
+use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::{Pending, product};
@@ -24,6 +27,9 @@ use crate::prf::Pair;
 use crate::ring::{self, Isa, gemm, pack};
 use crate::session::{Scope, Session, recv_words};
 use crate::share::{Masked, Rows, Side};
+
+/// Rows from which on they meet the cache together: see [`together`].
+const TOGETHER: usize = 8;
 
 type Store = Arc<RwLock<Vec<u64>>>;
 
@@ -102,6 +108,41 @@ pub trait CausalBilinear: Send + Sync {
 
     /// The map for one token: `x` its row, `cache` the rows of all positions up to its own; appends to `out`.
     fn apply(&self, x: &[u64], cache: &[u64], out: &mut Vec<u64>);
+
+    /// The map for tokens at successive positions, the last of which sees all of `cache`: `x` their rows one after the other. Modulo `2^k`;
+    /// bits above mean nothing.
+    fn apply_all(&self, k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>);
+}
+
+/// Rows of some tokens of a value.
+pub struct Span<'a> {
+    rows: &'a Rows,
+    tokens: Range<usize>,
+    x: &'a [u64],
+}
+
+impl<'a> Span<'a> {
+    /// Of `tokens`, whose elements are `x`.
+    #[must_use]
+    pub fn new(rows: &'a Rows, tokens: Range<usize>, x: &'a [u64]) -> Self {
+        Span { rows, tokens, x }
+    }
+
+    fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Elements of its `i`th token.
+    fn row(&self, i: usize) -> &'a [u64] {
+        let (row, from) = (self.rows.row(self.tokens.start + i), self.rows.row(self.tokens.start).start);
+        &self.x[row.start - from..row.end - from]
+    }
+}
+
+/// Each token by itself; `cache` has rows of `width`.
+fn one_by_one(op: &(impl CausalBilinear + ?Sized), x: &Span<'_>, (cache, width): (&[u64], usize), out: &mut Vec<u64>) {
+    let before = cache.len() / width - x.len();
+    (0..x.len()).for_each(|i| op.apply(x.row(i), &cache[..(before + i + 1) * width], out));
 }
 
 /// Attention scores `q k^T`: per head, one per visible position. Grouped queries share a key head.
@@ -131,6 +172,13 @@ impl CausalBilinear for Scores {
         for (g, (q, out)) in heads.enumerate() {
             gemm::strided(Isa::current(), q, &cache[g * dim..], width, (group, visible, dim), out);
         }
+    }
+
+    fn apply_all(&self, k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>) {
+        if x.len() < TOGETHER {
+            return one_by_one(self, x, (cache, self.kv_heads * self.dim), out);
+        }
+        together::scores(self, k, x, cache, out);
     }
 }
 
@@ -162,6 +210,13 @@ impl CausalBilinear for Context {
             gemm::weighted(Isa::current(), p, &cache[g * dim..], width, (group, dim, visible), out);
         }
     }
+
+    fn apply_all(&self, k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>) {
+        if x.len() < TOGETHER {
+            return one_by_one(self, x, (cache, self.kv_heads * self.dim), out);
+        }
+        together::context(self, k, x, cache, out);
+    }
 }
 
 /// A map that gives zeros and counts: online at Owner and Helper, ahead at the Client.
@@ -182,12 +237,19 @@ impl CausalBilinear for Counted {
         self.op.macs(position)
     }
 
-    fn apply(&self, _x: &[u64], cache: &[u64], out: &mut Vec<u64>) {
-        let position = cache.len() / self.width - 1;
+    fn apply(&self, x: &[u64], cache: &[u64], out: &mut Vec<u64>) {
+        let rows = Rows::even(1, x.len());
+        self.apply_all(0, &Span::new(&rows, 0..1, x), cache, out);
+    }
+
+    fn apply_all(&self, _k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>) {
+        let before = cache.len() / self.width - x.len();
+        let sum = |of: &dyn Fn(usize) -> usize| (before..before + x.len()).map(of).sum::<usize>();
+        let macs = sum(&|position| self.macs(position)) as u64;
+        let (row_macs, together_macs) = if x.len() < TOGETHER { (macs, 0) } else { (0, macs) };
         let lane = if self.role == Role::Client { Lane::Ahead } else { Lane::Online };
-        let counts = Counts { row_macs: self.macs(position) as u64, ..Counts::default() };
-        self.work.add(self.role, lane, &self.scope, counts);
-        out.resize(out.len() + self.outputs(position), 0);
+        self.work.add(self.role, lane, &self.scope, Counts { row_macs, together_macs, ..Counts::default() });
+        out.resize(out.len() + sum(&|position| self.outputs(position)), 0);
     }
 }
 
@@ -195,26 +257,6 @@ impl CausalBilinear for Counted {
 #[must_use]
 pub fn cost(x: usize, new: usize, z: usize, k: u32) -> Cost {
     Cost::exchange(pack::packed_len(x + new, k) * 8, z, k)
-}
-
-#[allow(clippy::too_many_arguments)] // a stretch of tokens against a stretch of the cache
-fn batch(
-    op: &dyn CausalBilinear,
-    x: &[u64],
-    x_rows: &Rows,
-    from: usize,
-    to: usize,
-    cache: &[u64],
-    first: usize,
-    width: usize,
-) -> Vec<u64> {
-    let mut out = Vec::new();
-    let base = x_rows.row(from).start;
-    for t in from..to {
-        let row = x_rows.row(t);
-        op.apply(&x[row.start - base..row.end - base], &cache[..(first + t - from + 1) * width], &mut out);
-    }
-    out
 }
 
 /// `op(x, cache)` after appending `new` (one row per token) to the cache.
@@ -250,7 +292,13 @@ pub fn product_cached(
         shares.extend(s.words(Pair::OwnerClient, scope, "cached.y1", new.rows(), k)?);
         shares.iter_mut().zip(x.raw().iter().chain(new.raw())).for_each(|(p, d)| *p = d.wrapping_sub(*p) & m);
         s.send_online(Role::Helper, scope, "cached.shares", pack::pack(&shares, k))?;
-        let z = batch(&*op, x.raw(), x.rows(), 0, tokens, &read(&cache.own), first, width);
+        let mut z = Vec::new();
+        op.apply_all(
+            k,
+            &Span::new(x.rows(), 0..tokens, x.raw()),
+            &read(&cache.own)[..(first + tokens) * width],
+            &mut z,
+        );
         return Ok(product::receive(scope, "cached.client", "cached.helper", z, k, f, out));
     }
 
@@ -261,8 +309,12 @@ pub fn product_cached(
         let y1 = s.words(Pair::OwnerClient, scope, "cached.y1", new.rows(), k)?;
         cache.share.write().unwrap_or_else(PoisonError::into_inner).extend(y1);
         x1.iter_mut().zip(x.raw()).for_each(|(a, r)| *a = a.wrapping_add(*r));
-        let mut z = batch(&*op, &x1, x.rows(), 0, tokens, &read(&cache.own), first, width);
-        let second = batch(&*op, x.raw(), x.rows(), 0, tokens, &read(&cache.share), first, width);
+        let of = |x1: &[u64], cache: &Store| {
+            let mut z = Vec::new();
+            op.apply_all(k, &Span::new(x.rows(), 0..tokens, x1), &read(cache)[..(first + tokens) * width], &mut z);
+            z
+        };
+        let (mut z, second) = (of(&x1, &cache.own), of(x.raw(), &cache.share));
         for (i, z) in z.iter_mut().enumerate() {
             *z = z.wrapping_add(second[i]).wrapping_sub(rz[i]).wrapping_add(rho[i]) & m;
         }
@@ -280,10 +332,13 @@ pub fn product_cached(
                     let new = tokens.len() * width;
                     let mut xy = recv_words(links, Role::Owner, Lane::Online, &from, xr.len() + new, k)?;
                     share.write().unwrap_or_else(PoisonError::into_inner).extend(xy.drain(xr.len()..));
-                    let at = first + tokens.start;
-                    let (a, b) = (tokens.start, tokens.end);
-                    let mut z = batch(&*op, &xy, x.rows(), a, b, &read(&own), at, width);
-                    let second = batch(&*op, &x.raw()[xr], x.rows(), a, b, &read(&share), at, width);
+                    let of = |part: &[u64], cache: &Store| {
+                        let mut z = Vec::new();
+                        let visible = &read(cache)[..(first + tokens.end) * width];
+                        op.apply_all(k, &Span::new(x.rows(), tokens.clone(), part), visible, &mut z);
+                        z
+                    };
+                    let (mut z, second) = (of(&xy, &own), of(&x.raw()[xr], &share));
                     for ((z, y), rho) in z.iter_mut().zip(second).zip(&rho[zr]) {
                         *z = z.wrapping_add(y).wrapping_sub(*rho) & m;
                     }

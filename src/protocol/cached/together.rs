@@ -1,0 +1,157 @@
+//! Scores and contexts of many rows at once, as products of matrices: what is cached is read once for all of them, by the kernels of
+//! ring words ([`gemm::Rows`]). Rows see different numbers of positions: they are cut into tiles, and what a tile computes beyond what its rows
+//! see is dropped (scores), or met by zeros (context).
+
+use rayon::prelude::*;
+
+use super::{CausalBilinear, Context, Scores, Span};
+use crate::ring::gemm;
+
+/// Tokens of a tile.
+const TILE: usize = 64;
+
+/// Room for the outputs of each token, dealt to the heads: by key/value head those of its query heads, token after token.
+fn by_head<'a>(out: &'a mut [u64], lengths: &[usize], (heads, kv_heads): (usize, usize)) -> Vec<Vec<&'a mut [u64]>> {
+    let mut dealt: Vec<Vec<&mut [u64]>> = (0..kv_heads).map(|_| Vec::new()).collect();
+    let mut left = out;
+    for &length in lengths {
+        for head in 0..heads {
+            let (own, others) = left.split_at_mut(length);
+            dealt[head / (heads / kv_heads)].push(own);
+            left = others;
+        }
+    }
+    dealt
+}
+
+/// Room at the end of `out` for the tokens of `x`.
+fn room<'a>(op: &impl CausalBilinear, before: usize, tokens: usize, out: &'a mut Vec<u64>) -> &'a mut [u64] {
+    let from = out.len();
+    out.resize(from + (before..before + tokens).map(|position| op.outputs(position)).sum::<usize>(), 0);
+    &mut out[from..]
+}
+
+/// Tiles of `tokens` tokens.
+fn tiles(tokens: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    (0..tokens).step_by(TILE).map(move |from| from..tokens.min(from + TILE))
+}
+
+pub(super) fn scores(op: &Scores, k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>) {
+    let &Scores { heads, kv_heads, dim } = op;
+    let (width, group, tokens) = (kv_heads * dim, heads / kv_heads, x.len());
+    let before = cache.len() / width - tokens;
+    let lengths: Vec<usize> = (0..tokens).map(|i| before + i + 1).collect();
+    let head = |(g, mut out): (usize, Vec<&mut [u64]>)| {
+        for tile in tiles(tokens) {
+            let queries: Vec<u64> =
+                tile.clone().flat_map(|i| &x.row(i)[g * group * dim..(g + 1) * group * dim]).copied().collect();
+            let visible = before + tile.end;
+            let keys = |from: usize, words: &mut [u64]| {
+                for (i, key) in words.chunks_mut(dim).enumerate() {
+                    key.copy_from_slice(&cache[(from / dim + i) * width + g * dim..][..dim]);
+                }
+            };
+            let mut all = vec![0; tile.len() * group * visible];
+            gemm::Rows::new(k, &queries, dim).times(visible, keys, &mut all);
+            let out = &mut out[tile.start * group..tile.end * group];
+            out.iter_mut().zip(all.chunks(visible)).for_each(|(out, all)| out.copy_from_slice(&all[..out.len()]));
+        }
+    };
+    by_head(room(op, before, tokens, out), &lengths, (heads, kv_heads)).into_par_iter().enumerate().for_each(head);
+}
+
+pub(super) fn context(op: &Context, k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>) {
+    let &Context { heads, kv_heads, dim } = op;
+    let (width, group, tokens) = (kv_heads * dim, heads / kv_heads, x.len());
+    let positions = cache.len() / width;
+    let before = positions - tokens;
+    let head = |(g, mut out): (usize, Vec<&mut [u64]>)| {
+        let values = transposed(cache, (g * dim, dim), width);
+        for tile in tiles(tokens) {
+            let visible = before + tile.end;
+            let mut weights = vec![0; tile.len() * group * visible];
+            let mut rows = weights.chunks_mut(visible);
+            for i in tile.clone() {
+                let own = before + i + 1;
+                for (p, row) in x.row(i)[g * group * own..(g + 1) * group * own].chunks(own).zip(&mut rows) {
+                    row[..own].copy_from_slice(p);
+                }
+            }
+            let columns = |from: usize, words: &mut [u64]| {
+                for (i, column) in words.chunks_mut(visible).enumerate() {
+                    column.copy_from_slice(&values[(from / visible + i) * positions..][..visible]);
+                }
+            };
+            let mut all = vec![0; tile.len() * group * dim];
+            gemm::Rows::new(k, &weights, visible).times(dim, columns, &mut all);
+            let out = &mut out[tile.start * group..tile.end * group];
+            out.iter_mut().zip(all.chunks(dim)).for_each(|(out, all)| out.copy_from_slice(all));
+        }
+    };
+    let lengths = vec![dim; tokens];
+    by_head(room(op, before, tokens, out), &lengths, (heads, kv_heads)).into_par_iter().enumerate().for_each(head);
+}
+
+/// Some columns of the cache as rows.
+fn transposed(cache: &[u64], (first, columns): (usize, usize), width: usize) -> Vec<u64> {
+    let positions = cache.len() / width;
+    let mut out = vec![0; columns * positions];
+    // A few positions at a time: their words fill whole lines of the cache.
+    for from in (0..positions).step_by(8) {
+        let to = positions.min(from + 8);
+        for column in 0..columns {
+            let row = &mut out[column * positions + from..column * positions + to];
+            row.iter_mut().zip(from..to).for_each(|(out, p)| *out = cache[p * width + first + column]);
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::one_by_one;
+    use super::*;
+    use crate::prf::PreparationSeed;
+    use crate::ring;
+    use crate::share::Rows;
+
+    /// Uniform words below `2^k`.
+    fn words(seed: u8, n: usize, k: u32) -> Vec<u64> {
+        let mut out = vec![0; n];
+        PreparationSeed::from_bytes([seed; 32]).matrix(0).words(0, &mut out);
+        out.iter_mut().for_each(|w| *w &= ring::mask(k));
+        out
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        /// The same as token by token, over tiles and odd widths, in rings of all kernels.
+        #[test]
+        fn many_rows_are_each_by_itself(
+            (tokens, before) in (8usize..140, 0usize..60),
+            (kv_heads, group, dim) in (1usize..4, 1usize..4, 1usize..24),
+            k in prop_oneof![Just(40u32), Just(44), Just(45), Just(48), Just(50), Just(58), Just(64)],
+            seed: u8,
+        ) {
+            let (heads, width, m) = (kv_heads * group, kv_heads * dim, ring::mask(k));
+            let cache = words(seed, (before + tokens) * width, k);
+            let masked = |v: Vec<u64>| v.into_iter().map(|v| v & m).collect::<Vec<u64>>();
+            let both = |op: &dyn CausalBilinear, rows: &Rows| {
+                let x = words(seed.wrapping_add(1), rows.len(), k);
+                let span = Span::new(rows, 0..tokens, &x);
+                let (mut all, mut each) = (vec![7], vec![7]);
+                op.apply_all(k, &span, &cache, &mut all);
+                one_by_one(op, &span, (&cache, width), &mut each);
+                (masked(all), masked(each))
+            };
+            let (all, each) = both(&Scores { heads, kv_heads, dim }, &Rows::even(tokens, heads * dim));
+            prop_assert_eq!(all, each);
+            let seen = Rows::ragged((0..tokens).map(|i| heads * (before + i + 1)));
+            let (all, each) = both(&Context { heads, kv_heads, dim }, &seen);
+            prop_assert_eq!(all, each);
+        }
+    }
+}
