@@ -85,13 +85,29 @@ enum Command {
     /// Train a model to be private and cheap to serve: layers frozen, adapters, merged heads, another softmax.
     #[cfg(feature = "train")]
     Finetune(Box<finetune::Args>),
+    /// Not in this build: train a model to be private and cheap to serve. Build with `--features train`.
+    #[cfg(not(feature = "train"))]
+    #[command(disable_help_flag = true)]
+    Finetune(Untrained),
     /// Private adapters over a public vision transformer: train them, measure them, classify images.
     Adapter(Box<adapter::Args>),
     /// Train, score and run every technique that makes a model cheaper, and put them in one table (the paper's ablation).
     #[cfg(feature = "train")]
     Study(Box<study::Args>),
+    /// Not in this build: train and measure every technique, in one table. Build with `--features train`.
+    #[cfg(not(feature = "train"))]
+    #[command(disable_help_flag = true)]
+    Study(Untrained),
     /// Find what keeps a party from serving, with a remedy for each finding; measure its links. Exit code 1 if anything fails.
     Doctor(doctor::Args),
+}
+
+/// Whatever a command takes that is not in this build.
+#[cfg(not(feature = "train"))]
+#[derive(clap::Args)]
+struct Untrained {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+    _options: Vec<String>,
 }
 
 /// To standard output, at once. A pipe that nobody reads any more ends the output, not the generation's bookkeeping.
@@ -123,6 +139,10 @@ fn main() -> std::process::ExitCode {
         Command::Finetune(args) => finetune::run(&args),
         #[cfg(feature = "train")]
         Command::Study(args) => study::run(&args),
+        #[cfg(not(feature = "train"))]
+        Command::Finetune(_) | Command::Study(_) => Err(Error::Config(
+            "this trefoil was built without training; build it with: cargo build --release --features train".into(),
+        )),
         Command::Doctor(args) => match doctor::run(&args) {
             Ok(true) => Ok(()),
             // What fails is in the list.

@@ -200,22 +200,46 @@ fn files_and_bases_that_cannot_be() {
     );
 }
 
+/// The bundled model with a bit of the tensor `name` flipped.
+fn flipped(name: &str) -> tempfile::TempDir {
+    let dir = copy();
+    let path = dir.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let at = 8 + length + header[name]["data_offsets"][0].as_u64().unwrap() as usize;
+    bytes[at] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    dir
+}
+
 #[test]
 fn a_base_with_another_norm_leaves_the_head_private_and_says_so() {
     let quiet = good(&[&SHORT[..], &["--json", "--base", quill().to_str().unwrap()]].concat());
     assert_eq!(quiet["private_head"], false);
-    let base = copy();
-    let path = base.path().join("model.safetensors");
-    let mut bytes = std::fs::read(&path).unwrap();
-    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-    let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
-    let at = 8 + length + header["model.norm.weight"]["data_offsets"][0].as_u64().unwrap() as usize;
-    bytes[at] ^= 1;
-    std::fs::write(&path, bytes).unwrap();
+    let base = flipped("model.norm.weight");
     let out = generate(&quill(), &[&SHORT[..], &["--json", "--base", base.path().to_str().unwrap()]].concat());
     let stderr = String::from_utf8_lossy(&out.stderr);
     assert!(out.status.success() && stderr.contains("warning: final norm and head"), "{stderr}");
     assert_eq!(serde_json::from_slice::<Value>(&out.stdout).unwrap()["private_head"], true);
+}
+
+#[test]
+fn layers_that_were_trained_are_not_made_public_beside_a_base() {
+    for (name, says) in
+        [("model.layers.3.mlp.up_proj.weight", "layer 3"), ("model.embed_tokens.weight", "the embedding")]
+    {
+        let base = flipped(name);
+        let base = base.path().to_str().unwrap();
+        refused(
+            &quill(),
+            &[&SHORT[..], &["--private-layers", "4", "--base", base]].concat(),
+            &["--base", says, "public"],
+        );
+        if name.contains("layers.3") {
+            good(&[&SHORT[..], &["--private-layers", "5", "--json", "--base", base]].concat());
+        }
+    }
 }
 
 #[test]

@@ -336,7 +336,7 @@ fn a_student_of_another_shape_is_taught() {
             merge_heads: 4,
             prune_layers: 2,
             softmax: Softmax::TwoRelu,
-            activation: Activation::Relu,
+            activation: Some(Activation::Relu),
             ..Reshape::default()
         },
         ..freeze(dir)
@@ -392,6 +392,8 @@ fn what_cannot_be_done_is_refused_with_the_reason() {
         (Options { lr: 0.0, ..o() }, "--lr 0"),
         (Options { batch_size: 0, ..o() }, "--batch-size 0"),
         (Options { stage1_epochs: 1, ..o() }, "--teacher"),
+        (Options { teacher: Some(BASE.into()), stage1_epochs: 1, steps: Some(5), ..o() }, "--stage1-steps"),
+        (Options { sampling: DataOptions { examples: 0, ..o().sampling }, ..o() }, "--examples 0"),
     ] {
         let e = refused(&bad);
         assert!(e.contains(named), "{named}: {e}");

@@ -90,6 +90,8 @@ fn techniques_are_held_against_the_full_fine_tune() {
     assert!(fewer("freeze 1/2") > 1.4 && fewer("freeze 3/4") > fewer("freeze 1/2"), "{rows:#}");
     assert!(fewer("merge 4 heads") > fewer("merge 2 heads") && fewer("merge 2 heads") > 1.05, "{rows:#}");
     assert!(fewer("freeze 1/2, merge 4") > fewer("freeze 1/2"), "{rows:#}");
+    assert!(row("LoRA, rank 16")["impossible"].is_null(), "{rows:#}");
+    assert!(fewer("freeze 1/2, LoRA") > 1.3 * fewer("LoRA, rank 16"), "{rows:#}");
     let messages = |name: &str| row(name)["token_messages"].as_u64().unwrap();
     assert!(messages("freeze 1/2") < messages("full fine-tune"));
     // One key/value head has no other to merge with.

@@ -114,7 +114,7 @@ fn a_public_head_is_the_clients_own() {
 /// Two and two heads merged, 2ReLU and ReLU, from layer `from` on.
 fn reshaped(from: usize) -> TempDir {
     let dir = smaller("llama-plain", &[]);
-    let reshaping = Reshaping { merged: 2, softmax: Softmax::TwoRelu, activation: Activation::Relu };
+    let reshaping = Reshaping { merged: 2, softmax: Softmax::TwoRelu, activation: Some(Activation::Relu) };
     let own = ModelConfig::open(dir.path()).unwrap().layer(0);
     let record = Record { version: 1, variant: reshaping.of(own, from).unwrap(), ..Record::default() };
     std::fs::write(dir.path().join("trefoil.json"), serde_json::to_vec(&record).unwrap()).unwrap();

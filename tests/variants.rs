@@ -19,7 +19,7 @@ fn random(c: ModelConfig) -> Weights {
 
 /// Heads merged `merged` at a time, from `from_layer` on.
 fn variant(c: &ModelConfig, from_layer: usize, merged: usize, softmax: Softmax, activation: Activation) -> Variant {
-    Reshaping { merged, softmax, activation }.of(c.layer(0), from_layer).unwrap().unwrap()
+    Reshaping { merged, softmax, activation: Some(activation) }.of(c.layer(0), from_layer).unwrap().unwrap()
 }
 
 fn run(w: &Weights, private: Option<usize>) -> (Check, u32) {

@@ -35,9 +35,9 @@ pub struct Args {
     /// How attention weighs: exact, or 2relu.
     #[arg(long, default_value = "exact", value_name = "KIND")]
     softmax: Softmax,
-    /// The MLP's activation: silu, relu or quad.
-    #[arg(long, default_value = "silu", value_name = "NAME")]
-    activation: Activation,
+    /// The MLP's activation: silu, relu or quad. Default: the preset's own, which is silu.
+    #[arg(long, value_name = "NAME")]
+    activation: Option<Activation>,
     /// Network: none, lan (0.1 ms, 16 Gbit/s), wan (20 ms, 0.4 Gbit/s), or RTT_MS,GBPS. Round-trip figures.
     #[arg(long, default_value = "none")]
     net: String,

@@ -84,7 +84,7 @@ fn source(a: &Args) -> Result<Source> {
         let reshaping = Reshaping {
             merged: a.merge_heads.unwrap_or(1),
             softmax: a.softmax.unwrap_or_default(),
-            activation: a.activation.unwrap_or_default(),
+            activation: a.activation,
         };
         let positions = a.context.unwrap_or(a.positions());
         within(a, positions)?;

@@ -48,9 +48,9 @@ pub struct Args {
     /// The softmax of private layers: 2relu needs no exponential.
     #[arg(long, default_value = "exact", value_name = "exact|2relu")]
     softmax: Softmax,
-    /// The activation of private layers.
-    #[arg(long, default_value = "silu", value_name = "silu|relu|quad")]
-    activation: Activation,
+    /// The activation of private layers. Default: the model's own.
+    #[arg(long, value_name = "silu|relu|quad")]
+    activation: Option<Activation>,
     /// Rank of the adapters. Default: 16.
     #[arg(long)]
     rank: Option<usize>,
@@ -181,7 +181,8 @@ fn meant(a: &Args, data: &Source) -> Result<()> {
     let adapters = a.method == MethodName::Lora;
     let task = matches!(data, Source::Task(_));
     let reshaped = (a.merge_heads, a.prune_heads, a.prune_layers) != (1, 1, 1)
-        || (a.softmax, a.activation) != (Softmax::Exact, Activation::Silu);
+        || a.softmax != Softmax::Exact
+        || a.activation.is_some();
     let some_layers = a.private_layers.as_deref().is_some_and(|n| n != "all");
     for (name, without, why) in [
         ("--rank", a.rank.is_some() && !adapters, "only --method lora makes adapters"),

@@ -162,7 +162,7 @@ impl Dataset {
                 let end = end.ok_or_else(|| {
                     Error::Config("--data: a task needs a model with an end token (eos_token_id in config.json)".into())
                 })?;
-                let pairs = task.examples(options.examples + HELD_OUT, options.seed);
+                let pairs = task.examples(options.examples.saturating_add(HELD_OUT), options.seed);
                 let encode = |(prompt, answer): &(String, String)| {
                     let mut ids = codec.encode_plain(answer)?;
                     ids.push(end);
@@ -285,6 +285,32 @@ fn chats(path: &Path, base: &Path, codec: &TextCodec) -> Result<Vec<Example>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn chats_are_rendered_by_the_template_and_answers_learned() {
+        let base = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/models/quill-4m"));
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("chats.jsonl");
+        let line = |i: usize| {
+            let (asked, said) = (format!("Say {i}."), format!("It is {i}."));
+            serde_json::json!({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]})
+        };
+        std::fs::write(&file, (0..20).map(|i| format!("{}\n", line(i))).collect::<String>()).unwrap();
+        let options = DataOptions { context: 64, examples: 1, seed: 1 };
+        let config = ModelConfig::open(base).unwrap();
+        let data = Dataset::load(&Source::Path(dir.path().into()), base, &config, &options).unwrap();
+        assert_eq!((data.train.len(), data.held_out.len(), data.cut, data.exact), (18, 2, 0, false));
+        let codec = TextCodec::open(base).unwrap();
+        for example in data.train.iter().chain(&data.held_out) {
+            let learned = |learned: bool| -> Vec<u32> {
+                example.ids.iter().zip(&example.learned).filter(|(_, l)| **l == learned).map(|(id, _)| *id).collect()
+            };
+            let text = |ids: Vec<u32>| codec.decode(&ids).unwrap();
+            assert!(text(learned(true)).contains("It is "), "{:?}", text(learned(true)));
+            assert!(text(learned(false)).contains("Say "), "{:?}", text(learned(false)));
+            assert!(!text(learned(true)).contains("Say "));
+        }
+    }
 
     #[test]
     fn a_batch_predicts_what_is_learned_and_nothing_else() {

@@ -36,8 +36,8 @@ pub struct Reshape {
     pub prune_layers: usize,
     /// The softmax of private layers.
     pub softmax: Softmax,
-    /// The activation of private layers.
-    pub activation: Activation,
+    /// The activation of private layers; `None` leaves the model's own.
+    pub activation: Option<Activation>,
 }
 
 impl Default for Reshape {
@@ -48,7 +48,7 @@ impl Default for Reshape {
             prune_heads: 1,
             prune_layers: 1,
             softmax: Softmax::default(),
-            activation: Activation::default(),
+            activation: None,
         }
     }
 }
@@ -161,7 +161,7 @@ impl Reshape {
             num_key_value_heads: kv / m / self.prune_heads,
             head_dim: c.head_dim * m,
             softmax: self.softmax,
-            activation: self.activation,
+            activation: self.activation.unwrap_or(c.activation),
         };
         // Fewer layers of the same kind are described by config.json alone.
         weights.config.variant = (variant.shape() != c.layer(first)).then_some(variant);
@@ -323,6 +323,16 @@ mod tests {
 
     fn windows() -> Vec<Vec<u32>> {
         vec![(0..20).collect(), (10..40).collect()]
+    }
+
+    #[test]
+    fn what_is_not_asked_for_stays_the_models_own() {
+        let mut relu = weights(4);
+        relu.config.activation = Activation::Relu;
+        let merged = Reshape { merge_heads: 2, ..Reshape::default() }.apply(relu.clone(), 2, &windows()).unwrap();
+        assert_eq!(merged.weights.config.layer(3).activation, Activation::Relu);
+        let silu = Reshape { activation: Some(Activation::Silu), ..Reshape::default() };
+        assert_eq!(silu.apply(relu, 2, &windows()).unwrap().weights.config.layer(3).activation, Activation::Silu);
     }
 
     #[test]

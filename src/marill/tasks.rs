@@ -108,13 +108,16 @@ impl Task {
         let mut seen = BTreeSet::new();
         let mut all = Vec::new();
         // With few prompts left to find, most draws are repetitions.
+        let mut repeated = 0;
         for _ in 0..count.saturating_mul(20) {
-            if all.len() == count {
+            if all.len() == count || repeated == EXHAUSTED {
                 break;
             }
             let (subject, prompt, answer) = self.draw(&mut rng);
+            repeated += 1;
             if seen.insert(subject) {
                 all.push((prompt, answer));
+                repeated = 0;
             }
         }
         all
@@ -152,6 +155,9 @@ impl Task {
         }
     }
 }
+
+/// Draws in a row that bring nothing new: a task has no more prompts.
+const EXHAUSTED: usize = 20_000;
 
 /// The stream of the seed that examples are drawn from.
 const TASK_STREAM: u64 = 1 << 42;

@@ -151,6 +151,9 @@ impl Options {
         if self.batch_size == 0 {
             return wrong("--batch-size 0: give 1 or more".into());
         }
+        if self.sampling.examples == 0 {
+            return wrong("--examples 0: give 1 or more".into());
+        }
         if !(self.lr > 0.0 && self.lr <= 1.0) {
             return wrong(format!("--lr {}: give a number above 0, at most 1", self.lr));
         }
@@ -179,7 +182,7 @@ impl Options {
         self.reshape.check(c, first)
     }
 
-    /// All that the final weights follow from.
+    /// All that the final weights follow from; base and teacher by their paths.
     fn settings(&self, dataset: &Dataset) -> Value {
         let mut hash = Sha256::new();
         for example in dataset.train.iter().chain(&dataset.held_out) {
@@ -217,7 +220,7 @@ impl Options {
             ("prune_heads", (r.prune_heads > 1).then(|| r.prune_heads.into())),
             ("prune_layers", (r.prune_layers > 1).then(|| r.prune_layers.into())),
             ("softmax", (r.softmax != Reshape::default().softmax).then(|| json!(r.softmax))),
-            ("activation", (r.activation != Reshape::default().activation).then(|| json!(r.activation))),
+            ("activation", r.activation.map(|a| json!(a))),
         ];
         for (name, value) in more {
             if let Some(value) = value {
@@ -292,6 +295,14 @@ pub fn run(options: &Options, watch: &mut dyn FnMut(Progress) -> bool) -> Result
     let per_epoch = dataset.train.len().div_ceil(options.batch_size);
     let steps = options.steps.map_or(usize::MAX, |n| n).min(options.epochs * per_epoch);
     let matching = steps.min(options.stage1_epochs * per_epoch).min(options.stage1_steps.unwrap_or(usize::MAX));
+    if matching == steps && steps > 0 && options.stage1_steps.is_none() && options.stage1_epochs < options.epochs {
+        return Err(Error::Config(format!(
+            "--steps {steps}: the first stage, which matches the teacher's hidden states and learns nothing from the data, takes {} of them \
+             ({} epochs of {per_epoch}); give it fewer with --stage1-steps, or give more steps",
+            options.stage1_epochs * per_epoch,
+            options.stage1_epochs
+        )));
+    }
     let teacher = teacher.as_ref();
     let run = Run {
         options,

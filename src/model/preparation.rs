@@ -181,7 +181,11 @@ impl Loaded {
             Some(dir) => {
                 let base = Checkpoint::open(dir)?;
                 same_shape(&weights.config, base.config(), dir)?;
-                same_head(&weights, &Weights::load(&base)?)
+                let base = Weights::load(&base)?;
+                if !private_embedding {
+                    same_public(&weights, &base, first_private, dir)?;
+                }
+                same_head(&weights, &base)
             }
         };
         let split = Split { first_private, private_embedding, public_head };
@@ -278,6 +282,21 @@ fn same_shape(c: &ModelConfig, base: &ModelConfig, dir: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What a fine-tuned model makes public is its base's, bit for bit: else training would be given away with it.
+fn same_public(w: &Weights, base: &Weights, first_private: usize, dir: &Path) -> Result<()> {
+    let differs = match (0..first_private).find(|&i| w.layers[i] != base.layers[i]) {
+        _ if w.embed != base.embed => "the embedding".to_owned(),
+        Some(i) => format!("layer {i}"),
+        None => return Ok(()),
+    };
+    Err(Error::Config(format!(
+        "--base {}: {differs} is not the base's, and --private-layers {} would make it public; give more private layers (`trefoil inspect --base` \
+         says which layers are the base's), or 'all', or leave --base out if it may be known",
+        dir.display(),
+        w.config.num_layers - first_private
+    )))
 }
 
 /// Whether final norm and head are the base's, bit for bit.

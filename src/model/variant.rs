@@ -172,13 +172,13 @@ pub struct Reshaping {
     pub merged: usize,
     /// How attention weighs.
     pub softmax: Softmax,
-    /// The MLP's activation.
-    pub activation: Activation,
+    /// The MLP's activation; `None` leaves the model's own.
+    pub activation: Option<Activation>,
 }
 
 impl Default for Reshaping {
     fn default() -> Self {
-        Reshaping { merged: 1, softmax: Softmax::Exact, activation: Activation::Silu }
+        Reshaping { merged: 1, softmax: Softmax::Exact, activation: None }
     }
 }
 
@@ -201,7 +201,7 @@ impl Reshaping {
             num_key_value_heads: own.num_kv_heads / merged,
             head_dim: own.head_dim * merged,
             softmax,
-            activation,
+            activation: activation.unwrap_or(own.activation),
         };
         Ok((variant.shape() != own).then_some(variant))
     }
@@ -217,9 +217,10 @@ impl fmt::Display for Reshaping {
             parts.push("2relu".into());
         }
         match self.activation {
-            Activation::Silu => {}
-            Activation::Relu => parts.push("relu".into()),
-            Activation::Quad => parts.push("quad".into()),
+            None => {}
+            Some(Activation::Silu) => parts.push("silu".into()),
+            Some(Activation::Relu) => parts.push("relu".into()),
+            Some(Activation::Quad) => parts.push("quad".into()),
         }
         f.write_str(if parts.is_empty() { "none".into() } else { parts.join(", ") }.as_str())
     }

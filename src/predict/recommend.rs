@@ -1,16 +1,17 @@
 //! Which of MARILL's techniques pay for a model, a request and a network (MARILL, appendix F): the cost model asked once for
 //! each, with the ranges that calibration saw in the model as it is. What a technique costs in quality, training tells.
 
+use ndarray::Array2;
 use serde::Serialize;
 
 use super::{Prediction, Rates, Source, predict};
 use crate::error::{Error, Result};
-use crate::model::preparation::Loaded;
+use crate::model::preparation::{Evidence, Loaded, Options};
 use crate::model::variant::Reshaping;
-use crate::model::{Activation, ModelConfig, Softmax};
+use crate::model::{Activation, LowRank, ModelConfig, Softmax};
 use crate::net::shape::Profile;
 use crate::plan::memory::owner_words;
-use crate::plan::{self, Bounds, Ranges};
+use crate::plan::{self, Bounds, Module, Ranges};
 
 /// What is done to the model.
 #[derive(Clone, Copy, Debug)]
@@ -19,30 +20,41 @@ struct Technique {
     /// Private layers: all of them over this.
     frozen: usize,
     reshaping: Reshaping,
+    /// Adapters of [`RANK`] over a public base.
+    adapters: bool,
 }
+
+/// Rank of the adapters asked about: the default of `trefoil finetune`.
+const RANK: usize = 16;
 
 const fn technique(
     name: &'static str,
     frozen: usize,
     merged: usize,
     softmax: Softmax,
-    activation: Activation,
+    activation: Option<Activation>,
 ) -> Technique {
-    Technique { name, frozen, reshaping: Reshaping { merged, softmax, activation } }
+    Technique { name, frozen, reshaping: Reshaping { merged, softmax, activation }, adapters: false }
 }
 
-const FULL: Technique = technique("full fine-tune", 1, 1, Softmax::Exact, Activation::Silu);
+const FULL: Technique = technique("full fine-tune", 1, 1, Softmax::Exact, None);
 
-const TECHNIQUES: [Technique; 9] = [
-    technique("freeze 1/2", 2, 1, Softmax::Exact, Activation::Silu),
-    technique("freeze 3/4", 4, 1, Softmax::Exact, Activation::Silu),
-    technique("merge 2 heads", 1, 2, Softmax::Exact, Activation::Silu),
-    technique("merge 4 heads", 1, 4, Softmax::Exact, Activation::Silu),
-    technique("2ReLU softmax", 1, 1, Softmax::TwoRelu, Activation::Silu),
-    technique("ReLU", 1, 1, Softmax::Exact, Activation::Relu),
-    technique("freeze 1/2, merge 2", 2, 2, Softmax::Exact, Activation::Silu),
-    technique("freeze 1/2, merge 4", 2, 4, Softmax::Exact, Activation::Silu),
-    technique("freeze 1/2, merge 4, 2ReLU", 2, 4, Softmax::TwoRelu, Activation::Silu),
+const fn lora(name: &'static str, frozen: usize) -> Technique {
+    Technique { adapters: true, ..technique(name, frozen, 1, Softmax::Exact, None) }
+}
+
+const TECHNIQUES: [Technique; 11] = [
+    technique("freeze 1/2", 2, 1, Softmax::Exact, None),
+    technique("freeze 3/4", 4, 1, Softmax::Exact, None),
+    lora("LoRA, rank 16", 1),
+    lora("freeze 1/2, LoRA", 2),
+    technique("merge 2 heads", 1, 2, Softmax::Exact, None),
+    technique("merge 4 heads", 1, 4, Softmax::Exact, None),
+    technique("2ReLU softmax", 1, 1, Softmax::TwoRelu, None),
+    technique("ReLU", 1, 1, Softmax::Exact, Some(Activation::Relu)),
+    technique("freeze 1/2, merge 2", 2, 2, Softmax::Exact, None),
+    technique("freeze 1/2, merge 4", 2, 4, Softmax::Exact, None),
+    technique("freeze 1/2, merge 4, 2ReLU", 2, 4, Softmax::TwoRelu, None),
 ];
 
 /// What a technique would cost.
@@ -81,13 +93,31 @@ fn source(loaded: &Loaded, bounds: &Bounds, ranges: &Ranges, t: Technique) -> Re
     let first = c.num_layers - c.num_layers.div_ceil(t.frozen);
     let variant = t.reshaping.of(c.layer(c.num_layers - 1), first)?;
     let config = ModelConfig { variant, ..c.clone() };
+    // Their base is public, embedding included.
+    let private_embedding = t.frozen == 1 && !t.adapters;
     let mut bounds = Bounds { layers: bounds.layers[first..].to_vec(), ..bounds.clone() };
     // The sum of several heads' scores over the root of their number.
     bounds.layers.iter_mut().for_each(|b| b.score *= (t.reshaping.merged as f64).sqrt());
     let ranges = Ranges { layers: ranges.layers[first..].to_vec(), ..ranges.clone() };
-    let plan = plan::plan(&config, first, t.frozen == 1, &bounds, &ranges)?;
+    let plan = plan::plan(&config, first, private_embedding, &bounds, &ranges)?;
     let owner_bytes = 2 * owner_words(&config, &plan);
     Ok(Source { config, plan, owner_bytes })
+}
+
+/// What the model shows with adapters on all of its maps, whose entries are of the size of trained ones: of the cost no more than some widths
+/// of rings follow from them.
+fn adapted(loaded: &Loaded) -> Result<Evidence> {
+    let mut weights = loaded.weights.clone();
+    for l in &mut weights.layers {
+        for module in Module::ALL {
+            let linear = l.linear_mut(module);
+            let (out, inputs) = linear.w.dim();
+            let [a, b] = [(RANK, inputs), (out, RANK)].map(|shape| Array2::from_elem(shape, 0.02));
+            linear.adapter = Some(LowRank { a, b });
+        }
+    }
+    let options = Options { private_layers: Some(weights.config.num_layers), ..Options::default() };
+    Loaded::new(weights, loaded.text.clone(), &options)?.evidence()
 }
 
 fn bytes(links: &super::NamedLinks) -> u64 {
@@ -113,8 +143,15 @@ pub fn recommend(
                 .into(),
         ));
     }
-    let evidence = loaded.evidence()?;
-    let ask = |t| predict(&source(loaded, &evidence.bounds, &evidence.ranges, t)?, prefill, new_tokens, net, rates);
+    let (plain, adapted) = (loaded.evidence()?, adapted(loaded));
+    let ask = |t: Technique| {
+        let evidence = match (t.adapters, &adapted) {
+            (false, _) => &plain,
+            (true, Ok(evidence)) => evidence,
+            (true, Err(e)) => return Err(Error::Model(e.to_string())),
+        };
+        predict(&source(loaded, &evidence.bounds, &evidence.ranges, t)?, prefill, new_tokens, net, rates)
+    };
     let full = ask(FULL)?;
     let passes = new_tokens.saturating_sub(1) as f64;
     let time = |p: &Prediction| p.prefill.sustained_ms + passes * p.decode.sustained_ms;
