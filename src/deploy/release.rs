@@ -9,9 +9,8 @@ pub fn tune_allocator() {
     // SAFETY: sets parameters of the allocator; no pointer is involved.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 2);
-        // The vectors of a long prompt are larger than the largest threshold for mappings that glibc takes, which would be faulted in
-        // anew each time: a fifth of the prefill.
-        libc::mallopt(libc::M_MMAP_MAX, 0);
+        // The largest that glibc takes; it would come to it by itself, but for the line below.
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
         libc::mallopt(libc::M_TRIM_THRESHOLD, 256 << 20);
     }
 }
