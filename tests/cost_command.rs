@@ -115,7 +115,7 @@ fn prompts_in_blocks() {
     let ids: Vec<u32> = (0..150).map(|i| i * 7 % 301).collect();
     // Heads, tokens of the prompt, scores of a block.
     for (heads, tokens, scores) in [
-        (3, 30, 1),
+        (3, 60, 1),
         (3, 109, 1),
         (3, 128, 3 * 128 * 40),
         (4, 64, 1),

@@ -275,7 +275,7 @@ fn a_row_that_calibration_has_not_seen() {
             );
         }
     }
-    // In the first block of a prompt that goes through attention in three: flags of all blocks count.
+    // In the first block of a prompt that goes through attention in two: flags of all blocks count.
     for value in [12.0, 50.0] {
         let mut planted = w.clone();
         answer(&mut planted, 0, "q", 5, value);

@@ -53,14 +53,14 @@ fn long_prompts_go_through_attention_in_blocks() {
     };
     for config in [in_blocks(2), in_blocks(3), ModelConfig { variant: Some(relu), ..in_blocks(2) }] {
         let weights = Weights::random(config, 5).unwrap();
-        let prompt: Vec<u32> = (0..53).map(|i| i * 7 % 301).collect();
+        let prompt: Vec<u32> = (0..109).map(|i| i * 7 % 301).collect();
         let blocks = LocalOptions { block_scores: Some(1), ..LocalOptions::new(None) };
         generate(weights, blocks, &prompt, 3);
     }
 }
 
 fn in_blocks(heads: usize) -> ModelConfig {
-    ModelConfig { num_kv_heads: 1, ..ModelConfig::llama(16 * heads, 64, 2, heads, 301, 64) }
+    ModelConfig { num_kv_heads: 1, ..ModelConfig::llama(16 * heads, 64, 2, heads, 301, 128) }
 }
 
 /// The same answer on machines without AVX-512, and without AVX at all.

@@ -218,7 +218,7 @@ impl Case<'_> {
     /// Of such a prompt nobody holds the whole run-ahead.
     fn in_blocks(&self) -> bool {
         let (config, plan) = &self.bench.whole;
-        matches!(self.test, Test::Prefill(n) if block::rows(config, plan, 0, n) < n)
+        matches!(self.test, Test::Prefill(n) if block::rows(config, plan, self.context, n) < n)
     }
 
     /// Per token, for all private layers.

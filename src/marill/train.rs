@@ -297,9 +297,8 @@ pub fn run(options: &Options, watch: &mut dyn FnMut(Progress) -> bool) -> Result
     let matching = steps.min(options.stage1_epochs * per_epoch).min(options.stage1_steps.unwrap_or(usize::MAX));
     if matching == steps && steps > 0 && options.stage1_steps.is_none() && options.stage1_epochs < options.epochs {
         return Err(Error::Config(format!(
-            "--steps {steps}: the first stage, which matches the teacher's hidden states and learns nothing from the data, takes {} of them \
+            "--steps {steps}: the first stage, which matches the teacher's hidden states and learns nothing from the data, takes all of them \
              ({} epochs of {per_epoch}); give it fewer with --stage1-steps, or give more steps",
-            options.stage1_epochs * per_epoch,
             options.stage1_epochs
         )));
     }

@@ -284,7 +284,7 @@ fn same_shape(c: &ModelConfig, base: &ModelConfig, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What a fine-tuned model makes public is its base's, bit for bit: else training would be given away with it.
+/// What a fine-tuned model makes public is its base's: else training would be given away with it.
 fn same_public(w: &Weights, base: &Weights, first_private: usize, dir: &Path) -> Result<()> {
     let differs = match (0..first_private).find(|&i| w.layers[i] != base.layers[i]) {
         _ if w.embed != base.embed => "the embedding".to_owned(),

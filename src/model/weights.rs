@@ -256,6 +256,7 @@ impl Weights {
         };
         progress.tell(Stage::Weights, 0, total);
         let layers = (0..config.num_layers).into_par_iter().map(load).collect::<Result<_>>()?;
+        progress.tell(Stage::Weights, total, total);
         Self::read(&mut &*checkpoint, config, layers)
     }
 

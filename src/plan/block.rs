@@ -10,8 +10,9 @@ use crate::model::ModelConfig;
 
 /// Scores of all heads that are computed at once: of 32 heads, those of a prompt of 361.
 pub const MOST_SCORES: usize = 1 << 21;
-/// Rows of a block: at least so many, and a power of two. Any message of as many rows has whole bytes.
-pub const LEAST_ROWS: usize = 16;
+/// Rows of a block: at least so many, and a power of two. Any message of as many rows has whole bytes; a pass that verifies drafts has
+/// fewer, and is never cut. (With many heads and positions a block of so few rows has more scores than asked for.)
+pub const LEAST_ROWS: usize = 32;
 
 /// As a plan has it that does not say.
 pub(super) fn most_scores() -> usize {
@@ -55,7 +56,9 @@ mod tests {
         assert_eq!(rows(0, 362), 128);
         assert_eq!(rows(0, 2048), 32);
         assert_eq!(rows(65_000, 1), 1, "a decode pass is one block");
-        for (first, tokens) in [(0, 700), (0, 2048), (1000, 900), (5, 4000)] {
+        let verifying = crate::generate::MAX_DRAFTS + 1;
+        assert!(rows(65_000, verifying) >= verifying, "and so is one that verifies drafts");
+        for (first, tokens) in [(0, 700), (0, 2048), (1000, 900), (5, 2000)] {
             let rows = rows(first, tokens);
             assert!(rows.is_power_of_two() && rows >= LEAST_ROWS);
             assert!(scores(32, first + tokens - rows, rows) <= MOST_SCORES);

@@ -117,7 +117,8 @@ fn adapted(loaded: &Loaded) -> Result<Evidence> {
         }
     }
     let options = Options { private_layers: Some(weights.config.num_layers), ..Options::default() };
-    Loaded::new(weights, loaded.text.clone(), &options)?.evidence()
+    let adapted = Loaded::new(weights, loaded.text.clone(), &options)?;
+    Loaded { context: loaded.context, ..adapted }.evidence()
 }
 
 fn bytes(links: &super::NamedLinks) -> u64 {

@@ -15,13 +15,13 @@ use std::sync::mpsc::Sender;
 use super::ModelConfig;
 use super::float::rope_frequencies;
 use super::prepare::Prepared;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::plan::{F, Plan, block};
 use crate::protocol::cached::Cached;
 use crate::protocol::guard::RangeFlags;
 use crate::protocol::gumbel::Gumbel;
 use crate::protocol::{embedding, input};
-use crate::session::{Scope, Session};
+use crate::session::{Pass, Scope, Session};
 use crate::share::{Masked, Rows};
 use attention::AttentionTables;
 pub(crate) use attention::{F_QK, product_ring};
@@ -224,11 +224,19 @@ impl SecureModel {
         RangeFlags::new(tokens * per_token)
     }
 
-    /// Rows of the blocks in which a pass goes through attention: see [`block`]. All rows, of passes that are walked together.
-    fn block_rows(&self, s: &Session, first: usize) -> usize {
+    /// Rows of the blocks in which a pass goes through attention: see [`block`]. All rows, of passes that are walked together, of which
+    /// none may be as long as to be cut: the Owner, who walks each by itself, would cut it.
+    fn block_rows(&self, s: &Session, first: usize) -> Result<usize> {
         let forced = s.work().and_then(|w| w.block_rows());
-        let of = |tokens| forced.unwrap_or_else(|| block::rows(&self.config, &self.plan, first, tokens));
-        if s.passes().len() == 1 { of(s.tokens()) } else { s.tokens() }
+        let rows = |from, tokens| forced.unwrap_or_else(|| block::rows(&self.config, &self.plan, from, tokens));
+        if s.passes().len() == 1 {
+            return Ok(rows(first, s.tokens()));
+        }
+        let cut = |p: &Pass| rows(first + p.tokens.start, p.tokens.len()) < p.tokens.len();
+        match s.passes().iter().any(cut) {
+            true => Err(Error::Internal("a prompt in blocks is walked by itself".into())),
+            false => Ok(s.tokens()),
+        }
     }
 
     /// One layer: `h` in the residual ring, in and out.
@@ -250,7 +258,7 @@ impl SecureModel {
         let mut ctx = Context { s, scope: &scope, layer: &name, flags, config: &self.config };
         let x = tables.input_norm.apply(&mut ctx, "norm1", "sum of squares before attention", &h, &plan.input_norm)?;
         let first = cache.positions;
-        let block_rows = self.block_rows(ctx.s, first);
+        let block_rows = self.block_rows(ctx.s, first)?;
         let blocks = x.rows().tokens() > block_rows;
         let a = attention::Attention {
             parts,

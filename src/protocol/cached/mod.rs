@@ -246,7 +246,10 @@ impl CausalBilinear for Counted {
         let before = cache.len() / self.width - x.len();
         let sum = |of: &dyn Fn(usize) -> usize| (before..before + x.len()).map(of).sum::<usize>();
         let macs = sum(&|position| self.macs(position)) as u64;
-        let (row_macs, together_macs) = if x.len() < TOGETHER { (macs, 0) } else { (0, macs) };
+        // As the request that is predicted will do it, not as the walk, whose batches and prompts are shorter: the Client has batches of
+        // many passes.
+        let together = x.len() > 1 || self.role == Role::Client || self.work.tokens().is_some();
+        let (row_macs, together_macs) = if together { (0, macs) } else { (macs, 0) };
         let lane = if self.role == Role::Client { Lane::Ahead } else { Lane::Online };
         self.work.add(self.role, lane, &self.scope, Counts { row_macs, together_macs, ..Counts::default() });
         out.resize(out.len() + sum(&|position| self.outputs(position)), 0);
