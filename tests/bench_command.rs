@@ -104,6 +104,46 @@ fn a_shape_costs_what_its_benchmark_counts() {
     }
 }
 
+/// With its own weights: what `trefoil.json` says was done to it and is private, an adapter beside it, and the plan and bytes of `trefoil cost`.
+#[test]
+fn a_model_costs_what_its_benchmark_counts() {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir("models/quill-4m").unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
+    }
+    let variant =
+        r#""from_layer": 5, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 48, "softmax": "2relu""#;
+    let record = format!("{{\"version\": 1, \"private_layers\": 3, \"variant\": {{{variant}}}}}");
+    std::fs::write(dir.path().join("trefoil.json"), record).unwrap();
+    let reshaped = format!("--model {}", dir.path().display());
+    for (model, reshaping, layers) in [
+        (reshaped, "merge 2, 2relu", 3),
+        ("--model models/quill-4m --base models/quill-4m --private-layers all --plan-context 40".into(), "none", 8),
+        ("--model tests/fixtures/llama-plain --adapter tests/fixtures/lora-all".into(), "LoRA", 2),
+    ] {
+        let out = bench(&format!("{model} --test pp24,tg2 --context 3 --json"));
+        assert!(out.status.success(), "{model}: {}", String::from_utf8_lossy(&out.stderr));
+        let rows: Vec<Value> = serde_json::from_slice(&out.stdout).unwrap();
+        let row = &rows[0];
+        assert_eq!((&row["reshaping"], &row["layers_total"]), (&reshaping.into(), &layers.into()), "{model}");
+        assert_eq!(row["layers_measured"], layers);
+        assert_eq!(row["preset"], model.split(' ').nth(1).unwrap());
+        let predicted: Value = serde_json::from_slice(
+            &cost(&format!("{} --prefill 24 --decode 1 --json", model.replace("--plan-", "--"))).stdout,
+        )
+        .unwrap();
+        for lane in ["online_bytes", "ahead_bytes"] {
+            let links = predicted["prefill_links"].as_object().unwrap().values();
+            let sum: u64 = links.map(|l| l[lane].as_u64().unwrap()).sum();
+            let counted = 24 * row[format!("{lane}_per_token")].as_u64().unwrap();
+            assert!(sum.abs_diff(counted) < 256, "{model}, {lane}: {sum}, {counted}");
+        }
+        assert_eq!((&rows[1]["test"], &rows[1]["context"]), (&"tg2".into(), &3.into()));
+        assert!(rows[1]["ms_per_token"].as_f64().unwrap() > 0.0);
+    }
+}
+
 /// Bytes of all operations are those of the row, none without a name; the Owner's clock is the ready token's.
 fn operations_add_up(row: &Value) {
     let parties = row["by_operation"].as_object().unwrap();
@@ -211,6 +251,17 @@ fn refusals() {
         ("--preset h768 --context 1,,2", "numbers of cached positions"),
         ("--preset h768 --context=-1", "--context \"-1\""),
         ("--preset h768 --context=0,many", "--context \"0,many\""),
+        ("--test pp8", "--preset <NAME>"),
+        ("--preset h768 --model models/quill-4m", "cannot be used with"),
+        ("--model models/quill-4m --layers 1", "cannot be used with"),
+        ("--model models/quill-4m --merge-heads 2", "goes with --preset"),
+        ("--model models/quill-4m --plan-context 24 --test pp25", "25 positions, but models/quill-4m has 24"),
+        ("--model models/quill-4m --test pp257", "257 positions, but models/quill-4m has 256"),
+        ("--model models/quill-4m --private-layers 9", "the model has 8 layers"),
+        ("--model models/quill-4m --private-layers 0", "give one layer at least"),
+        ("--model models/quill-4m --private-layers few", "--private-layers few"),
+        ("--model models/quill-5m", "models/quill-5m"),
+        ("--model models/tiny-vit-shapes", "models/tiny-vit-shapes"),
         ("--preset h768 --plot Cargo.toml/plots", "--plot Cargo.toml/plots"),
     ] {
         let out = bench(args);

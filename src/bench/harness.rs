@@ -1,4 +1,4 @@
-//! Passes of a private model with random weights, its three parties in one process: what benchmarks and tests of cost run.
+//! Passes of a private model, its three parties in one process: what benchmarks and tests of cost run.
 
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Result};
 use crate::generate::{MAX_BATCH, next_batch};
 use crate::ledger::{self, Spent};
+use crate::model::float::{self, FloatCache};
 use crate::model::prepare::Prepared;
 use crate::model::rounding::Choice;
 use crate::model::sections::sections;
@@ -79,13 +80,15 @@ pub(super) fn planned(weights: &Weights, private_embedding: bool) -> Result<Plan
 /// A model, prepared for all three parties.
 pub struct Harness {
     models: [SecureModel; 3],
-    /// Rows of the embedding that stand for a Client's input.
+    /// What stands for a Client's input.
+    tokens: Vec<u64>,
+    /// Its hidden states below the first private layer.
     hidden: Vec<Vec<u64>>,
     setup: Setup,
 }
 
-/// How many different rows of the embedding are given as input.
-const ROWS: usize = 16;
+/// How many different tokens are given as input to random weights.
+pub(super) const ROWS: usize = 16;
 
 /// What some passes took.
 #[derive(Clone, Debug)]
@@ -131,7 +134,16 @@ impl Harness {
     /// # Errors
     /// [`Error::Model`] for weights that no plan fits.
     pub fn prepare(weights: &Weights, private_embedding: bool, setup: Setup) -> Result<Harness> {
-        let (config, plan) = (&weights.config, planned(weights, private_embedding)?);
+        let plan = planned(weights, private_embedding)?;
+        Harness::with(weights, plan, &calibrate::stress(&weights.config, ROWS), setup)
+    }
+
+    /// Prepares `weights` by `plan`; the Client's input is `tokens` over and over.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for weights that the plan does not fit.
+    pub(super) fn with(weights: &Weights, plan: Plan, tokens: &[u32], setup: Setup) -> Result<Harness> {
+        let config = &weights.config;
         let seed = PreparationSeed::from_bytes([3; 32]);
         let owner = Prepared::owner(weights, &plan, &seed)?;
         let (mut index, none) = (0, || Error::Internal("the helper's part is not what the owner made".into()));
@@ -145,21 +157,20 @@ impl Harness {
             let mut known = owner.matrices().zip(sections(config, &plan)?).filter(|(_, s)| s.public).map(|(m, _)| m);
             Prepared::client(config, &plan, &seed, &mut |_| known.next().ok_or_else(none)?.helper_words(&seed))?
         };
-        let rows = calibrate::stress(config, ROWS);
-        let encode = |&id: &u32| {
-            let row = weights.embed.row(id as usize);
-            row.iter().map(|&v| fixed::encode(f64::from(v), F, plan.residual_k)).collect()
-        };
-        let hidden = rows.iter().map(encode).collect();
+        let mut cache = FloatCache::new(config);
+        let public = 0..plan.first_private;
+        let states =
+            public.fold(float::embed(weights, tokens), |h, i| float::layer(weights, i, h, 0, &mut cache, &mut ()));
+        let encode = |&v: &f32| fixed::encode(f64::from(v), F, plan.residual_k);
+        let hidden = states.rows().into_iter().map(|row| row.iter().map(encode).collect()).collect();
+        let tokens = tokens.iter().map(|&id| id.into()).collect();
         let models = [owner, client, helper].map(|p| SecureModel::new(config.clone(), plan.clone(), p));
-        Ok(Harness { models, hidden, setup })
+        Ok(Harness { models, tokens, hidden, setup })
     }
 
-    /// With attention in blocks of `scores` scores.
-    #[must_use]
-    pub fn in_blocks(mut self, scores: usize) -> Harness {
-        self.models.iter_mut().for_each(|m| m.in_blocks(scores));
-        self
+    /// The configuration: of a shape the layers that are run.
+    pub(super) fn config(&self) -> &ModelConfig {
+        self.models[0].config()
     }
 
     /// The plan.
@@ -189,7 +200,7 @@ impl Harness {
         let world = World::new(Keys::seeded(1), &setup);
         let run = Run { world: &world, part, pace, profile: setup.profile };
         let input = |i: usize| match part {
-            Part::Whole | Part::Verified if self.plan().private_embedding => vec![(i % ROWS) as u64],
+            Part::Whole | Part::Verified if self.plan().private_embedding => vec![self.tokens[i % self.tokens.len()]],
             _ => self.hidden[i % self.hidden.len()].clone(),
         };
         run.execute(&self.models.each_ref(), context, passes, &input)

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::breakdown::Times;
-use super::{Harness, Measured, Options, Pace, Part, Peak, Plaintext, Report, Row, Test, count, random_weights};
+use super::subject::{Facts, Made};
+use super::{Harness, Measured, Options, Pace, Part, Peak, Plaintext, Report, Row, Test, count};
 use crate::deploy::doctor::machine;
 use crate::error::{Error, Result};
 use crate::generate::MAX_BATCH;
-use crate::model::{ModelConfig, Variant};
+use crate::model::ModelConfig;
 use crate::party::Role;
 use crate::plan::{Plan, block, memory};
 use crate::predict::{PROCESS, RUN_AHEAD};
@@ -17,12 +18,14 @@ use crate::world::Setup;
 
 struct Bench<'a> {
     options: &'a Options,
-    /// Private layers that are run, and that there are.
-    layers: (usize, usize),
-    part: Part,
+    facts: Facts,
+    /// What was done to the private layers.
+    reshaping: String,
     harness: Harness,
     /// All private layers, planned like those that are run.
     whole: (ModelConfig, Plan),
+    /// The same with the public layers, which the Client has.
+    model: (ModelConfig, Plan),
     /// Bytes of each peer's run-ahead that the Owner holds.
     run_ahead: u64,
 }
@@ -30,65 +33,36 @@ struct Bench<'a> {
 /// Measures; `progress` is told what is going on.
 ///
 /// # Errors
-/// [`Error::Config`] for options that do not go together or more memory than there is.
+/// [`Error::Config`] for options that do not go together or more memory than there is; those of a model that cannot be prepared.
 pub fn run(options: &Options, progress: &dyn Fn(&str)) -> Result<Report> {
-    let preset = options.preset;
-    let total = options.private_layers.unwrap_or(preset.layers());
-    let measured = options.layers.unwrap_or(total);
-    check_layers(options, total, measured)?;
+    let facts = options.subject.facts()?;
     let cases = options.cases();
     let positions = cases.iter().map(|&(test, context)| context.saturating_add(test.tokens())).max().unwrap_or(0);
-    if positions > preset.positions() {
-        let most = preset.positions();
-        return Err(Error::Config(format!("the tests take {positions} positions, but {} has {most}", preset.name)));
+    if positions > facts.positions {
+        let most = facts.positions;
+        return Err(Error::Config(format!("the tests take {positions} positions, but {} has {most}", facts.name)));
     }
-    let config = options.config(measured, positions)?;
-    let private_embedding = preset.is_model() && options.private_layers.is_none();
-    let needed = weight_bytes(&config, private_embedding);
-    enough_memory("weights and their shares", needed)?;
-    let run_ahead = run_ahead_room(machine::available().map(|free| free.saturating_sub(needed)));
-    progress(&format!("{}: random weights of {measured} layers ({})", preset.name, preset.source));
-    let weights = random_weights(config)?;
+    enough_memory("weights and their shares", facts.bytes)?;
+    let run_ahead = run_ahead_room(machine::available().map(|free| free.saturating_sub(facts.bytes)));
+    progress(&format!("{}: {}, calibration, plan", facts.name, facts.origin));
+    let Made { weights, plan, tokens, reshaping, whole, model } = options.subject.make(positions)?;
     progress("machine's peak and float model");
     let peak = Peak::measure();
     let plaintext: Vec<Plaintext> =
         cases.iter().map(|&(test, context)| Plaintext::measure(&weights, test, context)).collect();
-    progress("calibration, fixed point, shares of the weights");
+    progress("fixed point, shares of the weights");
     let timeout = Duration::from_secs(3600);
     let setup = Setup { profile: options.net, ahead_capacity: run_ahead as usize, timeout, ..Setup::default() };
-    let harness = Harness::prepare(&weights, private_embedding, setup)?;
+    let tokens: Vec<u32> = tokens.into_iter().take(positions).collect();
+    let harness = Harness::with(&weights, plan, &tokens, setup)?;
     drop(weights);
-    let whole = all_layers(&harness, options.config(total, positions)?);
-    let part = if preset.is_model() { Part::Whole } else { Part::Layers };
-    let bench = Bench { options, layers: (measured, total), part, harness, whole, run_ahead };
+    let bench = Bench { options, facts, reshaping, harness, whole, model, run_ahead };
     let row = |(&(test, context), float): (&(Test, usize), &Plaintext)| {
         progress(&format!("{test} at context {context}"));
         Case { bench: &bench, test, context }.row(float)
     };
     let rows = cases.iter().zip(&plaintext).map(row).collect::<Result<_>>()?;
     Ok(Report { rows, plaintext, peak })
-}
-
-fn check_layers(options: &Options, total: usize, measured: usize) -> Result<()> {
-    let preset = options.preset;
-    let wrong = |option: &str, n: usize, most: usize, what: &str| {
-        Err(Error::Config(format!("{option} {n}: give 1 to {most}, the {what} of {}", preset.name)))
-    };
-    if total == 0 || total > preset.layers() {
-        return wrong("--private-layers", total, preset.layers(), "layers");
-    }
-    if measured == 0 || measured > total {
-        return wrong("--layers", measured, total, "private layers");
-    }
-    Ok(())
-}
-
-/// f32 weights, the Owner's integers and the Helper's words, with the matrices that are converted at a time.
-fn weight_bytes(c: &ModelConfig, private_embedding: bool) -> u64 {
-    let table = (c.vocab_size * c.hidden_size) as u64;
-    let shared = c.parameter_count() - if c.tie_word_embeddings { 0 } else { table };
-    let largest = table.max((2 * c.intermediate_size * c.hidden_size) as u64);
-    4 * c.parameter_count() + 10 * shared + if private_embedding { 16 * table } else { 0 } + 12 * largest
 }
 
 fn enough_memory(what: &str, bytes: u64) -> Result<()> {
@@ -104,12 +78,6 @@ pub(super) fn memory_for(what: &str, bytes: u64, remedy: &str) -> Result<()> {
         ))),
         _ => Ok(()),
     }
-}
-
-fn all_layers(harness: &Harness, config: ModelConfig) -> (ModelConfig, Plan) {
-    let mut plan = harness.plan().clone();
-    plan.layers = plan.layers.iter().cycle().take(config.num_layers).cloned().collect();
-    (config, plan)
 }
 
 /// The kernel's high-water mark of this process; 0 where it does not tell.
@@ -169,9 +137,7 @@ struct Taken {
 
 impl Case<'_> {
     fn row(&self, float: &Plaintext) -> Result<Row> {
-        let (measured, total) = self.bench.layers;
-        let options = self.bench.options;
-        let preset = options.preset;
+        let facts = &self.bench.facts;
         let (passes, tokens) = self.test.passes();
         let traffic = self.traffic()?;
         self.session_memory(&traffic)?;
@@ -185,20 +151,20 @@ impl Case<'_> {
         let ready = passes.min(room.into_iter().fold(MAX_BATCH, usize::min));
         let ready = if self.in_blocks() { None } else { Some(self.measure(Pace::Ready, ready)?) };
         // The Client computes the public layers in the clear.
-        let public = (preset.layers() - total) as f64 * float.layer_s * 1e3;
-        let head = if preset.is_model() { float.head_s } else { 0.0 };
+        let public = (facts.layers - facts.private) as f64 * float.layer_s * 1e3;
+        let head = if facts.part == Part::Layers { 0.0 } else { float.head_s };
         let per_token = |bytes: f64| (bytes / tokens as f64).round() as u64;
         Ok(Row {
-            preset: preset.name.into(),
-            reshaping: options.reshaping.to_string(),
+            preset: facts.name.clone(),
+            reshaping: self.bench.reshaping.clone(),
             test: self.test.to_string(),
             context: self.context,
-            net: options.net.to_string(),
-            layers_measured: measured,
-            layers_total: total,
+            net: self.bench.options.net.to_string(),
+            layers_measured: facts.measured,
+            layers_total: facts.private,
             ms_per_token: sustained.ms + public,
             ms_per_token_ready: ready.as_ref().map(|r| r.ms + public),
-            float_ms_per_token: 1e3 * (preset.layers() as f64 * float.layer_s + head),
+            float_ms_per_token: 1e3 * (facts.layers as f64 * float.layer_s + head),
             online_bytes_per_token: per_token(traffic.mean(&Measured::online_bytes)),
             ahead_bytes_per_token: per_token(traffic.mean(&Measured::ahead_bytes)),
             messages_per_token: f64::from(traffic.messages()) / tokens as f64,
@@ -223,14 +189,14 @@ impl Case<'_> {
 
     /// Per token, for all private layers.
     fn measure(&self, pace: Pace, passes: usize) -> Result<Taken> {
-        let (measured, total) = self.bench.layers;
+        let &Facts { measured, private: total, part, .. } = &self.bench.facts;
         let (_, tokens) = self.test.passes();
         let take = |part| -> Result<Taken> {
             let m = self.bench.harness.measure(part, pace, self.context, &vec![tokens; passes])?;
             let all = passes * tokens;
             Ok(Taken { ms: m.wall.as_secs_f64() * 1e3 / all as f64, times: Times::of(&m.spent, all) })
         };
-        let whole = take(self.bench.part)?;
+        let whole = take(part)?;
         if measured == total {
             return Ok(whole);
         }
@@ -246,7 +212,7 @@ impl Case<'_> {
         let ends = if passes > 16 { vec![(context, 8), (context + passes - 8, 8)] } else { vec![(context, passes)] };
         let counted = ends
             .iter()
-            .map(|&(at, n)| count(config, plan, self.bench.part, at, &vec![tokens; n]))
+            .map(|&(at, n)| count(config, plan, self.bench.facts.part, at, &vec![tokens; n]))
             .collect::<Result<Vec<Measured>>>()?;
         let mut traffic = Traffic { counted, passes: ends.iter().map(|(_, n)| n).sum(), to_owner: [0.0; 3] };
         let to_owner = |role: Role| traffic.mean(&|m| m.sent[role.index()][Role::Owner.index()].ahead_bytes);
@@ -256,15 +222,12 @@ impl Case<'_> {
 
     fn session_memory(&self, traffic: &Traffic) -> Result<()> {
         let (prompt, decode) = self.request();
-        let (measured, total) = self.bench.layers;
-        let config = ModelConfig { num_layers: measured, ..self.bench.whole.0.clone() };
-        let plan = self.bench.harness.plan();
-        let of = |role| memory::session_bytes(role, &config, plan, prompt, decode, self.bench.run_ahead).total();
+        let &Facts { measured, private: total, .. } = &self.bench.facts;
+        let (config, plan) = (self.bench.harness.config(), self.bench.harness.plan());
+        let of = |role| memory::session_bytes(role, config, plan, prompt, decode, self.bench.run_ahead).total();
         // All of it is there before the clock of `ready` starts; of a prompt in blocks there is no `ready`.
-        let walked =
-            if self.in_blocks() { 0 } else { 1 } * traffic.mean(&Measured::ahead_bytes) as u64 * measured as u64
-                / total as u64
-                * self.test.passes().0.min(MAX_BATCH) as u64;
+        let passes = if self.in_blocks() { 0 } else { self.test.passes().0.min(MAX_BATCH) as u64 };
+        let walked = traffic.mean(&Measured::ahead_bytes) as u64 * measured as u64 / total as u64 * passes;
         enough_memory(
             &format!("{}: caches, vectors and run-ahead", self.test),
             Role::ALL.map(of).iter().sum::<u64>() + walked,
@@ -281,15 +244,10 @@ impl Case<'_> {
 
     fn predicted_memory(&self) -> BTreeMap<String, u64> {
         let (prompt, decode) = self.request();
-        let (private, mut plan) = (&self.bench.whole.0, self.bench.whole.1.clone());
-        // The Client has the public layers too.
-        let preset = self.bench.options.preset;
-        plan.first_private = preset.layers() - private.num_layers;
-        let variant = private.variant.map(|v| Variant { from_layer: plan.first_private, ..v });
-        let config = ModelConfig { variant, ..preset.config(preset.layers(), private.max_positions) };
+        let (config, plan) = &self.bench.model;
         let of = |role: Role| {
-            let model = memory::model_bytes(role, &config, &plan);
-            let session = memory::session_bytes(role, &config, &plan, prompt, decode, self.bench.run_ahead);
+            let model = memory::model_bytes(role, config, plan);
+            let session = memory::session_bytes(role, config, plan, prompt, decode, self.bench.run_ahead);
             (role.to_string(), model.weights + model.tables + session.total() + PROCESS)
         };
         Role::ALL.map(of).into()

@@ -1,7 +1,7 @@
-//! Measurements: the three parties in one process with random weights, at the shapes of published models.
+//! Measurements: the three parties in one process, with random weights at the shapes of published models or with a model's own.
 //!
-//! [`Harness`] runs passes and says what they took; it is what `trefoil bench`, `benches/` and the tests of cost share. Weights
-//! are random and keys fixed: nothing in here is secret. What the figures mean is in `docs/performance.md`.
+//! [`Harness`] runs passes and says what they took; it is what `trefoil bench`, `benches/` and the tests of cost share. Keys
+//! are fixed: nothing leaves the process but figures, which depend on neither weights nor inputs. What the figures mean is in `docs/performance.md`.
 
 pub mod adapter;
 mod breakdown;
@@ -14,6 +14,7 @@ mod plot;
 mod presets;
 mod report;
 mod shape;
+mod subject;
 
 pub use breakdown::{ByOperation, Operation, Step, Steps};
 pub use harness::{Harness, Measured, Pace, Part, count, random_weights};
@@ -25,3 +26,4 @@ pub use plot::Plots;
 pub use presets::{PRESETS, Preset};
 pub use report::{Report, Row};
 pub use shape::source;
+pub use subject::{Model, Shape, Subject};

@@ -3,10 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::Preset;
+use super::Subject;
 use crate::error::{Error, Result};
-use crate::model::ModelConfig;
-use crate::model::variant::Reshaping;
 use crate::net::shape::Profile;
 
 /// What is measured, in llama-bench's notation.
@@ -71,32 +69,17 @@ impl FromStr for Test {
 /// What to measure.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The shape.
-    pub preset: &'static Preset,
+    /// The shape or the model.
+    pub subject: Subject,
     /// One row each.
     pub tests: Vec<Test>,
     /// Cached positions before the decode tokens, each a row.
     pub contexts: Vec<usize>,
-    /// Private layers that are run; the figures of all are extrapolated.
-    pub layers: Option<usize>,
-    /// Private layers of the model, from the top; `None` for all and the embedding.
-    pub private_layers: Option<usize>,
-    /// What is done to the private layers.
-    pub reshaping: Reshaping,
     /// Simulated network.
     pub net: Profile,
 }
 
 impl Options {
-    /// The shape with `layers` layers, all of them private, for `positions` positions.
-    ///
-    /// # Errors
-    /// [`Error::Config`] for heads that do not merge.
-    pub fn config(&self, layers: usize, positions: usize) -> Result<ModelConfig> {
-        let plain = self.preset.config(layers, positions);
-        Ok(ModelConfig { variant: self.reshaping.of(plain.layer(0), 0)?, ..plain })
-    }
-
     /// Tests with the cached positions before them: a prefill starts from none.
     #[must_use]
     pub fn cases(&self) -> Vec<(Test, usize)> {

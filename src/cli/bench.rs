@@ -1,12 +1,16 @@
 //! `trefoil bench`: what a shape takes, measured.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use trefoil::bench::{Options, Plots, Preset, Test, adapter, contexts, run as measure, stopwatch};
+use super::private::Chosen;
+use trefoil::bench::{
+    Model, Options, Plots, Preset, Shape, Subject, Test, adapter, contexts, run as measure, stopwatch,
+};
 use trefoil::error::{Error, Result};
-use trefoil::model::preparation::parse_private_layers;
+use trefoil::model::preparation::{self, parse_private_layers};
 use trefoil::model::variant::Reshaping;
 use trefoil::model::{Activation, Softmax};
+use trefoil::predict::Source;
 
 const TESTS: &str = "pp128,tg64";
 
@@ -15,27 +19,42 @@ const TESTS: &str = "pp128,tg64";
 pub struct Args {
     /// h768 and h2048 (a layer by itself), deep-256, tinyllama-1.1b, deepseek-coder-1.3b, openllama-3b, llama-2-7b;
     /// cryptpeft-hH-rR (or -sS): a private adapter of H heads and rank R over the last (S) layers of ViT-B/16, one row per image.
-    #[arg(long, value_name = "NAME")]
-    preset: String,
+    #[arg(long, value_name = "NAME", required_unless_present = "model")]
+    preset: Option<String>,
+    /// In place of a shape a model with its own weights, calibrated and planned as for a preparation: a Hugging Face directory, or that of
+    /// an adapter which names its base.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["preset", "layers"])]
+    model: Option<PathBuf>,
+    /// The public base that the model was fine-tuned from.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["adapter", "preset"])]
+    base: Option<PathBuf>,
+    /// A LoRA adapter over the model, as `trefoil generate` takes it.
+    #[arg(long, value_name = "DIR", conflicts_with = "preset")]
+    adapter: Option<PathBuf>,
     /// ppN: prefill of N tokens; tgN: N tokens decoded, from cold. A list. Of an adapter: imgN, N images from cold.
     #[arg(long, default_value = TESTS, value_name = "LIST")]
     test: String,
     /// Cached positions before the decode tokens. A list: every decode test is run at each.
     #[arg(long, default_value = "0", value_name = "LIST")]
     context: String,
-    /// Private layers that are run; times of all are extrapolated, and labelled so. Default: all.
+    /// Of a model: positions to plan for, as --context of `trefoil generate` (shorter is cheaper). Default: its own. A preset is
+    /// planned for those of the tests.
+    #[arg(long, value_name = "TOKENS", conflicts_with = "preset")]
+    plan_context: Option<usize>,
+    /// Of a preset: private layers that are run; times of all are extrapolated, and labelled so. Default: all.
     #[arg(long, value_name = "N")]
     layers: Option<usize>,
-    /// How many layers, from the top, are private: a number, or 'all', which includes the embedding.
-    #[arg(long, default_value = "all", value_name = "N|all")]
-    private_layers: String,
-    /// Heads that become one in the private layers, for less softmax.
-    #[arg(long, default_value_t = 1, value_name = "M")]
-    merge_heads: usize,
-    /// How attention weighs: exact, or 2relu.
-    #[arg(long, default_value = "exact", value_name = "KIND")]
-    softmax: Softmax,
-    /// The MLP's activation: silu, relu or quad. Default: the preset's own, which is silu.
+    /// How many layers, from the top, are private: a number, or 'all', which includes the embedding. Default: all of a preset, of a
+    /// model what its trefoil.json says, else half.
+    #[arg(long, value_name = "N|all", allow_negative_numbers = true)]
+    private_layers: Option<String>,
+    /// Of a preset: heads that become one in the private layers, for less softmax.
+    #[arg(long, value_name = "M")]
+    merge_heads: Option<usize>,
+    /// Of a preset: how attention weighs, exact or 2relu.
+    #[arg(long, value_name = "KIND")]
+    softmax: Option<Softmax>,
+    /// Of a preset: the MLP's activation, silu, relu or quad. Default: the preset's own, which is silu.
     #[arg(long, value_name = "NAME")]
     activation: Option<Activation>,
     /// Network: none, lan (0.1 ms, 16 Gbit/s), wan (20 ms, 0.4 Gbit/s), or RTT_MS,GBPS. Round-trip figures.
@@ -49,9 +68,9 @@ pub struct Args {
     json: bool,
 }
 
-fn run_adapter(a: &Args, shape: adapter::Shape) -> Result<()> {
+fn run_adapter(a: &Args, name: &str, shape: adapter::Shape) -> Result<()> {
     let images = if a.test == TESTS { 16 } else { adapter::images(&a.test)? };
-    let row = adapter::run(&a.preset, shape, images, a.net.parse()?, &stopwatch())?;
+    let row = adapter::run(name, shape, images, a.net.parse()?, &stopwatch())?;
     if !a.json {
         return super::say(&adapter::markdown(&row));
     }
@@ -59,24 +78,57 @@ fn run_adapter(a: &Args, shape: adapter::Shape) -> Result<()> {
     super::say(&format!("{json}\n"))
 }
 
+fn shape(a: &Args, name: &str) -> Result<Subject> {
+    let preset = Preset::find(name)?;
+    let private_layers = a.private_layers.as_deref().unwrap_or("all");
+    Ok(Subject::Shape(Shape {
+        preset,
+        layers: a.layers,
+        private_layers: parse_private_layers(Some(private_layers), &preset.config(preset.layers(), 1))?,
+        reshaping: Reshaping {
+            merged: a.merge_heads.unwrap_or(1),
+            softmax: a.softmax.unwrap_or_default(),
+            activation: a.activation,
+        },
+    }))
+}
+
+fn model(a: &Args, dir: &Path) -> Result<Subject> {
+    super::private::only_of_presets([
+        ("--merge-heads", a.merge_heads.is_some()),
+        ("--softmax", a.softmax.is_some()),
+        ("--activation", a.activation.is_some()),
+    ])?;
+    if Source::is_preparation(dir) {
+        return Err(Error::Config(format!(
+            "--model {}: a preparation has no weights to measure with, only shares of them; give the checkpoint that it was made of, or ask \
+             `trefoil cost --model {}`",
+            dir.display(),
+            dir.display()
+        )));
+    }
+    let private = super::private::Args { adapter: a.adapter.clone(), private_layers: a.private_layers.clone() };
+    let Chosen { model, adapter, private_layers, .. } = private.chosen(dir)?;
+    let (base, max_positions) = (a.base.clone(), a.plan_context);
+    let options = preparation::Options { private_layers, max_positions, base, adapter, ..Default::default() };
+    Ok(Subject::Model(Model { dir: model, options }))
+}
+
 /// Runs the command.
 ///
 /// # Errors
-/// Whatever the options got wrong, or a party.
+/// Whatever the options or the model got wrong, or a party.
 pub fn run(a: &Args) -> Result<()> {
-    if let Some(shape) = adapter::Shape::parse(&a.preset)? {
-        return run_adapter(a, shape);
-    }
-    let preset = Preset::find(&a.preset)?;
-    let options = Options {
-        preset,
-        tests: Test::list(&a.test)?,
-        contexts: contexts(&a.context)?,
-        layers: a.layers,
-        private_layers: parse_private_layers(Some(&a.private_layers), &preset.config(preset.layers(), 1))?,
-        reshaping: Reshaping { merged: a.merge_heads, softmax: a.softmax, activation: a.activation },
-        net: a.net.parse()?,
+    let subject = match (&a.preset, &a.model) {
+        (Some(name), _) => match adapter::Shape::parse(name)? {
+            Some(shape) => return run_adapter(a, name, shape),
+            None => shape(a, name)?,
+        },
+        (None, Some(dir)) => model(a, dir)?,
+        (None, None) => return Err(Error::Config("give --preset NAME or --model DIR".into())),
     };
+    let options =
+        Options { subject, tests: Test::list(&a.test)?, contexts: contexts(&a.context)?, net: a.net.parse()? };
     let plots = a.plot.as_deref().map(Plots::into_dir).transpose()?;
     let progress = stopwatch();
     let report = measure(&options, &progress)?;

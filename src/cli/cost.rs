@@ -35,7 +35,7 @@ pub struct Args {
     activation: Option<Activation>,
     #[command(flatten)]
     private: super::private::Args,
-    /// Positions to plan for. Default: those of the request, as `trefoil generate` does.
+    /// Positions to plan for. Default: the model's own, as for `trefoil generate`; of a preset those of the request.
     #[arg(long, value_name = "TOKENS")]
     context: Option<usize>,
     /// Tokens of the prompt.
@@ -90,17 +90,11 @@ fn source(a: &Args) -> Result<Source> {
         within(a, positions)?;
         return bench::source(name, a.private.private_layers.as_deref(), reshaping, positions);
     }
-    for (name, given) in [
+    super::private::only_of_presets([
         ("--merge-heads", a.merge_heads.is_some()),
         ("--softmax", a.softmax.is_some()),
         ("--activation", a.activation.is_some()),
-    ] {
-        if given {
-            return Err(Error::Config(format!(
-                "{name} goes with --preset: what was done to a model stands in its trefoil.json"
-            )));
-        }
-    }
+    ])?;
     if Source::is_preparation(&a.model) {
         let chosen = [
             ("--base", a.base.is_some()),

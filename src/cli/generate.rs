@@ -323,8 +323,9 @@ fn local(a: &Args) -> Result<Report> {
     }
     let bar;
     (options.progress, bar) = super::progress::bar(!a.json);
-    let mut local = Local::open(&model, options)?;
+    let opened = Local::open(&model, options);
     bar.finish_and_clear();
+    let mut local = opened?;
     draft.map_or(Ok(()), |d| local.draft_with(d))?;
     if let (Some(base), false) = (&a.base, local.plan().head.public) {
         eprintln!(

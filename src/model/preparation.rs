@@ -286,11 +286,9 @@ fn same_shape(c: &ModelConfig, base: &ModelConfig, dir: &Path) -> Result<()> {
 
 /// What a fine-tuned model makes public is its base's: else training would be given away with it.
 fn same_public(w: &Weights, base: &Weights, first_private: usize, dir: &Path) -> Result<()> {
-    let differs = match (0..first_private).find(|&i| w.layers[i] != base.layers[i]) {
-        _ if w.embed != base.embed => "the embedding".to_owned(),
-        Some(i) => format!("layer {i}"),
-        None => return Ok(()),
-    };
+    let layer = |i: usize| (w.layers[i] != base.layers[i]).then(|| format!("layer {i}"));
+    let embedding = (w.embed != base.embed).then(|| "the embedding".to_owned());
+    let Some(differs) = embedding.or_else(|| (0..first_private).find_map(layer)) else { return Ok(()) };
     Err(Error::Config(format!(
         "--base {}: {differs} is not the base's, and --private-layers {} would make it public; give more private layers (`trefoil inspect --base` \
          says which layers are the base's), or 'all', or leave --base out if it may be known",

@@ -122,7 +122,7 @@ impl Rates {
         let mut scores = Vec::new();
         let together_macs = rate((tokens * dim * (positions - tokens / 2)) as f64, || {
             scores.clear();
-            op.apply_all(USUAL, &Span::new(&row, 0..tokens, &x[..tokens * dim]), &wide[..positions * dim], &mut scores);
+            op.together(USUAL, &Span::new(&row, 0..tokens, &x[..tokens * dim]), &wide[..positions * dim], &mut scores);
         });
         let (rows, elements) = (512usize, 1 << 13);
         let (offsets, queries) = (vec![7u32; elements], vec![0x5au8; elements * rows / 8]);

@@ -202,7 +202,7 @@ pub struct RangeFlags {
     direct: Vec<(usize, Masked)>,
     guards: Vec<(usize, Pending<'static, Counts>)>,
     /// Of a long prompt: see [`RangeFlags::fold`].
-    late: Vec<Pending<'static, Vec<(usize, Masked)>>>,
+    late: Option<Pending<'static, Vec<(usize, Masked)>>>,
     state: State,
 }
 
@@ -237,7 +237,7 @@ impl RangeFlags {
     pub fn new(counts: usize) -> Self {
         // 64 per value is the largest product of two mismatch counts.
         let count_bits = (usize::BITS - (counts.max(1) * 64).leading_zeros() + 1).next_multiple_of(8);
-        let (names, direct, guards, late) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (names, direct, guards, late) = (Vec::new(), Vec::new(), Vec::new(), None);
         RangeFlags { count_bits, names, direct, guards, late, state: State::Collecting }
     }
 
@@ -318,17 +318,13 @@ impl RangeFlags {
             let sums = sums_by_quantity(&m, 0..m.rows().tokens(), &quantities);
             Ok(sums.into_iter().map(|(i, sum)| (i, Masked::new(vec![sum], side, k, 0, last.clone()))).collect())
         });
-        self.late.push(if s.is_owner() { sums } else { Pending::ready(sums.finish(s)?) });
+        self.late = Some(if s.is_owner() { sums } else { Pending::ready(sums.finish(s)?) });
         Ok(())
     }
 
     fn take_late(&mut self, s: &mut Session) -> Result<()> {
-        for sums in std::mem::take(&mut self.late) {
-            for (i, sum) in sums.finish(s)? {
-                self.add(i, sum)?;
-            }
-        }
-        Ok(())
+        let Some(sums) = self.late.take() else { return Ok(()) };
+        sums.finish(s)?.into_iter().try_for_each(|(i, sum)| self.add(i, sum))
     }
 
     /// Adds counts to those of the same quantity and layout.

@@ -184,11 +184,6 @@ impl SecureModel {
         &self.plan
     }
 
-    /// Computes `scores` scores of attention at once instead of what the plan says, as all parties must.
-    pub(crate) fn in_blocks(&mut self, scores: usize) {
-        self.plan.block_scores = scores;
-    }
-
     /// This party's part.
     pub(crate) fn parts(&self) -> &Prepared {
         &self.parts

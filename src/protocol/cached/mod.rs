@@ -111,7 +111,7 @@ pub trait CausalBilinear: Send + Sync {
 
     /// The map for tokens at successive positions, the last of which sees all of `cache`: `x` their rows one after the other. Modulo `2^k`;
     /// bits above mean nothing.
-    fn apply_all(&self, k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>);
+    fn together(&self, k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>);
 }
 
 /// Rows of some tokens of a value.
@@ -139,10 +139,27 @@ impl<'a> Span<'a> {
     }
 }
 
-/// Each token by itself; `cache` has rows of `width`.
-fn one_by_one(op: &(impl CausalBilinear + ?Sized), x: &Span<'_>, (cache, width): (&[u64], usize), out: &mut Vec<u64>) {
-    let before = cache.len() / width - x.len();
-    (0..x.len()).for_each(|i| op.apply(x.row(i), &cache[..(before + i + 1) * width], out));
+/// The map for the tokens of `x`, the last of which sees all of `cache`, whose rows have `width` elements.
+fn apply_all(op: &dyn CausalBilinear, k: u32, x: &Span<'_>, (cache, width): (&[u64], usize)) -> Vec<u64> {
+    let mut out = Vec::new();
+    if x.len() >= TOGETHER {
+        op.together(k, x, cache, &mut out);
+    } else {
+        let before = cache.len() / width - x.len();
+        (0..x.len()).for_each(|i| op.apply(x.row(i), &cache[..(before + i + 1) * width], &mut out));
+    }
+    out
+}
+
+/// [`apply_all`] with the first rows of a store, which may have those of later passes already.
+fn with_cache(
+    op: &dyn CausalBilinear,
+    k: u32,
+    x: &Span<'_>,
+    cache: &Store,
+    (positions, width): (usize, usize),
+) -> Vec<u64> {
+    apply_all(op, k, x, (&read(cache)[..positions * width], width))
 }
 
 /// Attention scores `q k^T`: per head, one per visible position. Grouped queries share a key head.
@@ -174,10 +191,7 @@ impl CausalBilinear for Scores {
         }
     }
 
-    fn apply_all(&self, k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>) {
-        if x.len() < TOGETHER {
-            return one_by_one(self, x, (cache, self.kv_heads * self.dim), out);
-        }
+    fn together(&self, k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>) {
         together::scores(self, k, x, cache, out);
     }
 }
@@ -211,10 +225,7 @@ impl CausalBilinear for Context {
         }
     }
 
-    fn apply_all(&self, k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>) {
-        if x.len() < TOGETHER {
-            return one_by_one(self, x, (cache, self.kv_heads * self.dim), out);
-        }
+    fn together(&self, k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>) {
         together::context(self, k, x, cache, out);
     }
 }
@@ -237,22 +248,25 @@ impl CausalBilinear for Counted {
         self.op.macs(position)
     }
 
-    fn apply(&self, x: &[u64], cache: &[u64], out: &mut Vec<u64>) {
-        let rows = Rows::even(1, x.len());
-        self.apply_all(0, &Span::new(&rows, 0..1, x), cache, out);
+    fn apply(&self, _x: &[u64], cache: &[u64], out: &mut Vec<u64>) {
+        let position = cache.len() / self.width - 1;
+        // As the request that is predicted will do it, not as the walk, whose prompts and batches are shorter.
+        self.count(position..position + 1, self.role == Role::Client || self.work.tokens().is_some(), out);
     }
 
-    fn apply_all(&self, _k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>) {
-        let before = cache.len() / self.width - x.len();
-        let sum = |of: &dyn Fn(usize) -> usize| (before..before + x.len()).map(of).sum::<usize>();
-        let macs = sum(&|position| self.macs(position)) as u64;
-        // As the request that is predicted will do it, not as the walk, whose batches and prompts are shorter: the Client has batches of
-        // many passes.
-        let together = x.len() > 1 || self.role == Role::Client || self.work.tokens().is_some();
+    fn together(&self, _k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>) {
+        let positions = cache.len() / self.width;
+        self.count(positions - x.len()..positions, true, out);
+    }
+}
+
+impl Counted {
+    fn count(&self, positions: Range<usize>, together: bool, out: &mut Vec<u64>) {
+        let macs = positions.clone().map(|position| self.op.macs(position)).sum::<usize>() as u64;
         let (row_macs, together_macs) = if together { (0, macs) } else { (macs, 0) };
         let lane = if self.role == Role::Client { Lane::Ahead } else { Lane::Online };
         self.work.add(self.role, lane, &self.scope, Counts { row_macs, together_macs, ..Counts::default() });
-        out.resize(out.len() + sum(&|position| self.outputs(position)), 0);
+        out.resize(out.len() + positions.map(|position| self.op.outputs(position)).sum::<usize>(), 0);
     }
 }
 
@@ -295,13 +309,7 @@ pub fn product_cached(
         shares.extend(s.words(Pair::OwnerClient, scope, "cached.y1", new.rows(), k)?);
         shares.iter_mut().zip(x.raw().iter().chain(new.raw())).for_each(|(p, d)| *p = d.wrapping_sub(*p) & m);
         s.send_online(Role::Helper, scope, "cached.shares", pack::pack(&shares, k))?;
-        let mut z = Vec::new();
-        op.apply_all(
-            k,
-            &Span::new(x.rows(), 0..tokens, x.raw()),
-            &read(&cache.own)[..(first + tokens) * width],
-            &mut z,
-        );
+        let z = with_cache(&*op, k, &Span::new(x.rows(), 0..tokens, x.raw()), &cache.own, (first + tokens, width));
         return Ok(product::receive(scope, "cached.client", "cached.helper", z, k, f, out));
     }
 
@@ -312,10 +320,8 @@ pub fn product_cached(
         let y1 = s.words(Pair::OwnerClient, scope, "cached.y1", new.rows(), k)?;
         cache.share.write().unwrap_or_else(PoisonError::into_inner).extend(y1);
         x1.iter_mut().zip(x.raw()).for_each(|(a, r)| *a = a.wrapping_add(*r));
-        let of = |x1: &[u64], cache: &Store| {
-            let mut z = Vec::new();
-            op.apply_all(k, &Span::new(x.rows(), 0..tokens, x1), &read(cache)[..(first + tokens) * width], &mut z);
-            z
+        let of = |part: &[u64], cache: &Store| {
+            with_cache(&*op, k, &Span::new(x.rows(), 0..tokens, part), cache, (first + tokens, width))
         };
         let (mut z, second) = (of(&x1, &cache.own), of(x.raw(), &cache.share));
         for (i, z) in z.iter_mut().enumerate() {
@@ -336,10 +342,8 @@ pub fn product_cached(
                     let mut xy = recv_words(links, Role::Owner, Lane::Online, &from, xr.len() + new, k)?;
                     share.write().unwrap_or_else(PoisonError::into_inner).extend(xy.drain(xr.len()..));
                     let of = |part: &[u64], cache: &Store| {
-                        let mut z = Vec::new();
-                        let visible = &read(cache)[..(first + tokens.end) * width];
-                        op.apply_all(k, &Span::new(x.rows(), tokens.clone(), part), visible, &mut z);
-                        z
+                        let span = Span::new(x.rows(), tokens.clone(), part);
+                        with_cache(&*op, k, &span, cache, (first + tokens.end, width))
                     };
                     let (mut z, second) = (of(&xy, &own), of(&x.raw()[xr], &share));
                     for ((z, y), rho) in z.iter_mut().zip(second).zip(&rho[zr]) {

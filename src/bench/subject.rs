@@ -1,0 +1,211 @@
+//! What is measured: a published shape with random weights, or a model as it would be prepared.
+
+use std::path::PathBuf;
+
+use super::harness::{ROWS, planned, random_weights};
+use super::{Part, Preset};
+use crate::error::{Error, Result};
+use crate::model::preparation::{self, Loaded, split_layers};
+use crate::model::variant::Reshaping;
+use crate::model::{ModelConfig, Variant, Weights, calibrate};
+use crate::plan::Plan;
+
+/// What is measured.
+#[derive(Clone, Debug)]
+pub enum Subject {
+    /// A published shape.
+    Shape(Shape),
+    /// A model of one's own.
+    Model(Model),
+}
+
+/// A published shape with random weights.
+#[derive(Clone, Debug)]
+pub struct Shape {
+    /// Where it is published.
+    pub preset: &'static Preset,
+    /// Private layers that are run; the figures of all are extrapolated.
+    pub layers: Option<usize>,
+    /// Private layers of the model, from the top; `None` for all and the embedding.
+    pub private_layers: Option<usize>,
+    /// What is done to the private layers.
+    pub reshaping: Reshaping,
+}
+
+/// A model in a directory with its own weights: calibrated and planned as for a preparation.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// The directory of the checkpoint.
+    pub dir: PathBuf,
+    /// What the provider would decide.
+    pub options: preparation::Options,
+}
+
+/// What a subject says of itself before its weights are there.
+pub(super) struct Facts {
+    /// The preset, or the directory.
+    pub name: String,
+    /// Where the weights come from.
+    pub origin: String,
+    /// Layers of the whole model.
+    pub layers: usize,
+    /// Private ones of them.
+    pub private: usize,
+    /// Private ones that are run.
+    pub measured: usize,
+    /// Positions that the model was made for.
+    pub positions: usize,
+    /// What of a pass is run.
+    pub part: Part,
+    /// Bytes of the weights, of the Owner's integers and the Helper's words while they are made.
+    pub bytes: u64,
+}
+
+/// A subject with weights and a plan.
+pub(super) struct Made {
+    /// Those that are run.
+    pub weights: Weights,
+    /// Of the layers that are run.
+    pub plan: Plan,
+    /// What the Client asks about.
+    pub tokens: Vec<u32>,
+    /// What was done to the private layers.
+    pub reshaping: String,
+    /// All private layers, planned like those that are run: what traffic is counted for.
+    pub whole: (ModelConfig, Plan),
+    /// The same with the public layers, which the Client has.
+    pub model: (ModelConfig, Plan),
+}
+
+impl Subject {
+    /// What the configuration says.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for options that do not go together, [`Error::Model`] for a configuration that is none.
+    pub(super) fn facts(&self) -> Result<Facts> {
+        match self {
+            Subject::Shape(s) => s.facts(),
+            Subject::Model(m) => m.facts(),
+        }
+    }
+
+    /// Weights and plan, of a shape for `positions` positions.
+    ///
+    /// # Errors
+    /// As [`Weights::random`] and [`Loaded::open`]; [`Error::Model`] for weights that no plan fits.
+    pub(super) fn make(&self, positions: usize) -> Result<Made> {
+        match self {
+            Subject::Shape(s) => s.make(positions),
+            Subject::Model(m) => m.make(),
+        }
+    }
+}
+
+impl Shape {
+    fn private(&self) -> usize {
+        self.private_layers.unwrap_or(self.preset.layers())
+    }
+
+    /// With `layers` layers, all of them private, for `positions` positions.
+    fn config(&self, layers: usize, positions: usize) -> Result<ModelConfig> {
+        let plain = self.preset.config(layers, positions);
+        Ok(ModelConfig { variant: self.reshaping.of(plain.layer(0), 0)?, ..plain })
+    }
+
+    fn private_embedding(&self) -> bool {
+        self.preset.is_model() && self.private_layers.is_none()
+    }
+
+    fn facts(&self) -> Result<Facts> {
+        let (preset, private) = (self.preset, self.private());
+        let measured = self.layers.unwrap_or(private);
+        let wrong = |option: &str, n: usize, most: usize, what: &str| {
+            Err(Error::Config(format!("{option} {n}: give 1 to {most}, the {what} of {}", preset.name)))
+        };
+        if private == 0 || private > preset.layers() {
+            return wrong("--private-layers", private, preset.layers(), "layers");
+        }
+        if measured == 0 || measured > private {
+            return wrong("--layers", measured, private, "private layers");
+        }
+        Ok(Facts {
+            name: preset.name.into(),
+            origin: format!("random weights of {measured} layers ({})", preset.source),
+            layers: preset.layers(),
+            private,
+            measured,
+            positions: preset.positions(),
+            part: if preset.is_model() { Part::Whole } else { Part::Layers },
+            bytes: bytes(&self.config(measured, 1)?, measured, self.private_embedding()),
+        })
+    }
+
+    fn make(&self, positions: usize) -> Result<Made> {
+        let (private, layers) = (self.private(), self.preset.layers());
+        let weights = random_weights(self.config(self.layers.unwrap_or(private), positions)?)?;
+        let plan = planned(&weights, self.private_embedding())?;
+        let mut all = plan.clone();
+        all.layers = plan.layers.iter().cycle().take(private).cloned().collect();
+        let whole = (self.config(private, positions)?, all.clone());
+        all.first_private = layers - private;
+        let variant = whole.0.variant.map(|v| Variant { from_layer: all.first_private, ..v });
+        let model = (ModelConfig { variant, ..self.preset.config(layers, positions) }, all);
+        let tokens = calibrate::stress(&weights.config, ROWS);
+        Ok(Made { weights, plan, tokens, reshaping: self.reshaping.to_string(), whole, model })
+    }
+}
+
+impl Model {
+    fn facts(&self) -> Result<Facts> {
+        let c = ModelConfig::open(&self.dir)?;
+        let (first_private, private_embedding) = split_layers(&c, self.options.private_layers)?;
+        let private = c.num_layers - first_private;
+        if private == 0 {
+            return Err(Error::Config("--private-layers 0: give one layer at least to measure".into()));
+        }
+        Ok(Facts {
+            name: self.dir.display().to_string(),
+            origin: "its weights".into(),
+            layers: c.num_layers,
+            private,
+            measured: private,
+            positions: self.options.max_positions.unwrap_or(usize::MAX).min(c.max_positions),
+            part: Part::Whole,
+            bytes: bytes(&c, private, private_embedding && self.options.adapter.is_none()),
+        })
+    }
+
+    fn make(&self) -> Result<Made> {
+        let loaded = Loaded::open(&self.dir, &self.options)?;
+        let plan = loaded.plan()?;
+        let Loaded { weights, text, .. } = loaded;
+        let tokens = text.filter(|t| !t.is_empty()).unwrap_or_else(|| calibrate::stress(&weights.config, ROWS));
+        let model = (weights.config.clone(), plan.clone());
+        let reshaping = done(&weights.config, self.options.adapter.is_some());
+        Ok(Made { tokens, reshaping, whole: model.clone(), plan, model, weights })
+    }
+}
+
+/// f32 weights, the Owner's integers and the Helper's words of the top `private` layers and the head, with the matrices that are
+/// converted at a time.
+fn bytes(c: &ModelConfig, private: usize, private_embedding: bool) -> u64 {
+    let table = (c.vocab_size * c.hidden_size) as u64;
+    let layers = (c.num_layers - private..c.num_layers).map(|i| c.layer_parameters(i)).sum::<u64>();
+    let shared = layers + table + c.hidden_size as u64;
+    let largest = table.max((2 * c.intermediate_size * c.hidden_size) as u64);
+    4 * c.parameter_count() + 10 * shared + if private_embedding { 16 * table } else { 0 } + 12 * largest
+}
+
+/// What `trefoil.json` says was done to a model, as options of a shape say it.
+fn done(c: &ModelConfig, adapter: bool) -> String {
+    let seen = |v: Variant| Reshaping {
+        merged: v.head_dim / c.head_dim,
+        softmax: v.softmax,
+        activation: (v.activation != c.activation).then_some(v.activation),
+    };
+    match (c.variant.map(seen).unwrap_or_default(), adapter) {
+        (reshaping, false) => reshaping.to_string(),
+        (reshaping, true) if reshaping == Reshaping::default() => "LoRA".into(),
+        (reshaping, true) => format!("{reshaping}, LoRA"),
+    }
+}
