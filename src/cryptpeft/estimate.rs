@@ -109,9 +109,13 @@ impl CostModel {
         let counted = count(&plan(&config, &weights, &[features])?, Opened::Label)?;
         let busiest = counted.links.iter().flatten().map(|l| l.online_bytes + l.ahead_bytes).max().unwrap_or(0);
         let depth = f64::from(counted.messages);
-        let network = depth * self.net.rtt.as_secs_f64() / 2.0 + 8.0 * busiest as f64 / self.net.bits_per_second;
-        let kernels = self.rates.kernel_seconds(&counted.work, shape.tokens as f64) / self.rates.threads.max(1) as f64;
-        let computing = self.rates.overheads.one_process.seconds(&[kernels, counted.work.words as f64, depth]);
+        let (overheads, threads) = (&self.rates.overheads, self.rates.threads.max(1) as f64);
+        let woken = if self.net.is_none() { 0.0 } else { overheads.woken_s };
+        let network =
+            depth * (self.net.rtt.as_secs_f64() / 2.0 + woken) + 8.0 * busiest as f64 / self.net.bits_per_second;
+        let kernels = self.rates.kernel_seconds(&counted.work, shape.tokens as f64, shape.tokens as f64);
+        let computing = [kernels / threads, counted.work.words as f64 / threads, depth];
+        let computing = overheads.one_process.seconds(&computing);
         Ok((network, computing))
     }
 
@@ -165,7 +169,7 @@ pub(super) mod tests {
             cold_row_macs: 1e9,
             fold_words: 1e9,
             float_macs: 1e9,
-            overheads: Overheads { ready: one_process, one_process },
+            overheads: Overheads { ready: one_process, one_process, woken_s: 0.0 },
         }
     }
 

@@ -45,13 +45,15 @@ impl Part {
 pub struct Counts {
     /// Bytes of AES streams.
     pub prf_bytes: u64,
+    /// The same for the masks of matrices, once for all rows that are walked together.
+    pub mask_bytes: u64,
     /// Multiply-adds of ring words by 16- or 32-bit weights.
     pub weight_macs: u64,
     /// Bytes of such weights read.
     pub weight_bytes: u64,
     /// Multiply-adds of ring words by ring words, in large matrices.
     pub ring_macs: u64,
-    /// Bytes of such matrices read.
+    /// Bytes of such matrices read, once for all rows that are walked together.
     pub ring_bytes: u64,
     /// Multiply-adds with the cached keys and values, of single rows.
     pub row_macs: u64,
@@ -69,6 +71,7 @@ impl Counts {
     pub fn zip(self, o: Counts, f: impl Fn(u64, u64) -> u64) -> Counts {
         Counts {
             prf_bytes: f(self.prf_bytes, o.prf_bytes),
+            mask_bytes: f(self.mask_bytes, o.mask_bytes),
             weight_macs: f(self.weight_macs, o.weight_macs),
             weight_bytes: f(self.weight_bytes, o.weight_bytes),
             ring_macs: f(self.ring_macs, o.ring_macs),
@@ -78,6 +81,13 @@ impl Counts {
             fold_words: f(self.fold_words, o.fold_words),
             words: f(self.words, o.words),
         }
+    }
+
+    /// With what is once for all rows walked together times `by`, rounded.
+    #[must_use]
+    pub fn batches_scaled(self, by: f64) -> Counts {
+        let scaled = |v: u64| (v as f64 * by).round() as u64;
+        Counts { mask_bytes: scaled(self.mask_bytes), ring_bytes: scaled(self.ring_bytes), ..self }
     }
 
     /// Times `by`, rounded.

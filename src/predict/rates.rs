@@ -164,10 +164,10 @@ impl Rates {
         Ok(rates)
     }
 
-    /// Seconds of one core for the kernels of `c`, of a pass of so many rows; a single one reads the cache from memory, and its masks are
-    /// multiplied in a batch.
+    /// Seconds of one core for the kernels of `c`, of passes of so many rows; a single one reads the cache from memory. `batch` rows are
+    /// walked ahead together, and multiply their masks so.
     #[must_use]
-    pub fn kernel_seconds(&self, c: &Counts, rows: f64) -> f64 {
+    pub fn kernel_seconds(&self, c: &Counts, rows: f64, batch: f64) -> f64 {
         let per = |n: u64, rate: f64| n as f64 / rate;
         // What a matrix takes by itself is shared by its rows.
         let [few, many] = ROWS.map(|t| 1.0 / t as f64);
@@ -175,9 +175,10 @@ impl Rates {
             let [slow, fast] = rates.map(|rate| per(n, rate));
             fast + (slow - fast).max(0.0) * (1.0 / rows - many) / (few - many)
         };
-        let batch = if rows > 1.0 { rows.min(ROWS[1] as f64) } else { MAX_BATCH as f64 };
-        per(c.prf_bytes, self.prf_bytes)
-            + macs(c.weight_macs, self.weight_macs, batch).max(per(c.weight_bytes, self.weight_bytes))
+        let [rows_by_weights, batch] =
+            [if rows > 1.0 { rows } else { MAX_BATCH as f64 }, batch].map(|n| n.min(ROWS[1] as f64));
+        per(c.prf_bytes + c.mask_bytes, self.prf_bytes)
+            + macs(c.weight_macs, self.weight_macs, rows_by_weights).max(per(c.weight_bytes, self.weight_bytes))
             + macs(c.ring_macs, self.ring_macs, batch).max(per(c.ring_bytes, self.ring_bytes))
             + per(c.row_macs, if rows > 1.0 { self.row_macs } else { self.cold_row_macs })
             + per(c.together_macs, self.together_macs)

@@ -15,6 +15,7 @@ use crate::bench::{Harness, Pace, Part, random_weights};
 use crate::error::Result;
 use crate::generate::MAX_BATCH;
 use crate::model::ModelConfig;
+use crate::net::shape::Profile;
 use crate::world::Setup;
 
 /// What a pass's time is a sum of: seconds of kernels at their rates; words handled one by one; messages in sequence.
@@ -61,6 +62,8 @@ pub struct Overheads {
     pub ready: Fit,
     /// All work of all parties.
     pub one_process: Fit,
+    /// On a network, seconds per message in sequence beyond its latency: who waits for it sleeps, and has to be woken.
+    pub woken_s: f64,
 }
 
 fn config(hidden: usize, layers: usize) -> ModelConfig {
@@ -102,7 +105,23 @@ pub(super) fn rehearse(rates: &Rates) -> Result<Overheads> {
             all.push((t.all, fastest(Pace::Generation([MAX_BATCH; 3]))?));
         }
     }
-    Ok(Overheads { ready: Fit::of(&ready), one_process: Fit::of(&all) })
+    let (ready, one_process) = (Fit::of(&ready), Fit::of(&all));
+    Ok(Overheads { ready, one_process, woken_s: woken(rates, &ready)? })
+}
+
+/// Passes that are run on a network.
+const SLEEPY: usize = 4;
+
+/// What a message takes beyond `ready` and a network's latency.
+fn woken(rates: &Rates, ready: &Fit) -> Result<f64> {
+    let (hidden, layers) = MODELS[0];
+    let (config, profile) = (config(hidden, layers), Profile { rtt: Duration::from_millis(1), ..Profile::LAN });
+    let harness = Harness::new(config.clone(), Setup { profile, ..Setup::default() })?;
+    let stretch = walk(&config, harness.plan(), 32, SLEEPY)?.decode;
+    let took = harness.measure(Part::Whole, Pace::Ready, 32, &[1; SLEEPY])?.wall.as_secs_f64() / SLEEPY as f64;
+    let messages = f64::from(stretch.depth) / SLEEPY as f64;
+    let known = ready.seconds(&terms(&stretch, layers, rates).online) + messages * profile.rtt.as_secs_f64() / 2.0;
+    Ok(((took - known) / messages).max(0.0))
 }
 
 #[cfg(test)]

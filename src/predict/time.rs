@@ -64,9 +64,9 @@ pub(super) fn phase(stretch: &Stretch, s: &Source, net: Profile, rates: &Rates) 
     let parts = Part::ALL.map(|part| ready.seconds(&online(stretch, part, layers, rates)[1]));
     // On all cores of a machine of its own.
     let alone = |role: Role, lane: Lane| {
-        let parts = stretch.work[role.index()][lane as usize].iter();
-        let [kernels, words, _] = parts.map(|c| work(c, stretch, layers, rates)[0]).fold([0.0; 3], plus);
-        one_process.seconds(&[kernels / rates.threads as f64, words, 0.0])
+        let mut all = Counts::default();
+        stretch.work[role.index()][lane as usize].iter().for_each(|c| all += *c);
+        one_process.seconds(&work(&all, stretch, layers, rates)[1])
     };
     let sent = |from: Role, to: Role| stretch.links[from.index()][to.index()];
     let wire: f64 = [
@@ -79,7 +79,8 @@ pub(super) fn phase(stretch: &Stretch, s: &Source, net: Profile, rates: &Rates) 
     .map(|&(a, b)| bits_s(sent(a, b).online_bytes, net) / passes)
     .sum();
     let depth = f64::from(stretch.depth) / passes;
-    let network = depth * (net.rtt.as_secs_f64() / 2.0 + ready.message_s) + wire;
+    let woken = if net.is_none() { 0.0 } else { rates.overheads.woken_s };
+    let network = depth * (net.rtt.as_secs_f64() / 2.0 + ready.message_s + woken) + wire;
     let (client, helper) = (alone(Role::Client, Lane::Ahead), alone(Role::Helper, Lane::Ahead));
     let public = public_layers(stretch, s, rates) / passes;
     let seconds = Seconds {
@@ -127,13 +128,19 @@ fn plus(a: Terms, b: Terms) -> Terms {
 /// Multiply-adds of a pass and layer from which kernels use the whole pool.
 const WIDE: u64 = 1 << 20;
 
+/// Words of a pass and layer from which several threads share them: some thirty operations have as many as [`crate::par`] shares.
+const MANY_WORDS: u64 = 1 << 19;
+
 /// Of a pass of `stretch`, which took `c` in all: seconds of cores, and of the clock.
 fn work(c: &Counts, stretch: &Stretch, layers: usize, rates: &Rates) -> [Terms; 2] {
     let passes = stretch.passes.max(1) as f64;
-    let kernels = rates.kernel_seconds(c, stretch.tokens as f64 / passes) / passes;
-    let macs = (c.weight_macs + c.ring_macs + 16 * c.fold_words) / (layers.max(1) * stretch.passes.max(1)) as u64;
-    let threads = if macs > WIDE { rates.threads as f64 } else { 1.0 };
-    [kernels, kernels / threads].map(|kernels| [kernels, c.words as f64 / passes, 0.0])
+    let [rows, batch] = [passes, stretch.batches.max(1) as f64].map(|n| stretch.tokens as f64 / n);
+    let kernels = rates.kernel_seconds(c, rows, batch) / passes;
+    let each = (layers.max(1) * stretch.passes.max(1)) as u64;
+    let threads = |n: u64, enough: u64| if n / each > enough { rates.threads as f64 } else { 1.0 };
+    let words = c.words as f64 / passes;
+    let macs = c.weight_macs + c.ring_macs + 16 * c.fold_words;
+    [[kernels, words, 0.0], [kernels / threads(macs, WIDE), words / threads(c.words, MANY_WORDS), 0.0]]
 }
 
 /// Online work of Owner and Helper in a part of a pass.
@@ -155,7 +162,7 @@ pub(super) fn terms(stretch: &Stretch, layers: usize, rates: &Rates) -> PassTerm
     let [kernels, words, depth_all] = cores.fold(depth, plus);
     PassTerms {
         online: parts.iter().map(|p| p[1]).fold(depth, plus),
-        all: [kernels / rates.threads as f64, words, depth_all],
+        all: [kernels / rates.threads as f64, words / rates.threads as f64, depth_all],
     }
 }
 

@@ -15,8 +15,9 @@
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::RUN_AHEAD;
 use crate::error::{Error, Result};
-use crate::generate::{MAX_BATCH, control_cost};
+use crate::generate::{MAX_BATCH, control_cost, next_batch};
 use crate::model::ModelConfig;
 use crate::model::secure::{ClientPorts, KvCache, PassOptions, SecureModel};
 use crate::net::Lane;
@@ -57,6 +58,8 @@ pub struct Stretch {
     pub passes: usize,
     /// Positions in it.
     pub tokens: usize,
+    /// Batches in which its passes are walked ahead: what is once for all rows of one is in `work` as often.
+    pub batches: usize,
     /// Traffic of the requests' control messages included.
     pub links: Links,
     /// Longest chain of online messages, all passes together.
@@ -229,6 +232,20 @@ pub(crate) fn prefill<T: Cells>(
     Ok(all.zip(&more, |a, d| a + (blocks - 2) as u64 * d))
 }
 
+/// Batches of the decode passes of `stretch` where the Owner buffers as much as it does by default.
+fn batches(stretch: &Stretch) -> usize {
+    let to_owner = |from: Role| stretch.links[from.index()][Role::Owner.index()].ahead_bytes;
+    let each = to_owner(Role::Client).max(to_owner(Role::Helper)) / stretch.passes.max(1) as u64;
+    let room = usize::try_from(RUN_AHEAD / 2 / each.max(1)).unwrap_or(MAX_BATCH);
+    let (mut batches, mut batch, mut left) = (0, 0, stretch.passes);
+    while left > 0 {
+        batch = next_batch(batch, room).min(left);
+        left -= batch;
+        batches += 1;
+    }
+    batches
+}
+
 /// Walks a request of `prompt` tokens and `decode` further passes.
 ///
 /// # Errors
@@ -247,6 +264,7 @@ pub fn walk(config: &ModelConfig, plan: &Plan, prompt: usize, decode: usize) -> 
     let prefill = Stretch {
         passes: 1,
         tokens: prompt,
+        batches: 1,
         links: sum(&first.links, &control(true, 0, false)),
         depth: first.depth,
         work: first.work,
@@ -254,7 +272,9 @@ pub fn walk(config: &ModelConfig, plan: &Plan, prompt: usize, decode: usize) -> 
     let mut stretch =
         Stretch { passes: decode, tokens: decode, links: control(false, decode as u64, false), ..Stretch::default() };
     let mut layers = first.layers;
-    if decode <= 2 * PERIOD {
+    // How often the work of `stretch` has what is once for a batch.
+    let mut walked_batches = 1.0;
+    if (1..=2 * PERIOD).contains(&decode) {
         for passes in vec![1; decode].chunks(MAX_BATCH) {
             let run = walker.run(passes)?;
             stretch.links = sum(&stretch.links, &run.links);
@@ -262,7 +282,7 @@ pub fn walk(config: &ModelConfig, plan: &Plan, prompt: usize, decode: usize) -> 
             add(&mut stretch.work, &run.work);
             layers = run.layers;
         }
-    } else {
+    } else if decode > 0 {
         // Eight passes cut where a last, shorter stretch would end: twice.
         let (whole, rest) = (decode / PERIOD, decode % PERIOD);
         let mut blocks = Vec::new();
@@ -293,8 +313,12 @@ pub fn walk(config: &ModelConfig, plan: &Plan, prompt: usize, decode: usize) -> 
         let walked = (bytes(&wholes[0], Lane::Online) + bytes(&wholes[1], Lane::Online)) as f64;
         let scale = bytes(&sum(&all, &last), Lane::Online) as f64 / walked;
         work.iter_mut().flatten().flatten().for_each(|c| *c = c.scaled(scale));
+        walked_batches = scale * blocks.iter().map(|(head, _)| 1.0 + f64::from(u8::from(head.is_some()))).sum::<f64>();
         stretch.work = work;
     }
+    stretch.batches = batches(&stretch);
+    let by = stretch.batches as f64 / walked_batches;
+    stretch.work.iter_mut().flatten().flatten().for_each(|c| *c = c.batches_scaled(by));
     let layer_messages = layers.windows(2).map(|d| d[1] - d[0]).collect();
     Ok(Walked { prefill, decode: stretch, end: control(false, 0, true), layer_messages })
 }

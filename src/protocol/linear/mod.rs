@@ -95,7 +95,7 @@ fn counts(role: Role, public: bool, t: u64, w: &OwnerMatrix) -> Counts {
     match role {
         Role::Owner => Counts { weight_macs: macs, weight_bytes: 2 * words, ..none },
         _ if public => Counts { weight_macs: macs, weight_bytes: 4 * words, ..none },
-        Role::Client => Counts { ring_macs: macs, prf_bytes: 8 * words, ..none },
+        Role::Client => Counts { ring_macs: macs, mask_bytes: 8 * words, ..none },
         Role::Helper => Counts { ring_macs: macs, ring_bytes: pack::packed_len(w.words(), w.ring) as u64, ..none },
     }
 }
