@@ -80,7 +80,7 @@ enum Command {
     Inspect(inspect::Args),
     /// Predict which techniques that make a model cheaper pay for a request and a network.
     Recommend(recommend::Args),
-    /// Measure prefill and decode with random weights at a published shape: time, traffic and memory, beside the float model.
+    /// Measure prefill and decode, with random weights at a published shape or of a model: time, traffic and memory, beside the float model.
     Bench(bench::Args),
     /// Train a model to be private and cheap to serve: layers frozen, adapters, merged heads, another softmax.
     #[cfg(feature = "train")]

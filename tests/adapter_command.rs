@@ -170,6 +170,10 @@ fn what_does_not_fit_is_refused() {
         &["train", "--backbone", BACKBONE, "--out", "x"],
         if cfg!(feature = "train") { "--synthetic SEED" } else { "--features train" },
     );
+    refused(
+        &["study", "--backbone", BACKBONE],
+        if cfg!(feature = "train") { "--synthetic SEED" } else { "--features train" },
+    );
 }
 
 #[test]
@@ -228,4 +232,44 @@ fn what_is_trained_can_be_used() {
     let eval = ["eval", "--backbone", BACKBONE, "--adapter", text(&out), "--json"];
     let measured = json(&[&eval[..], &data].concat());
     assert_eq!(measured["float_accuracy"], report["test_accuracy"]);
+}
+
+#[cfg(feature = "train")]
+#[test]
+fn ways_and_places_are_compared() {
+    let study =
+        ["study", "--backbone", BACKBONE, "--synthetic", "1", "--classes", "2", "--per-class", "20", "--steps", "20"];
+    let study = [&study[..], &["--rank", "8", "--heads", "2"]].concat();
+    let rows = json(&[&study[..], &["--seeds", "2", "--at", "3,1-2", "--json"]].concat());
+    let rows = rows.as_array().unwrap();
+    assert_eq!(rows.len(), 8);
+    for (row, (way, layers)) in rows.iter().zip([
+        ("one-way", vec![3]),
+        ("two-way", vec![3]),
+        ("adaptformer", vec![3]),
+        ("lora", vec![3]),
+        ("one-way", vec![1, 2]),
+    ]) {
+        assert_eq!((&row["way"], &row["layers"]), (&way.into(), &layers.into()));
+        assert_eq!((&row["train_images"], &row["test_images"]), (&32.into(), &8.into()));
+        let accuracy = row["test_accuracy"].as_array().unwrap();
+        assert!(accuracy.len() == 2 && accuracy.iter().all(|v| (0.0..=1.0).contains(&v.as_f64().unwrap())));
+    }
+    // Equal seeds, equal figures; a table for people.
+    let again = [&study[..], &["--seeds", "1", "--at", "3", "--ways", "lora", "--json"]].concat();
+    assert_eq!(json(&again)[0]["test_accuracy"][0], rows[3]["test_accuracy"][0]);
+    let out =
+        trefoil(&[&study[..], &["--seeds", "1", "--at", "3", "--ways", "one-way,lora"]].concat()).assert().success();
+    let table = String::from_utf8_lossy(&out.get_output().stdout).into_owned();
+    assert!(table.starts_with("| layers | one-way | lora |\n|---|---:|---:|\n| 3 |"), "{table}");
+    for (args, want) in [
+        (["--at", "4"], "layers from 0 to 3"),
+        (["--at", "2-1"], "--at 2-1"),
+        (["--ways", "both"], "one-way, two-way"),
+        (["--seeds", "0"], "--seeds 0"),
+        (["--heads", "3"], "--heads 3"),
+        (["--steps", "0"], "--steps 0"),
+    ] {
+        refused(&[&study[..5], &["--per-class", "5"], &args[..]].concat(), want);
+    }
 }

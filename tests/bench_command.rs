@@ -119,6 +119,7 @@ fn a_model_costs_what_its_benchmark_counts() {
     let reshaped = format!("--model {}", dir.path().display());
     for (model, reshaping, layers) in [
         (reshaped, "merge 2, 2relu", 3),
+        ("--model models/quill-4m --private-layers 0".into(), "none", 0),
         ("--model models/quill-4m --base models/quill-4m --private-layers all --plan-context 40".into(), "none", 8),
         ("--model tests/fixtures/llama-plain --adapter tests/fixtures/lora-all".into(), "LoRA", 2),
     ] {
@@ -128,7 +129,8 @@ fn a_model_costs_what_its_benchmark_counts() {
         let row = &rows[0];
         assert_eq!((&row["reshaping"], &row["layers_total"]), (&reshaping.into(), &layers.into()), "{model}");
         assert_eq!(row["layers_measured"], layers);
-        assert_eq!(row["preset"], model.split(' ').nth(1).unwrap());
+        let adapter = model.split_once("--adapter ").map(|(_, a)| format!(" + {a}")).unwrap_or_default();
+        assert_eq!(row["preset"], format!("{}{adapter}", model.split(' ').nth(1).unwrap()));
         let predicted: Value = serde_json::from_slice(
             &cost(&format!("{} --prefill 24 --decode 1 --json", model.replace("--plan-", "--"))).stdout,
         )
@@ -251,14 +253,15 @@ fn refusals() {
         ("--preset h768 --context 1,,2", "numbers of cached positions"),
         ("--preset h768 --context=-1", "--context \"-1\""),
         ("--preset h768 --context=0,many", "--context \"0,many\""),
-        ("--test pp8", "--preset <NAME>"),
+        ("--test pp8", "give --preset NAME or --model DIR"),
+        ("--preset cryptpeft-h4-r8 --test img1 --softmax 2relu", "--softmax with --preset cryptpeft-h4-r8"),
+        ("--preset cryptpeft-h4-r8 --test img1 --context 3", "--context with --preset cryptpeft-h4-r8"),
         ("--preset h768 --model models/quill-4m", "cannot be used with"),
         ("--model models/quill-4m --layers 1", "cannot be used with"),
         ("--model models/quill-4m --merge-heads 2", "goes with --preset"),
-        ("--model models/quill-4m --plan-context 24 --test pp25", "25 positions, but models/quill-4m has 24"),
+        ("--model models/quill-4m --plan-context 24 --test pp25", "25 positions, but by --plan-context there are 24"),
         ("--model models/quill-4m --test pp257", "257 positions, but models/quill-4m has 256"),
         ("--model models/quill-4m --private-layers 9", "the model has 8 layers"),
-        ("--model models/quill-4m --private-layers 0", "give one layer at least"),
         ("--model models/quill-4m --private-layers few", "--private-layers few"),
         ("--model models/quill-5m", "models/quill-5m"),
         ("--model models/tiny-vit-shapes", "models/tiny-vit-shapes"),

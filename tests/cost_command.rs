@@ -20,7 +20,7 @@ use trefoil::net::Lane;
 use trefoil::net::meter::LinkTotals;
 use trefoil::plan::Module;
 use trefoil::predict::Source;
-use trefoil::predict::walk::{bytes, walk};
+use trefoil::predict::walk::{Stretch, bytes, walk};
 
 /// Runs a request of `prompt` and `new` tokens for real, then predicts it from the plan that was used.
 #[track_caller]
@@ -147,6 +147,17 @@ fn an_extrapolated_answer_is_the_walked_one() {
             }
         }
         assert_eq!(long.decode.links, links, "prompt of {prompt}");
+    }
+    // The masks of the matrices are made once for each batch that a request walks ahead: of 1, 2, 4, 8 and then 16 passes.
+    let masks = |s: &Stretch| {
+        let parts = &s.work[Role::Client.index()][Lane::Ahead as usize];
+        parts.iter().map(|c| c.mask_bytes).sum::<u64>() as f64
+    };
+    for (passes, batches) in [(1, 1), (3, 2), (16, 5), (20, 5), (40, 6), (80, 9)] {
+        let walked = walk(&s.config, &s.plan, 8, passes).unwrap();
+        assert_eq!((walked.prefill.batches, walked.decode.batches), (1, batches), "{passes}");
+        let times = masks(&walked.decode) / masks(&walked.prefill);
+        assert!((times - batches as f64).abs() < 1e-3, "{passes}: {times}");
     }
 }
 

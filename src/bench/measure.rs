@@ -39,10 +39,10 @@ pub fn run(options: &Options, progress: &dyn Fn(&str)) -> Result<Report> {
     let cases = options.cases();
     let positions = cases.iter().map(|&(test, context)| context.saturating_add(test.tokens())).max().unwrap_or(0);
     if positions > facts.positions {
-        let most = facts.positions;
-        return Err(Error::Config(format!("the tests take {positions} positions, but {} has {most}", facts.name)));
+        let Facts { limit, positions: most, .. } = &facts;
+        return Err(Error::Config(format!("the tests take {positions} positions, but {limit} {most}")));
     }
-    enough_memory("weights and their shares", facts.bytes)?;
+    memory_for("weights and their shares", facts.bytes, facts.remedy)?;
     let run_ahead = run_ahead_room(machine::available().map(|free| free.saturating_sub(facts.bytes)));
     progress(&format!("{}: {}, calibration, plan", facts.name, facts.origin));
     let Made { weights, plan, tokens, reshaping, whole, model } = options.subject.make(positions)?;
@@ -63,10 +63,6 @@ pub fn run(options: &Options, progress: &dyn Fn(&str)) -> Result<Report> {
     };
     let rows = cases.iter().zip(&plaintext).map(row).collect::<Result<_>>()?;
     Ok(Report { rows, plaintext, peak })
-}
-
-fn enough_memory(what: &str, bytes: u64) -> Result<()> {
-    memory_for(what, bytes, "measure fewer layers (--layers) or shorter tests")
 }
 
 pub(super) fn memory_for(what: &str, bytes: u64, remedy: &str) -> Result<()> {
@@ -222,15 +218,16 @@ impl Case<'_> {
 
     fn session_memory(&self, traffic: &Traffic) -> Result<()> {
         let (prompt, decode) = self.request();
-        let &Facts { measured, private: total, .. } = &self.bench.facts;
+        let &Facts { measured, private: total, remedy, .. } = &self.bench.facts;
         let (config, plan) = (self.bench.harness.config(), self.bench.harness.plan());
         let of = |role| memory::session_bytes(role, config, plan, prompt, decode, self.bench.run_ahead).total();
         // All of it is there before the clock of `ready` starts; of a prompt in blocks there is no `ready`.
         let passes = if self.in_blocks() { 0 } else { self.test.passes().0.min(MAX_BATCH) as u64 };
-        let walked = traffic.mean(&Measured::ahead_bytes) as u64 * measured as u64 / total as u64 * passes;
-        enough_memory(
+        let walked = traffic.mean(&Measured::ahead_bytes) as u64 * measured as u64 / total.max(1) as u64 * passes;
+        memory_for(
             &format!("{}: caches, vectors and run-ahead", self.test),
             Role::ALL.map(of).iter().sum::<u64>() + walked,
+            remedy,
         )
     }
 

@@ -13,9 +13,9 @@ use crate::ring::Isa;
 /// counted for all layers in any case.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
-    /// The shape.
+    /// The shape; of a model its directory, and the adapter's.
     pub preset: String,
-    /// What was done to the private layers: merged heads, another softmax or activation; or `none`.
+    /// What was done to the private layers: merged or fewer heads, another softmax or activation, LoRA; or `none`.
     pub reshaping: String,
     /// `ppN` or `tgN`.
     pub test: String,
@@ -32,7 +32,7 @@ pub struct Row {
     /// The online part alone, of at most a batch of tokens; `None` of a prompt that is cut into blocks ([`crate::plan::block`]), whose run-ahead nobody
     /// holds as a whole.
     pub ms_per_token_ready: Option<f64>,
-    /// The float model with all of the preset's layers.
+    /// The float model with all of its layers.
     pub float_ms_per_token: f64,
     /// Bytes of all links that depend on the input.
     pub online_bytes_per_token: u64,

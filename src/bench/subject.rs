@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::harness::{ROWS, planned, random_weights};
 use super::{Part, Preset};
 use crate::error::{Error, Result};
-use crate::model::preparation::{self, Loaded, split_layers};
+use crate::model::preparation::{Loaded, Options, split_layers};
 use crate::model::variant::Reshaping;
 use crate::model::{ModelConfig, Variant, Weights, calibrate};
 use crate::plan::Plan;
@@ -38,12 +38,12 @@ pub struct Model {
     /// The directory of the checkpoint.
     pub dir: PathBuf,
     /// What the provider would decide.
-    pub options: preparation::Options,
+    pub options: Options,
 }
 
 /// What a subject says of itself before its weights are there.
 pub(super) struct Facts {
-    /// The preset, or the directory.
+    /// The preset, or the directory, and the adapter's.
     pub name: String,
     /// Where the weights come from.
     pub origin: String,
@@ -53,8 +53,12 @@ pub(super) struct Facts {
     pub private: usize,
     /// Private ones that are run.
     pub measured: usize,
-    /// Positions that the model was made for.
+    /// Positions that there are.
     pub positions: usize,
+    /// What limits them.
+    pub limit: String,
+    /// What to do where memory does not suffice.
+    pub remedy: &'static str,
     /// What of a pass is run.
     pub part: Part,
     /// Bytes of the weights, of the Owner's integers and the Helper's words while they are made.
@@ -135,6 +139,8 @@ impl Shape {
             private,
             measured,
             positions: preset.positions(),
+            limit: format!("{} has", preset.name),
+            remedy: "measure fewer layers (--layers) or shorter tests",
             part: if preset.is_model() { Part::Whole } else { Part::Layers },
             bytes: bytes(&self.config(measured, 1)?, measured, self.private_embedding()),
         })
@@ -160,18 +166,23 @@ impl Model {
         let c = ModelConfig::open(&self.dir)?;
         let (first_private, private_embedding) = split_layers(&c, self.options.private_layers)?;
         let private = c.num_layers - first_private;
-        if private == 0 {
-            return Err(Error::Config("--private-layers 0: give one layer at least to measure".into()));
-        }
+        let Options { adapter, base, max_positions, .. } = &self.options;
+        let dir = self.dir.display();
+        // The least that is planned for.
+        let shortened = max_positions.map(|n| n.max(2)).filter(|n| *n < c.max_positions);
+        // The base's weights are held beside the model's while they are compared.
+        let compared = if base.is_some() { 4 * c.parameter_count() } else { 0 };
         Ok(Facts {
-            name: self.dir.display().to_string(),
+            name: adapter.as_ref().map_or(dir.to_string(), |a| format!("{dir} + {}", a.display())),
             origin: "its weights".into(),
             layers: c.num_layers,
             private,
             measured: private,
-            positions: self.options.max_positions.unwrap_or(usize::MAX).min(c.max_positions),
+            positions: shortened.unwrap_or(c.max_positions),
+            limit: shortened.map_or(format!("{dir} has"), |_| "by --plan-context there are".into()),
+            remedy: "run shorter tests, or give fewer private layers (--private-layers) where that may be",
             part: Part::Whole,
-            bytes: bytes(&c, private, private_embedding && self.options.adapter.is_none()),
+            bytes: bytes(&c, private, private_embedding && adapter.is_none()) + compared,
         })
     }
 
@@ -203,9 +214,43 @@ fn done(c: &ModelConfig, adapter: bool) -> String {
         softmax: v.softmax,
         activation: (v.activation != c.activation).then_some(v.activation),
     };
-    match (c.variant.map(seen).unwrap_or_default(), adapter) {
-        (reshaping, false) => reshaping.to_string(),
-        (reshaping, true) if reshaping == Reshaping::default() => "LoRA".into(),
-        (reshaping, true) => format!("{reshaping}, LoRA"),
+    let reshaping = c.variant.map(seen).unwrap_or_default();
+    let left = c.variant.map_or(c.num_heads, |v| v.num_attention_heads * reshaping.merged);
+    let parts = [
+        (reshaping != Reshaping::default()).then(|| reshaping.to_string()),
+        (left < c.num_heads).then(|| format!("{left} of {} heads", c.num_heads)),
+        adapter.then(|| "LoRA".to_owned()),
+    ];
+    let parts: Vec<String> = parts.into_iter().flatten().collect();
+    if parts.is_empty() { reshaping.to_string() } else { parts.join(", ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Activation, Softmax};
+
+    #[test]
+    fn what_was_done_has_a_name() {
+        let plain = ModelConfig::llama(32, 64, 2, 4, 64, 16);
+        let own = Variant {
+            from_layer: 1,
+            num_attention_heads: 4,
+            num_key_value_heads: 4,
+            head_dim: 8,
+            softmax: Softmax::Exact,
+            activation: Activation::Silu,
+        };
+        let heads = |n, head_dim| Variant { num_attention_heads: n, num_key_value_heads: n, head_dim, ..own };
+        for (variant, adapter, name) in [
+            (None, false, "none"),
+            (None, true, "LoRA"),
+            (Some(heads(2, 16)), false, "merge 2"),
+            (Some(heads(2, 8)), false, "2 of 4 heads"),
+            (Some(heads(1, 16)), true, "merge 2, 2 of 4 heads, LoRA"),
+            (Some(Variant { softmax: Softmax::TwoRelu, activation: Activation::Relu, ..own }), false, "2relu, relu"),
+        ] {
+            assert_eq!(done(&ModelConfig { variant, ..plain.clone() }, adapter), name);
+        }
     }
 }

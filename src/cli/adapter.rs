@@ -18,6 +18,8 @@ mod data;
 mod eval;
 #[path = "adapter_search.rs"]
 mod search;
+#[path = "adapter_study.rs"]
+mod study;
 #[path = "adapter_train.rs"]
 mod train;
 
@@ -41,6 +43,9 @@ enum Command {
     /// Find which heads, rank and number of adapters to train for labelled images: a controller trains some and learns from their accuracy and
     /// latency which to try next. Needs a build with --features train.
     Search(Box<search::Args>),
+    /// Compare one-way adapters with what gives back to the backbone (two-way adapters, AdaptFormer, LoRA), and the layers they sit on:
+    /// accuracy in float. Needs a build with --features train.
+    Study(Box<study::Args>),
 }
 
 /// Runs the command.
@@ -53,6 +58,7 @@ pub fn run(a: &Args) -> Result<()> {
         Command::Eval(args) => eval::run(args),
         Command::Classify(args) => classify::run(args),
         Command::Search(args) => search::run(args),
+        Command::Study(args) => study::run(args),
     }
 }
 

@@ -1,4 +1,4 @@
-//! `trefoil bench`: what a shape takes, measured.
+//! `trefoil bench`: what a shape or a model takes, measured.
 
 use std::path::{Path, PathBuf};
 
@@ -13,13 +13,14 @@ use trefoil::model::{Activation, Softmax};
 use trefoil::predict::Source;
 
 const TESTS: &str = "pp128,tg64";
+const CONTEXT: &str = "0";
 
 /// Options of `trefoil bench`.
 #[derive(clap::Args)]
 pub struct Args {
     /// h768 and h2048 (a layer by itself), deep-256, tinyllama-1.1b, deepseek-coder-1.3b, openllama-3b, llama-2-7b;
     /// cryptpeft-hH-rR (or -sS): a private adapter of H heads and rank R over the last (S) layers of ViT-B/16, one row per image.
-    #[arg(long, value_name = "NAME", required_unless_present = "model")]
+    #[arg(long, value_name = "NAME")]
     preset: Option<String>,
     /// In place of a shape a model with its own weights, calibrated and planned as for a preparation: a Hugging Face directory, or that of
     /// an adapter which names its base.
@@ -35,7 +36,7 @@ pub struct Args {
     #[arg(long, default_value = TESTS, value_name = "LIST")]
     test: String,
     /// Cached positions before the decode tokens. A list: every decode test is run at each.
-    #[arg(long, default_value = "0", value_name = "LIST")]
+    #[arg(long, default_value = CONTEXT, value_name = "LIST")]
     context: String,
     /// Of a model: positions to plan for, as --context of `trefoil generate` (shorter is cheaper). Default: its own. A preset is
     /// planned for those of the tests.
@@ -69,6 +70,20 @@ pub struct Args {
 }
 
 fn run_adapter(a: &Args, name: &str, shape: adapter::Shape) -> Result<()> {
+    let given = [
+        ("--layers", a.layers.is_some()),
+        ("--private-layers", a.private_layers.is_some()),
+        ("--merge-heads", a.merge_heads.is_some()),
+        ("--softmax", a.softmax.is_some()),
+        ("--activation", a.activation.is_some()),
+        ("--context", a.context != CONTEXT),
+        ("--plot", a.plot.is_some()),
+    ];
+    if let Some((option, _)) = given.iter().find(|(_, given)| *given) {
+        return Err(Error::Config(format!(
+            "{option} with --preset {name}: an adapter's shape is in its name, leave the option out"
+        )));
+    }
     let images = if a.test == TESTS { 16 } else { adapter::images(&a.test)? };
     let row = adapter::run(name, shape, images, a.net.parse()?, &stopwatch())?;
     if !a.json {

@@ -24,6 +24,7 @@
 //! texts     labelled texts, of files or made from a seed (sentences)
 //! eval      features of labelled images, and the accuracy in float
 //! train     adapters and head learned on cached features; cargo feature `train`
+//! study     one-way adapters beside two-way ones, and where they sit; cargo feature `train`
 //! ```
 
 pub mod adapter;
@@ -40,6 +41,8 @@ pub mod prepare;
 pub mod search;
 pub mod secure;
 pub mod sentences;
+#[cfg(feature = "train")]
+pub mod study;
 pub mod synthetic;
 mod tensors;
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use candle_core::Tensor;
 use ndarray::{Array1, Array2};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
@@ -17,7 +18,7 @@ use super::twin::{Given, Twin};
 use crate::error::{Error, Result};
 use crate::marill::ops::Loss;
 use crate::marill::optimiser::{AdamW, Sgd, rate};
-use crate::marill::student::defect;
+use crate::marill::student::{Parameter, defect};
 
 /// How weights follow their gradients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,7 +112,7 @@ impl TrainOptions {
         Ok((all - s..all).collect())
     }
 
-    fn check(&self) -> Result<()> {
+    pub(super) fn check(&self) -> Result<()> {
         let wrong = |text: String| Err(Error::Config(text));
         if self.steps == 0 || self.batch == 0 {
             return wrong(format!("--steps {}, --batch {}: give at least 1 of each", self.steps, self.batch));
@@ -164,7 +165,7 @@ impl TrainOptions {
 
 /// Weights to begin with: every query sees the mean of all values, so that the first scores, which no softmax bounds, change
 /// little; and adapters add little to what they read.
-fn first_weights(config: &AdapterConfig, seed: u64) -> AdapterWeights {
+pub(super) fn first_weights(config: &AdapterConfig, seed: u64) -> AdapterWeights {
     /// Of what an adapter adds, in deviations of the usual first weights.
     const LITTLE: f32 = 0.1;
     let mut g = Gaussian::new(seed);
@@ -215,15 +216,28 @@ pub fn train(
     options.check()?;
     let config = options.config(features, labels)?;
     let twin = Twin::new(&config, &first_weights(&config, options.seed))?;
-    let parameters = twin.parameters();
+    let targets: Vec<usize> = features.iter().map(|(_, label)| *label).collect();
+    let logits = |chosen: &[usize]| twin.logits(&Given::new(chosen.iter().map(|i| &features[*i].0))?);
+    descend(options, twin.parameters(), &targets, &logits, progress)?;
+    Ok((config, twin.weights()?))
+}
+
+/// Moves `parameters` so that `logits` of the examples that it is asked for, by their numbers, say what `targets` do.
+pub(super) fn descend(
+    options: &TrainOptions,
+    parameters: &[Parameter],
+    targets: &[usize],
+    logits: &dyn Fn(&[usize]) -> Result<Tensor>,
+    progress: &mut dyn FnMut(usize, f32),
+) -> Result<()> {
     let mut following = match options.optimiser {
         Optimiser::AdamW => Following::AdamW(AdamW::new(parameters, options.decay)),
         Optimiser::Sgd => Following::Sgd(Sgd::new(parameters, options.decay * SGD_DECAY)),
     };
     let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
     rng.set_stream(1);
-    let (mut order, mut next) = ((0..features.len()).collect::<Vec<_>>(), features.len());
-    let batch = options.batch.min(features.len());
+    let (mut order, mut next) = ((0..targets.len()).collect::<Vec<_>>(), targets.len());
+    let batch = options.batch.min(targets.len());
     for step in 0..options.steps {
         if next + batch > order.len() {
             // What is left of a pass is short of a batch and comes in the next one.
@@ -232,10 +246,9 @@ pub fn train(
         }
         let chosen = &order[next..next + batch];
         next += batch;
-        let given = Given::new(chosen.iter().map(|i| &features[*i].0))?;
-        let targets = chosen.iter().map(|i| features[*i].1 as u32).collect();
+        let targets = chosen.iter().map(|i| targets[*i] as u32).collect();
         let loss = Loss { targets: Arc::new(targets), nll: 1.0, kl: 0.0, teacher: None };
-        let loss = twin.logits(&given)?.apply_op1(loss).map_err(defect)?;
+        let loss = logits(chosen)?.apply_op1(loss).map_err(defect)?;
         let grads = loss.backward().map_err(defect)?;
         let rate = rate(options.lr, step, options.steps);
         let moved = match &mut following {
@@ -252,7 +265,7 @@ pub fn train(
         }
         progress(step + 1, loss);
     }
-    Ok((config, twin.weights()?))
+    Ok(())
 }
 
 /// SGD's decay is part of the gradient, which is larger than AdamW's step of one.

@@ -2,7 +2,7 @@
 //! images at a time. The backbone has none: what the adapters read of it is given.
 
 use candle_core::{D, Device, Result, Tensor, Var};
-use ndarray::{Array1, Array2};
+use ndarray::{Array, Array1, Array2};
 
 use super::adapter::{AdapterConfig, AdapterLayer, AdapterWeights, Affine, Block, LayerNorm};
 use super::float::Features;
@@ -10,21 +10,26 @@ use crate::error::Error;
 use crate::marill::ops::{Linear, RmsNorm};
 use crate::marill::student::{Parameter, defect};
 
-struct Map {
+pub(super) struct Map {
     weight: Tensor,
     bias: Option<Tensor>,
 }
 
 impl Map {
+    /// One that is not trained.
+    pub(super) fn frozen(a: &Affine) -> Result<Self> {
+        Ok(Map { weight: constant(&a.weight)?, bias: Some(constant(&a.bias)?) })
+    }
+
     /// `[.., in]` to `[.., out]`.
-    fn apply(&self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn apply(&self, x: &Tensor) -> Result<Tensor> {
         let (out, from) = self.weight.dims2()?;
         let mut shape = x.dims().to_vec();
         if let Some(last) = shape.last_mut() {
             *last = out;
         }
         let x = x.contiguous()?.reshape((x.elem_count() / from, from))?;
-        let mut y = x.apply_op2(&self.weight, Linear { input: x.track_op(), weight: true })?;
+        let mut y = x.apply_op2(&self.weight, Linear { input: x.track_op(), weight: self.weight.is_variable() })?;
         if let Some(bias) = &self.bias {
             y = y.broadcast_add(bias)?;
         }
@@ -40,15 +45,20 @@ impl Map {
     }
 }
 
-struct Norm {
+pub(super) struct Norm {
     gain: Tensor,
     shift: Tensor,
 }
 
 impl Norm {
-    fn apply(&self, x: &Tensor, eps: f64) -> Result<Tensor> {
+    /// One that is not trained.
+    pub(super) fn frozen(n: &LayerNorm) -> Result<Self> {
+        Ok(Norm { gain: constant(&n.weight)?, shift: constant(&n.bias)? })
+    }
+
+    pub(super) fn apply(&self, x: &Tensor, eps: f64) -> Result<Tensor> {
         let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-        centred.apply_op2(&self.gain, RmsNorm { eps, gain: true })?.broadcast_add(&self.shift)
+        centred.apply_op2(&self.gain, RmsNorm { eps, gain: self.gain.is_variable() })?.broadcast_add(&self.shift)
     }
 
     fn read(&self) -> Result<LayerNorm> {
@@ -105,9 +115,13 @@ impl Given {
     }
 }
 
+fn constant<D: ndarray::Dimension>(a: &Array<f32, D>) -> Result<Tensor> {
+    Tensor::from_vec(a.iter().copied().collect::<Vec<_>>(), a.shape(), &Device::Cpu)
+}
+
 /// Makes variables of arrays.
 #[derive(Default)]
-struct Maker(Vec<Parameter>);
+pub(super) struct Maker(pub(super) Vec<Parameter>);
 
 impl Maker {
     fn variable(&mut self, name: String, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
@@ -125,7 +139,7 @@ impl Maker {
         self.variable(name, v.to_vec(), v.shape())
     }
 
-    fn map(&mut self, name: &str, a: &Affine) -> Result<Map> {
+    pub(super) fn map(&mut self, name: &str, a: &Affine) -> Result<Map> {
         let weight = self.matrix(name, &a.weight)?;
         Ok(Map { weight, bias: Some(self.vector(format!("{name}.bias"), &a.bias)?) })
     }
@@ -177,7 +191,7 @@ impl Twin {
         self.forward(given).map_err(defect)
     }
 
-    fn forward(&self, given: &Given) -> Result<Tensor> {
+    pub(super) fn forward(&self, given: &Given) -> Result<Tensor> {
         let mut a: Option<Tensor> = None;
         for (n, (layer, x)) in self.layers.iter().zip(&given.inputs).enumerate() {
             let u = match a {
@@ -185,11 +199,7 @@ impl Twin {
                 None => x.clone(),
             };
             let cls_only = n + 1 == self.layers.len();
-            let mut h = layer.lora_a.apply(&u)?;
-            for (j, block) in layer.blocks.iter().enumerate() {
-                h = self.block(block, &h, cls_only && j + 1 == layer.blocks.len())?;
-            }
-            let y = layer.lora_b.apply(&h)?.affine(f64::from(self.config.scale), 0.0)?;
+            let y = self.added(layer, &u, cls_only)?;
             let rows = y.dim(1)?;
             a = Some((y + u.narrow(1, 0, rows)?)?);
         }
@@ -197,7 +207,25 @@ impl Twin {
             Some(a) => (a.narrow(1, 0, 1)?.squeeze(1)? + &given.last)?,
             None => given.last.clone(),
         };
-        self.head.apply(&self.ln.apply(&h, self.config.eps)?)
+        self.classify(&h)
+    }
+
+    /// Final norm and head, of `[images, hidden]`.
+    pub(super) fn classify(&self, h: &Tensor) -> Result<Tensor> {
+        self.head.apply(&self.ln.apply(h, self.config.eps)?)
+    }
+
+    /// What adapter `n` makes of `[images, tokens, hidden]`.
+    pub(super) fn adapter(&self, n: usize, u: &Tensor) -> Result<Tensor> {
+        self.added(&self.layers[n], u, false)
+    }
+
+    fn added(&self, layer: &TwinLayer, u: &Tensor, cls_only: bool) -> Result<Tensor> {
+        let mut h = layer.lora_a.apply(u)?;
+        for (j, block) in layer.blocks.iter().enumerate() {
+            h = self.block(block, &h, cls_only && j + 1 == layer.blocks.len())?;
+        }
+        layer.lora_b.apply(&h)?.affine(f64::from(self.config.scale), 0.0)
     }
 
     /// On `[images, tokens, rank]`; with `cls_only` of the first row of each image alone.

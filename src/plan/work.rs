@@ -83,11 +83,13 @@ impl Counts {
         }
     }
 
-    /// With what is once for all rows walked together times `by`, rounded.
+    /// Of run-ahead work: with what is once for all rows walked together times `by`, rounded.
     #[must_use]
     pub fn batches_scaled(self, by: f64) -> Counts {
         let scaled = |v: u64| (v as f64 * by).round() as u64;
-        Counts { mask_bytes: scaled(self.mask_bytes), ring_bytes: scaled(self.ring_bytes), ..self }
+        let Counts { mask_bytes, ring_bytes, weight_bytes, .. } = self;
+        let [mask_bytes, ring_bytes, weight_bytes] = [mask_bytes, ring_bytes, weight_bytes].map(scaled);
+        Counts { mask_bytes, ring_bytes, weight_bytes, ..self }
     }
 
     /// Times `by`, rounded.

@@ -164,8 +164,8 @@ impl Rates {
         Ok(rates)
     }
 
-    /// Seconds of one core for the kernels of `c`, of passes of so many rows; a single one reads the cache from memory. `batch` rows are
-    /// walked ahead together, and multiply their masks so.
+    /// Seconds of one core for the kernels of `c`, of passes of so many rows; a single one reads the cache from memory. `batch` rows
+    /// are multiplied by a matrix together; a single one (in the Owner's decode) as fast as a batch would be, or as the weights are read.
     #[must_use]
     pub fn kernel_seconds(&self, c: &Counts, rows: f64, batch: f64) -> f64 {
         let per = |n: u64, rate: f64| n as f64 / rate;
@@ -175,10 +175,9 @@ impl Rates {
             let [slow, fast] = rates.map(|rate| per(n, rate));
             fast + (slow - fast).max(0.0) * (1.0 / rows - many) / (few - many)
         };
-        let [rows_by_weights, batch] =
-            [if rows > 1.0 { rows } else { MAX_BATCH as f64 }, batch].map(|n| n.min(ROWS[1] as f64));
+        let batch = batch.min(ROWS[1] as f64);
         per(c.prf_bytes + c.mask_bytes, self.prf_bytes)
-            + macs(c.weight_macs, self.weight_macs, rows_by_weights).max(per(c.weight_bytes, self.weight_bytes))
+            + macs(c.weight_macs, self.weight_macs, batch).max(per(c.weight_bytes, self.weight_bytes))
             + macs(c.ring_macs, self.ring_macs, batch).max(per(c.ring_bytes, self.ring_bytes))
             + per(c.row_macs, if rows > 1.0 { self.row_macs } else { self.cold_row_macs })
             + per(c.together_macs, self.together_macs)

@@ -11,6 +11,7 @@ use super::rates::Rates;
 use super::rehearsal::Terms;
 use super::source::Source;
 use super::walk::Stretch;
+use crate::generate::MAX_BATCH;
 use crate::net::Lane;
 use crate::net::shape::Profile;
 use crate::party::Role;
@@ -66,7 +67,7 @@ pub(super) fn phase(stretch: &Stretch, s: &Source, net: Profile, rates: &Rates) 
     let alone = |role: Role, lane: Lane| {
         let mut all = Counts::default();
         stretch.work[role.index()][lane as usize].iter().for_each(|c| all += *c);
-        one_process.seconds(&work(&all, stretch, layers, rates)[1])
+        one_process.seconds(&work(&all, lane, stretch, layers, rates)[1])
     };
     let sent = |from: Role, to: Role| stretch.links[from.index()][to.index()];
     let wire: f64 = [
@@ -132,9 +133,14 @@ const WIDE: u64 = 1 << 20;
 const MANY_WORDS: u64 = 1 << 19;
 
 /// Of a pass of `stretch`, which took `c` in all: seconds of cores, and of the clock.
-fn work(c: &Counts, stretch: &Stretch, layers: usize, rates: &Rates) -> [Terms; 2] {
+fn work(c: &Counts, lane: Lane, stretch: &Stretch, layers: usize, rates: &Rates) -> [Terms; 2] {
     let passes = stretch.passes.max(1) as f64;
-    let [rows, batch] = [passes, stretch.batches.max(1) as f64].map(|n| stretch.tokens as f64 / n);
+    let [rows, walked] = [passes, stretch.batches.max(1) as f64].map(|n| stretch.tokens as f64 / n);
+    let batch = match lane {
+        Lane::Ahead => walked,
+        Lane::Online if rows > 1.0 => rows,
+        Lane::Online => MAX_BATCH as f64,
+    };
     let kernels = rates.kernel_seconds(c, rows, batch) / passes;
     let each = (layers.max(1) * stretch.passes.max(1)) as u64;
     let threads = |n: u64, enough: u64| if n / each > enough { rates.threads as f64 } else { 1.0 };
@@ -149,7 +155,10 @@ fn online(stretch: &Stretch, part: Part, layers: usize, rates: &Rates) -> [Terms
     let mut helper = *of(Role::Helper);
     // An answer masks, packs and unpacks as many words as its question.
     helper.words += of(Role::Owner).words;
-    let (owner, helper) = (work(of(Role::Owner), stretch, layers, rates), work(&helper, stretch, layers, rates));
+    let (owner, helper) = (
+        work(of(Role::Owner), Lane::Online, stretch, layers, rates),
+        work(&helper, Lane::Online, stretch, layers, rates),
+    );
     [0, 1].map(|i| plus(owner[i], helper[i]))
 }
 
@@ -158,7 +167,7 @@ pub(super) fn terms(stretch: &Stretch, layers: usize, rates: &Rates) -> PassTerm
     let depth = [0.0, 0.0, f64::from(stretch.depth) / stretch.passes.max(1) as f64];
     let parts = Part::ALL.map(|part| online(stretch, part, layers, rates));
     let ahead = stretch.work.iter().flat_map(|lanes| &lanes[Lane::Ahead as usize]);
-    let cores = parts.iter().map(|p| p[0]).chain(ahead.map(|c| work(c, stretch, layers, rates)[0]));
+    let cores = parts.iter().map(|p| p[0]).chain(ahead.map(|c| work(c, Lane::Ahead, stretch, layers, rates)[0]));
     let [kernels, words, depth_all] = cores.fold(depth, plus);
     PassTerms {
         online: parts.iter().map(|p| p[1]).fold(depth, plus),

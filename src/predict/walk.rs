@@ -273,10 +273,11 @@ pub fn walk(config: &ModelConfig, plan: &Plan, prompt: usize, decode: usize) -> 
         Stretch { passes: decode, tokens: decode, links: control(false, decode as u64, false), ..Stretch::default() };
     let mut layers = first.layers;
     // How often the work of `stretch` has what is once for a batch.
-    let mut walked_batches = 1.0;
+    let mut walked_batches = 0.0;
     if (1..=2 * PERIOD).contains(&decode) {
         for passes in vec![1; decode].chunks(MAX_BATCH) {
             let run = walker.run(passes)?;
+            walked_batches += 1.0;
             stretch.links = sum(&stretch.links, &run.links);
             stretch.depth += run.depth;
             add(&mut stretch.work, &run.work);
@@ -317,8 +318,11 @@ pub fn walk(config: &ModelConfig, plan: &Plan, prompt: usize, decode: usize) -> 
         stretch.work = work;
     }
     stretch.batches = batches(&stretch);
-    let by = stretch.batches as f64 / walked_batches;
-    stretch.work.iter_mut().flatten().flatten().for_each(|c| *c = c.batches_scaled(by));
+    if decode > 0 {
+        let by = stretch.batches as f64 / walked_batches;
+        let ahead = stretch.work.iter_mut().flat_map(|lanes| &mut lanes[Lane::Ahead as usize]);
+        ahead.for_each(|c| *c = c.batches_scaled(by));
+    }
     let layer_messages = layers.windows(2).map(|d| d[1] - d[0]).collect();
     Ok(Walked { prefill, decode: stretch, end: control(false, 0, true), layer_messages })
 }
