@@ -89,8 +89,8 @@ fn a_shape_costs_what_its_benchmark_counts() {
     for (args, what) in [
         ("--preset h768", "expected a model, one of deep-256"),
         ("--preset cryptpeft-h1-r240", "expected a model"),
-        ("--preset deep-256 --private-layers 27", "has 1 to 26 of them"),
-        ("--preset deep-256 --private-layers 0", "has 1 to 26 of them"),
+        ("--preset deep-256 --private-layers 27", "give 1 to 26, the layers of deep-256"),
+        ("--preset deep-256 --private-layers 0", "give 1 to 26, the layers of deep-256"),
         ("--preset deep-256 --merge-heads 3", "cannot be merged by 3"),
         ("--preset deep-256 --context 23", "the context is 23"),
         ("--preset deep-256 --context 2049", "deep-256 has 2048"),

@@ -1,11 +1,10 @@
 //! What a published shape will cost: its plan without its weights.
 
-use super::harness::{planned, random_weights};
+use super::subject::Shape;
 use super::{PRESETS, Preset, measure};
 use crate::error::{Error, Result};
 use crate::model::preparation::parse_private_layers;
 use crate::model::variant::Reshaping;
-use crate::model::{ModelConfig, Variant};
 use crate::plan::memory::owner_words;
 use crate::predict::Source;
 
@@ -17,7 +16,7 @@ use crate::predict::Source;
 /// [`Error::Config`] for a block, which no request can be made of, and numbers that do not fit the shape.
 pub fn source(name: &str, private_layers: Option<&str>, reshaping: Reshaping, positions: usize) -> Result<Source> {
     let mut models = PRESETS.iter().filter(|p| p.is_model());
-    let preset: &Preset = models.clone().find(|p| p.name == name).ok_or_else(|| {
+    let preset: &'static Preset = models.clone().find(|p| p.name == name).ok_or_else(|| {
         let known: Vec<&str> = models.by_ref().map(|p| p.name).collect();
         let known = known.join(", ");
         Error::Config(format!(
@@ -28,23 +27,13 @@ pub fn source(name: &str, private_layers: Option<&str>, reshaping: Reshaping, po
         let most = preset.positions();
         return Err(Error::Config(format!("the request takes {positions} positions, but {} has {most}", preset.name)));
     }
-    let plain = |layers| preset.config(layers, positions);
-    let all = plain(preset.layers());
-    let chosen = parse_private_layers(private_layers, &all)?;
-    let private = chosen.unwrap_or(all.num_layers);
-    if private == 0 || private > all.num_layers {
-        let most = all.num_layers;
-        return Err(Error::Config(format!("--private-layers {private}: {} has 1 to {most} of them", preset.name)));
-    }
-    let variant = reshaping.of(all.layer(0), 0)?;
-    let one = ModelConfig { variant, ..plain(1) };
+    let private_layers = parse_private_layers(private_layers, &preset.config(preset.layers(), positions))?;
+    let shape = Shape { preset, layers: Some(1), private_layers, reshaping };
+    shape.check()?;
     let weights = "random weights of a layer and the embedding";
-    measure::memory_for(weights, 4 * one.parameter_count(), "ask on a machine with more, or stop other programs")?;
-    let mut plan = planned(&random_weights(one)?, chosen.is_none())?;
-    plan.first_private = all.num_layers - private;
-    plan.layers = plan.layers.iter().cycle().take(private).cloned().collect();
-    let variant = variant.map(|v| Variant { from_layer: plan.first_private, ..v });
-    let config = ModelConfig { variant, ..all };
+    let bytes = 4 * preset.config(1, positions).parameter_count();
+    measure::memory_for(weights, bytes, "ask on a machine with more, or stop other programs")?;
+    let (config, plan) = shape.make(positions)?.model;
     let owner_bytes = 2 * owner_words(&config, &plan);
     Ok(Source { config, plan, owner_bytes })
 }

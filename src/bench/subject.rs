@@ -120,7 +120,11 @@ impl Shape {
         self.preset.is_model() && self.private_layers.is_none()
     }
 
-    fn facts(&self) -> Result<Facts> {
+    /// Whether the preset has as many layers as are asked for; those that are run.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the option.
+    pub(super) fn check(&self) -> Result<usize> {
         let (preset, private) = (self.preset, self.private());
         let measured = self.layers.unwrap_or(private);
         let wrong = |option: &str, n: usize, most: usize, what: &str| {
@@ -132,6 +136,11 @@ impl Shape {
         if measured == 0 || measured > private {
             return wrong("--layers", measured, private, "private layers");
         }
+        Ok(measured)
+    }
+
+    fn facts(&self) -> Result<Facts> {
+        let (preset, private, measured) = (self.preset, self.private(), self.check()?);
         Ok(Facts {
             name: preset.name.into(),
             origin: format!("random weights of {measured} layers ({})", preset.source),
@@ -146,7 +155,7 @@ impl Shape {
         })
     }
 
-    fn make(&self, positions: usize) -> Result<Made> {
+    pub(super) fn make(&self, positions: usize) -> Result<Made> {
         let (private, layers) = (self.private(), self.preset.layers());
         let weights = random_weights(self.config(self.layers.unwrap_or(private), positions)?)?;
         let plan = planned(&weights, self.private_embedding())?;

@@ -67,6 +67,25 @@ const SPLIT: u64 = 0;
 /// How many images or texts ranges are calibrated on.
 const CALIBRATION: usize = 32;
 
+/// What every training takes.
+#[derive(clap::Args)]
+#[cfg_attr(not(feature = "train"), allow(dead_code))]
+struct Training {
+    /// Heads of an adapter's attention, which divide the rank.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    heads: usize,
+    /// Width of an adapter.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    rank: usize,
+    /// Images or texts in a step.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    batch: usize,
+    /// Threads to compute with; the same number makes the same bits. Default: RAYON_NUM_THREADS, or as many as the machine runs
+    /// at once.
+    #[arg(long)]
+    threads: Option<usize>,
+}
+
 /// Labelled images.
 #[derive(clap::Args)]
 struct Data {

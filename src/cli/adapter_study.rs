@@ -18,28 +18,17 @@ pub struct Args {
     /// and so on.
     #[arg(long, value_name = "LIST")]
     at: Option<String>,
-    /// Heads of an adapter's attention, which divide the rank.
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    heads: usize,
-    /// Width of what is added.
-    #[arg(long, value_name = "N", default_value_t = 32)]
-    rank: usize,
+    #[command(flatten)]
+    training: super::Training,
     /// Steps of each training.
     #[arg(long, value_name = "N", default_value_t = 500)]
     steps: usize,
-    /// Images in a step.
-    #[arg(long, value_name = "N", default_value_t = 32)]
-    batch: usize,
     /// The largest learning rate of each.
     #[arg(long, default_value_t = 3e-3, allow_negative_numbers = true)]
     lr: f64,
     /// Each is trained with the seeds 0, 1, and so on, so many of them.
     #[arg(long, value_name = "N", default_value_t = 3)]
     seeds: u64,
-    /// Threads to compute with; the same number makes the same bits. Default: RAYON_NUM_THREADS, or as many as the machine runs
-    /// at once.
-    #[arg(long)]
-    threads: Option<usize>,
     /// Print a JSON array at the end instead of a table.
     #[arg(long)]
     json: bool,
@@ -88,7 +77,7 @@ pub fn run(a: &Args) -> Result<()> {
     use trefoil::cryptpeft::train::TrainOptions;
     use trefoil::error::Error;
 
-    crate::finetune::threads(a.threads)?;
+    crate::finetune::threads(a.training.threads)?;
     let ways = a.ways.split(',').map(str::parse).collect::<Result<Vec<Way>>>()?;
     if a.seeds == 0 {
         return Err(Error::Config("--seeds 0: give at least 1".into()));
@@ -118,10 +107,10 @@ pub fn run(a: &Args) -> Result<()> {
             for seed in 0..a.seeds {
                 bar.set_message(format!("{way} at {place}, seed {seed}"));
                 let options = TrainOptions {
-                    heads: a.heads,
-                    rank: a.rank,
+                    heads: a.training.heads,
+                    rank: a.training.rank,
                     steps: a.steps,
-                    batch: a.batch,
+                    batch: a.training.batch,
                     lr: a.lr,
                     seed,
                     ..TrainOptions::default()
@@ -135,7 +124,7 @@ pub fn run(a: &Args) -> Result<()> {
             table += &format!(" {:.1} % ({:.1} to {:.1}), {parameters} |", 100.0 * mean, 100.0 * least, 100.0 * most);
             rows.push(serde_json::json!({
                 "layers": layers, "way": way.name(), "test_accuracy": accuracy, "parameters": parameters,
-                "rank": a.rank, "heads": a.heads, "steps": a.steps, "train_images": set.train.len(), "test_images": set.test.len(),
+                "rank": a.training.rank, "heads": a.training.heads, "steps": a.steps, "train_images": set.train.len(), "test_images": set.test.len(),
             }));
         }
         table += "\n";

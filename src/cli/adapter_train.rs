@@ -21,12 +21,8 @@ pub struct Args {
     /// The directory to make: adapter.safetensors and adapter_config.json.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Heads of an adapter's attention, which divide the rank.
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    heads: usize,
-    /// Width of an adapter.
-    #[arg(long, value_name = "N", default_value_t = 32)]
-    rank: usize,
+    #[command(flatten)]
+    training: super::Training,
     /// Blocks in each adapter.
     #[arg(long, value_name = "N", default_value_t = 1)]
     blocks: usize,
@@ -36,9 +32,6 @@ pub struct Args {
     /// Steps.
     #[arg(long, value_name = "N", default_value_t = 1000)]
     steps: usize,
-    /// Images or texts in a step.
-    #[arg(long, value_name = "N", default_value_t = 32)]
-    batch: usize,
     /// The largest learning rate: reached after a twentieth of the steps, then falling to 0. Default: 0.003 for adamw, 0.03 for sgd.
     #[arg(long, allow_negative_numbers = true)]
     lr: Option<f64>,
@@ -54,10 +47,6 @@ pub struct Args {
     /// Decay of matrices, which keeps them in the range that fixed point carries.
     #[arg(long, default_value_t = 0.05, allow_negative_numbers = true)]
     decay: f32,
-    /// Threads to compute with; the same number makes the same bits. Default: RAYON_NUM_THREADS, or as many as the machine runs
-    /// at once.
-    #[arg(long)]
-    threads: Option<usize>,
     /// Print one JSON object at the end instead of a progress bar.
     #[arg(long)]
     json: bool,
@@ -90,18 +79,18 @@ pub fn run(a: &Args) -> Result<()> {
 
     use super::data::Backbone;
 
-    crate::finetune::threads(a.threads)?;
+    crate::finetune::threads(a.training.threads)?;
     let backbone = Backbone::open(&a.public, a.window)?;
     let noun = backbone.noun();
     let optimiser: Optimiser = a.optimiser.parse()?;
     let options = TrainOptions {
-        heads: a.heads,
-        rank: a.rank,
+        heads: a.training.heads,
+        rank: a.training.rank,
         blocks: a.blocks,
         layers: a.layers,
         backbone_layers: backbone.layers(),
         steps: a.steps,
-        batch: a.batch,
+        batch: a.training.batch,
         lr: a.lr.unwrap_or(if optimiser == Optimiser::Sgd { 3e-2 } else { 3e-3 }),
         seed: a.seed,
         scale: a.scale,
