@@ -100,7 +100,7 @@ impl Program {
         let sum = sum.finish(s)?;
         scale(s, &at(s, "scale"), squares, &sum)?.finish(s)?;
         let mut cache = self.caches[i].lock().unwrap();
-        let scores = Arc::new(Scores { heads: 1, kv_heads: 1, dim: WIDTH });
+        let scores = Arc::new(Scores { heads: 1, kv_heads: 1, dim: WIDTH, all: None });
         let row = &looked[0];
         product_cached(s, &at(s, "cached"), row, row, &mut cache, scores)?.finish(s)?;
         let thermometer = Thermometer { step_bits: 20, base: -4, n: 9 };

@@ -25,6 +25,7 @@ impl From<crate::model::Activation> for Activation {
             crate::model::Activation::Silu => Activation::Silu,
             crate::model::Activation::Relu => Activation::Relu,
             crate::model::Activation::Quad => Activation::Quad,
+            crate::model::Activation::Gelu => Activation::Gelu,
         }
     }
 }

@@ -42,6 +42,11 @@ pub fn run(options: &Options, progress: &dyn Fn(&str)) -> Result<Report> {
         let Facts { limit, positions: most, .. } = &facts;
         return Err(Error::Config(format!("the tests take {positions} positions, but {limit} {most}")));
     }
+    if let Some((test, _)) = cases.iter().find(|(test, _)| facts.encoder && matches!(test, Test::Decode(_))) {
+        let text =
+            format!("--test {test}: {} is an encoder, which decodes nothing; give pp{}", facts.name, facts.positions);
+        return Err(Error::Config(text));
+    }
     memory_for("weights and their shares", facts.bytes, facts.remedy)?;
     let run_ahead = run_ahead_room(machine::available().map(|free| free.saturating_sub(facts.bytes)));
     progress(&format!("{}: {}, calibration, plan", facts.name, facts.origin));

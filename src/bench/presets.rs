@@ -20,6 +20,8 @@ pub struct Preset {
     positions: usize,
     eps: f64,
     rope: Rope,
+    /// A pass is all that there is: every token sees every other.
+    encoder: bool,
 }
 
 const fn rope(theta: f64) -> Rope {
@@ -29,12 +31,12 @@ const fn rope(theta: f64) -> Rope {
 const fn block(name: &'static str, hidden: usize, heads: usize, intermediate: usize) -> Preset {
     let source = "one Llama block, as private inference is compared by";
     let (vocabulary, positions, eps) = (None, 1 << 17, 1e-5);
-    let (layers, kv_heads, rope) = (1, heads, rope(1e4));
-    Preset { name, source, hidden, intermediate, layers, heads, kv_heads, vocabulary, positions, eps, rope }
+    let (layers, kv_heads, rope, encoder) = (1, heads, rope(1e4), false);
+    Preset { name, source, hidden, intermediate, layers, heads, kv_heads, vocabulary, positions, eps, rope, encoder }
 }
 
 /// All of them.
-pub const PRESETS: [Preset; 7] = [
+pub const PRESETS: [Preset; 8] = [
     block("h768", 768, 12, 2048),
     block("h2048", 2048, 16, 5504),
     Preset {
@@ -49,6 +51,7 @@ pub const PRESETS: [Preset; 7] = [
         positions: 2048,
         eps: 1e-6,
         rope: rope(1e4),
+        encoder: false,
     },
     Preset {
         name: "tinyllama-1.1b",
@@ -62,6 +65,7 @@ pub const PRESETS: [Preset; 7] = [
         positions: 2048,
         eps: 1e-5,
         rope: rope(1e4),
+        encoder: false,
     },
     Preset {
         name: "deepseek-coder-1.3b",
@@ -75,6 +79,7 @@ pub const PRESETS: [Preset; 7] = [
         positions: 16_384,
         eps: 1e-6,
         rope: Rope { theta: 1e5, scaling: RopeScaling::Linear { factor: 4.0 } },
+        encoder: false,
     },
     Preset {
         name: "openllama-3b",
@@ -88,6 +93,7 @@ pub const PRESETS: [Preset; 7] = [
         positions: 2048,
         eps: 1e-6,
         rope: rope(1e4),
+        encoder: false,
     },
     Preset {
         name: "llama-2-7b",
@@ -101,6 +107,21 @@ pub const PRESETS: [Preset; 7] = [
         positions: 4096,
         eps: 1e-5,
         rope: rope(1e4),
+        encoder: false,
+    },
+    Preset {
+        name: "vit-b16",
+        source: "https://huggingface.co/google/vit-base-patch16-224/blob/main/config.json",
+        hidden: 768,
+        intermediate: 3072,
+        layers: 12,
+        heads: 12,
+        kv_heads: 12,
+        vocabulary: Some(1000),
+        positions: 197,
+        eps: 1e-12,
+        rope: rope(1e4),
+        encoder: true,
     },
 ];
 
@@ -126,6 +147,12 @@ impl Preset {
         self.layers
     }
 
+    /// Whether a pass is all that there is, and nothing is decoded.
+    #[must_use]
+    pub fn encoder(&self) -> bool {
+        self.encoder
+    }
+
     /// Whether it has an embedding and a head.
     #[must_use]
     pub fn is_model(&self) -> bool {
@@ -141,6 +168,11 @@ impl Preset {
     /// With `layers` layers, for `positions` positions.
     #[must_use]
     pub fn config(&self, layers: usize, positions: usize) -> ModelConfig {
+        if self.encoder {
+            let labels = self.vocabulary.unwrap_or(1);
+            let plain = ModelConfig::vit(self.hidden, self.intermediate, layers, self.heads, labels, positions);
+            return ModelConfig { rms_norm_eps: self.eps, ..plain };
+        }
         ModelConfig {
             // A block's is not measured; calibration draws its inputs from one.
             num_kv_heads: self.kv_heads,

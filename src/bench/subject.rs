@@ -57,6 +57,8 @@ pub(super) struct Facts {
     pub positions: usize,
     /// What limits them.
     pub limit: String,
+    /// There is nothing to decode.
+    pub encoder: bool,
     /// What to do where memory does not suffice.
     pub remedy: &'static str,
     /// What of a pass is run.
@@ -117,7 +119,8 @@ impl Shape {
     }
 
     fn private_embedding(&self) -> bool {
-        self.preset.is_model() && self.private_layers.is_none()
+        // What makes an image's patches hidden states is public, as a backbone's is.
+        self.preset.is_model() && !self.preset.encoder() && self.private_layers.is_none()
     }
 
     /// Whether the preset has as many layers as are asked for; those that are run.
@@ -149,6 +152,7 @@ impl Shape {
             measured,
             positions: preset.positions(),
             limit: format!("{} has", preset.name),
+            encoder: preset.encoder(),
             remedy: "measure fewer layers (--layers) or shorter tests",
             part: if preset.is_model() { Part::Whole } else { Part::Layers },
             bytes: bytes(&self.config(measured, 1)?, measured, self.private_embedding()),
@@ -188,6 +192,7 @@ impl Model {
             private,
             measured: private,
             positions: shortened.unwrap_or(c.max_positions),
+            encoder: c.encoder(),
             limit: shortened.map_or(format!("{dir} has"), |_| "by --plan-context there are".into()),
             remedy: "run shorter tests, or give fewer private layers (--private-layers) where that may be",
             part: Part::Whole,

@@ -18,8 +18,8 @@ const CONTEXT: &str = "0";
 /// Options of `trefoil bench`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// h768 and h2048 (a layer by itself), deep-256, tinyllama-1.1b, deepseek-coder-1.3b, openllama-3b, llama-2-7b;
-    /// cryptpeft-hH-rR (or -sS): a private adapter of H heads and rank R over the last (S) layers of ViT-B/16, one row per image.
+    /// h768 and h2048 (a layer by itself), deep-256, tinyllama-1.1b, deepseek-coder-1.3b, openllama-3b, llama-2-7b; vit-b16 (a whole vision
+    /// transformer, whose 197 tokens pp197 are an image); cryptpeft-hH-rR (or -sS): a private adapter of H heads and rank R over the last (S) layers of ViT-B/16, one row per image.
     #[arg(long, value_name = "NAME")]
     preset: Option<String>,
     /// In place of a shape a model with its own weights, calibrated and planned as for a preparation: a Hugging Face directory, or that of
@@ -55,7 +55,7 @@ pub struct Args {
     /// Of a preset: how attention weighs, exact or 2relu.
     #[arg(long, value_name = "KIND")]
     softmax: Option<Softmax>,
-    /// Of a preset: the MLP's activation, silu, relu or quad. Default: the preset's own, which is silu.
+    /// Of a preset: the MLP's activation, silu, relu, quad or gelu. Default: the preset's own: silu, of vit-b16 gelu.
     #[arg(long, value_name = "NAME")]
     activation: Option<Activation>,
     /// Network: none, lan (0.1 ms, 16 Gbit/s), wan (20 ms, 0.4 Gbit/s), or RTT_MS,GBPS. Round-trip figures.
@@ -95,6 +95,11 @@ fn run_adapter(a: &Args, name: &str, shape: adapter::Shape) -> Result<()> {
 
 fn shape(a: &Args, name: &str) -> Result<Subject> {
     let preset = Preset::find(name)?;
+    if preset.encoder() && a.context != CONTEXT {
+        return Err(Error::Config(format!(
+            "--context with --preset {name}: an encoder has no cache, leave the option out"
+        )));
+    }
     let private_layers = a.private_layers.as_deref().unwrap_or("all");
     Ok(Subject::Shape(Shape {
         preset,
@@ -142,8 +147,13 @@ pub fn run(a: &Args) -> Result<()> {
         (None, Some(dir)) => model(a, dir)?,
         (None, None) => return Err(Error::Config("give --preset NAME or --model DIR".into())),
     };
-    let options =
-        Options { subject, tests: Test::list(&a.test)?, contexts: contexts(&a.context)?, net: a.net.parse()? };
+    // Of an encoder an image.
+    let image = match &subject {
+        Subject::Shape(s) if s.preset.encoder() && a.test == TESTS => Some(format!("pp{}", s.preset.positions())),
+        _ => None,
+    };
+    let tests = Test::list(image.as_ref().unwrap_or(&a.test))?;
+    let options = Options { subject, tests, contexts: contexts(&a.context)?, net: a.net.parse()? };
     let plots = a.plot.as_deref().map(Plots::into_dir).transpose()?;
     let progress = stopwatch();
     let report = measure(&options, &progress)?;

@@ -30,7 +30,7 @@ pub struct Args {
     /// Of a preset: how attention weighs, exact or 2relu.
     #[arg(long, value_name = "KIND")]
     softmax: Option<Softmax>,
-    /// Of a preset: the MLP's activation, silu, relu or quad.
+    /// Of a preset: the MLP's activation, silu, relu, quad or gelu.
     #[arg(long, value_name = "NAME")]
     activation: Option<Activation>,
     #[command(flatten)]

@@ -49,7 +49,7 @@ pub struct Args {
     #[arg(long, default_value = "exact", value_name = "exact|2relu")]
     softmax: Softmax,
     /// The activation of private layers. Default: the model's own.
-    #[arg(long, value_name = "silu|relu|quad")]
+    #[arg(long, value_name = "silu|relu|quad|gelu")]
     activation: Option<Activation>,
     /// Rank of the adapters. Default: 16.
     #[arg(long)]

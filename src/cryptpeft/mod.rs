@@ -24,11 +24,13 @@
 //! texts     labelled texts, of files or made from a seed (sentences)
 //! eval      features of labelled images, and the accuracy in float
 //! train     adapters and head learned on cached features; cargo feature `train`
+//! encoder   the backbone itself as a private model: what adapters are compared with
 //! study     one-way adapters beside two-way ones, and where they sit; cargo feature `train`
 //! ```
 
 pub mod adapter;
 mod disk;
+pub mod encoder;
 pub mod estimate;
 pub mod eval;
 pub mod float;

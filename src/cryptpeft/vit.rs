@@ -167,19 +167,12 @@ impl Vit {
     /// # Errors
     /// [`Error::Shape`] for pixels or layers that are not of this backbone.
     pub fn features(&self, pixels: &Array3<f32>, layers: &[usize]) -> Result<Features> {
-        let wrong = |lhs, rhs| Err(Error::Shape { op: "vision transformer", lhs, rhs });
         let config = &self.config;
-        let want = [CHANNELS, config.image, config.image];
-        if pixels.shape() != want {
-            return wrong(format!("pixels {:?}", pixels.shape()), format!("{want:?} of the backbone"));
-        }
-        if pixels.iter().any(|v| !v.is_finite()) {
-            return wrong("pixels that are not finite".to_owned(), "numbers".to_owned());
-        }
+        let mut h = self.embed(pixels)?;
+        let wrong = |lhs, rhs| Err(Error::Shape { op: "vision transformer", lhs, rhs });
         if !layers.windows(2).all(|pair| pair[0] < pair[1]) || layers.last().is_some_and(|i| *i >= config.layers) {
             return wrong(format!("layers {layers:?}"), format!("ascending ones of the backbone's {}", config.layers));
         }
-        let mut h = self.embed(pixels);
         let mut inputs = Vec::with_capacity(layers.len());
         for (i, layer) in self.layers.iter().enumerate() {
             if layers.contains(&i) {
@@ -191,7 +184,18 @@ impl Vit {
     }
 
     /// CLS token and patches with their positions: `[tokens, hidden]`.
-    fn embed(&self, pixels: &Array3<f32>) -> Array2<f32> {
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for pixels that are not of this backbone.
+    pub fn embed(&self, pixels: &Array3<f32>) -> Result<Array2<f32>> {
+        let wrong = |lhs, rhs| Err(Error::Shape { op: "vision transformer", lhs, rhs });
+        let want = [CHANNELS, self.config.image, self.config.image];
+        if pixels.shape() != want {
+            return wrong(format!("pixels {:?}", pixels.shape()), format!("{want:?} of the backbone"));
+        }
+        if pixels.iter().any(|v| !v.is_finite()) {
+            return wrong("pixels that are not finite".to_owned(), "numbers".to_owned());
+        }
         let (p, across) = (self.config.patch, self.config.image / self.config.patch);
         let mut patches = Array2::zeros((across * across, CHANNELS * p * p));
         for (n, mut to) in patches.outer_iter_mut().enumerate() {
@@ -203,7 +207,7 @@ impl Vit {
         let (mut cls, mut rest) = h.view_mut().split_at(Axis(0), 1);
         cls += &self.class_token;
         rest += &self.patches.apply(patches.view());
-        h
+        Ok(h)
     }
 }
 

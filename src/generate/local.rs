@@ -145,6 +145,7 @@ impl Local {
             layers: loaded.weights.layers[..split.first_private].to_vec(),
             norm: Array1::zeros(0),
             head: None,
+            head_bias: None,
         });
         let keys = match &options.keys {
             Some(keys) => keys.clone(),

@@ -240,6 +240,12 @@ impl Gated {
             }
             Activation::Relu => (x.max(0.0), if x > 0.0 { 1.0 } else { 0.0 }),
             Activation::Quad => ((0.125 * x + 0.25) * x + 0.5, 0.25 * x + 0.25),
+            Activation::Gelu => {
+                let below = 0.5 * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2));
+                let density =
+                    exp(-0.5 * x * x) * 0.5 * std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2;
+                (x * below, below + x * density)
+            }
         }
     }
 }

@@ -127,20 +127,22 @@ fn layer_bounds(c: &ModelConfig, index: usize, l: &LayerWeights, f: LayerFractio
     };
     let group = shape.num_heads / shape.num_kv_heads;
     // Rotated, and truncated to the fraction bits of the scores' product.
-    let rotated = |norm: f64| norm * ROTATION + scale * QK_ULP;
+    let turned = if c.encoder() { 1.0 } else { ROTATION };
+    let rotated = |norm: f64| norm * turned + scale * QK_ULP;
     let score = qn.iter().enumerate().fold(0.0f64, |m, (h, q)| m.max(rotated(*q) * rotated(kn[h / group])));
     let v_norms = head_norms(&l.v, dim, radius);
     let context = (0..shape.num_heads).map(|h| v_norms[h / group].powi(2)).sum::<f64>().sqrt();
     // Truncated before and after it is normalised.
     let context = context * SOFTMAX + (shape.q_size() as f64).sqrt() * 3.0 * ULP;
-    let (gate, up) = (largest(&l.gate, radius), largest(&l.up, radius));
+    let gated = !c.encoder();
+    let (gate, up) = (largest(&l.gate, radius), if gated { largest(&l.up, radius) } else { 1.0 });
     // |f(g)| <= reach(g), which is |g| for all activations but a parabola, where it is at most slope |g| + least; so a change is
     // at most sum_i |w_i f(g_i) u_i|: by elements, or by norms.
     let reach = |g: f64| reach(shape.activation, g);
     let (least, slope) = (reach(0.0), (reach(gate) - reach(0.0)) / gate);
     let (gr, ur) = (row_norm(l.gate.w.view()), row_norm(l.up.w.view()));
     let g_at = |i: usize| gr[i] * radius + bias_at(&l.gate, i) + ULP;
-    let u_at = |i: usize| ur[i] * radius + bias_at(&l.up, i) + ULP;
+    let u_at = |i: usize| if gated { ur[i] * radius + bias_at(&l.up, i) + ULP } else { 1.0 };
     let sums_of = |w: ArrayView2<'_, f32>, each: &dyn Fn(usize) -> f64| {
         let row = |row: ArrayView1<'_, f32>| {
             row.iter().enumerate().fold(0.0, |sum, (i, w)| sum + f64::from(w.abs()) * each(i))
@@ -153,7 +155,9 @@ fn layer_bounds(c: &ModelConfig, index: usize, l: &LayerWeights, f: LayerFractio
     let steepest = l.down.w.iter().fold(0.0f64, |m, w| m.max(f64::from(w.abs())));
     let width = (c.intermediate_size as f64).sqrt();
     let norm_of = |l: &Linear| spectral_bound(l.w.view()) * radius + bias_norm(l) + width * ULP;
-    let (gate_norm, up_norm) = (norm_of(&l.gate), norm_of(&l.up));
+    let gate_norm = norm_of(&l.gate);
+    // Without a gate each of the values is multiplied by 1.
+    let up_norm = if gated { norm_of(&l.up) } else { width };
     let by_norms = steepest * (slope * gate_norm + least * width) * up_norm;
     let bias_max =
         |l: &Linear| l.bias.as_ref().map_or(0.0, |b| b.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs()))));
@@ -216,7 +220,9 @@ pub fn bounds(w: &Weights, first: usize, fractions: &Fractions) -> Result<Bounds
     Ok(Bounds {
         layers: (first..).zip(private.iter().zip(&fractions.layers)).map(one).collect::<Result<_>>()?,
         f_head: fractions.head,
-        logit: row_norm(head.view()).iter().fold(0.0f64, |m, n| m.max(*n)) * radius * SLACK + ULP,
+        logit: row_norm(head.view()).iter().fold(0.0f64, |m, n| m.max(*n)) * radius * SLACK
+            + w.head_bias.iter().flatten().fold(0.0f64, |m, v| m.max(f64::from(v.abs())))
+            + ULP,
         embedding: w.embed.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs()))) + ULP,
     })
 }

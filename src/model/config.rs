@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 /// The largest `config.json` or `generation_config.json` that is read, in bytes.
 const CONFIG_LIMIT: u64 = 4 << 20;
 
-/// The model families that are implemented. All are pre-norm decoders with RMSNorm, rotary positions and a SwiGLU MLP.
+/// The model families that are implemented. All but the last are pre-norm decoders with RMSNorm, rotary positions and a SwiGLU MLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Arch {
     /// `LlamaForCausalLM`: Llama, OpenLLaMA, TinyLlama, SmolLM, deepseek-coder.
@@ -24,10 +24,14 @@ pub enum Arch {
     Qwen2,
     /// `Qwen3ForCausalLM`: an RMSNorm per head on q and k before the rotation.
     Qwen3,
+    /// `ViTForImageClassification`: an encoder. Every position sees every other, nothing is rotated, the MLP has no gate, and all maps have
+    /// biases. Its LayerNorms are RMSNorms of a residual stream that is kept centred (`cryptpeft::encoder` makes it so). No directory is read
+    /// as one: it is what adapters over a vision transformer are compared with.
+    Vit,
 }
 
 impl Arch {
-    /// Every supported architecture with its name in `config.json`.
+    /// Every architecture that a directory may have, with its name in `config.json`.
     pub const ALL: [(Arch, &'static str); 4] = [
         (Arch::Llama, "LlamaForCausalLM"),
         (Arch::Mistral, "MistralForCausalLM"),
@@ -43,6 +47,7 @@ impl Arch {
             Arch::Mistral => "MistralForCausalLM",
             Arch::Qwen2 => "Qwen2ForCausalLM",
             Arch::Qwen3 => "Qwen3ForCausalLM",
+            Arch::Vit => "ViTForImageClassification",
         }
     }
 }
@@ -161,6 +166,44 @@ impl ModelConfig {
         }
     }
 
+    /// A vision transformer of this shape, for `positions` positions: see [`Arch::Vit`].
+    #[must_use]
+    pub fn vit(
+        hidden_size: usize,
+        intermediate_size: usize,
+        num_layers: usize,
+        heads: usize,
+        labels: usize,
+        positions: usize,
+    ) -> Self {
+        ModelConfig {
+            arch: Arch::Vit,
+            qkv_bias: true,
+            o_bias: true,
+            mlp_bias: true,
+            activation: Activation::Gelu,
+            ..ModelConfig::llama(hidden_size, intermediate_size, num_layers, heads, labels, positions)
+        }
+    }
+
+    /// Whether every position sees every other, without rotation, and the MLP has no gate.
+    #[must_use]
+    pub fn encoder(&self) -> bool {
+        self.arch == Arch::Vit
+    }
+
+    /// How many positions each of `tokens` rows sees that come after `first` others.
+    pub fn visible(&self, first: usize, tokens: usize) -> impl Iterator<Item = usize> + Clone + use<> {
+        let encoder = self.encoder();
+        (0..tokens).map(move |t| if encoder { first + tokens } else { first + t + 1 })
+    }
+
+    /// Rows of the matrix that gate and up make together.
+    #[must_use]
+    pub fn gate_up_size(&self) -> usize {
+        if self.encoder() { self.intermediate_size } else { 2 * self.intermediate_size }
+    }
+
     /// Reads `config.json` in `dir`, and `generation_config.json` where there is one (its begin and end tokens win).
     ///
     /// # Errors
@@ -241,6 +284,7 @@ impl ModelConfig {
             Arch::Llama | Arch::Qwen3 => (attention_bias, attention_bias),
             Arch::Mistral => (false, false),
             Arch::Qwen2 => (true, false),
+            Arch::Vit => (true, true),
         };
         let ids = generation.into_iter().chain([json]);
         let bos_id = first_given(ids.clone(), "bos_token_id")?.and_then(|ids| ids.first().copied());
@@ -389,7 +433,8 @@ impl ModelConfig {
     pub fn parameter_count(&self) -> u64 {
         let [h, v] = [self.hidden_size, self.vocab_size].map(|n| n as u64);
         let heads = if self.tie_word_embeddings { 1 } else { 2 };
-        (0..self.num_layers).map(|i| self.layer_parameters(i)).sum::<u64>() + h + heads * v * h
+        let bias = if self.encoder() { v } else { 0 };
+        (0..self.num_layers).map(|i| self.layer_parameters(i)).sum::<u64>() + h + heads * v * h + bias
     }
 
     /// Number of weights of layer `index`.
@@ -402,7 +447,8 @@ impl ModelConfig {
         let bias = |has: bool, n: u64| if has { n } else { 0 };
         let attention =
             2 * h * q + 2 * h * kv + bias(self.qkv_bias, q + 2 * kv) + bias(self.o_bias, h) + bias(self.qk_norm, 2 * d);
-        let mlp = 3 * h * f + bias(self.mlp_bias, 2 * f + h);
+        let rows = self.gate_up_size() as u64;
+        let mlp = (rows + f) * h + bias(self.mlp_bias, rows + h);
         attention + mlp + 2 * h
     }
 }
@@ -429,7 +475,7 @@ fn first_given<'a>(files: impl Iterator<Item = &'a Json>, name: &str) -> Result<
 /// The context length within which a sliding window makes no difference.
 fn clamp_to_window(json: &Json, arch: Arch, max_positions: usize) -> Result<usize> {
     let windowed = match arch {
-        Arch::Llama => false,
+        Arch::Llama | Arch::Vit => false,
         Arch::Mistral => true,
         Arch::Qwen2 | Arch::Qwen3 => json.flag_or("use_sliding_window", false)?,
     };

@@ -180,7 +180,7 @@ pub fn layer(
     observer.norm_input(index, Norm::PostAttention, h.view());
     let x = rms_norm(&h, w.post_norm.view(), config.rms_norm_eps);
     let gate = linear(&w.gate, &x);
-    let mut up = linear(&w.up, &x);
+    let mut up = if config.encoder() { Array2::ones(gate.dim()) } else { linear(&w.up, &x) };
     observer.gate(index, gate.view(), up.view());
     let activation = config.layer(index).activation;
     Zip::from(&mut up).and(&gate).for_each(|u, &g| *u *= activate(activation, g));
@@ -198,7 +198,10 @@ pub fn logits(weights: &Weights, h: &Array2<f32>) -> Array2<f32> {
 pub fn logits_observed(weights: &Weights, h: &Array2<f32>, observer: &mut dyn Observer) -> Array2<f32> {
     observer.norm_input(weights.config.num_layers, Norm::Final, h.view());
     let x = rms_norm(h, weights.norm.view(), weights.config.rms_norm_eps);
-    let logits = matmul_transposed(x.view(), weights.head_matrix());
+    let mut logits = matmul_transposed(x.view(), weights.head_matrix());
+    if let Some(bias) = &weights.head_bias {
+        logits += bias;
+    }
     observer.logits(logits.view());
     logits
 }
@@ -265,9 +268,11 @@ fn self_attention(
             }
         }
     }
-    let frequencies = rope_frequencies(config);
-    rotate(&mut q, start, &frequencies);
-    rotate(&mut k, start, &frequencies);
+    if !config.encoder() {
+        let frequencies = rope_frequencies(config);
+        rotate(&mut q, start, &frequencies);
+        rotate(&mut k, start, &frequencies);
+    }
     let (q, k) = (regroup(q, shape.head_dim), regroup(k, shape.head_dim));
     cache.append(&k, &v);
 
@@ -281,8 +286,8 @@ fn self_attention(
         let group = head / (shape.num_heads / shape.num_kv_heads);
         let mut scores = matmul::product(q.slice(s![.., head, ..]), keys.slice(s![.., group, ..])) * scale;
         let mut extremes = Vec::with_capacity(tokens);
-        for (token, mut row) in scores.outer_iter_mut().enumerate() {
-            let (mut seen, mut unseen) = row.view_mut().split_at(Axis(0), start + token + 1);
+        for (mut row, visible) in scores.outer_iter_mut().zip(config.visible(start, tokens)) {
+            let (mut seen, mut unseen) = row.view_mut().split_at(Axis(0), visible);
             unseen.fill(0.0);
             let (max, min) = seen.fold((f32::NEG_INFINITY, f32::INFINITY), |(max, min), &s| (max.max(s), min.min(s)));
             extremes.push((max, min));
@@ -363,6 +368,7 @@ fn activate(activation: Activation, x: f32) -> f32 {
         Activation::Silu => x / (1.0 + (-x).exp()),
         Activation::Relu => x.max(0.0),
         Activation::Quad => (0.125 * x + 0.25) * x + 0.5,
+        Activation::Gelu => 0.5 * x * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2)),
     }
 }
 

@@ -145,12 +145,17 @@ pub(super) fn quantised(c: &ModelConfig, s: &Section, l: &LayerWeights) -> Resul
     OwnerMatrix::quantise(s.id(), &s.name(), w.view(), bias.as_deref(), s.f)
 }
 
-/// The head's integers, the final norm's gain folded in: the same at the Owner and, from a public base, at the Client.
+/// The head's integers, the final norm's gain folded in, and its bias: the same at the Owner and, from a public base, at the Client.
 ///
 /// # Errors
 /// [`Error::Model`] for a weight that cannot be represented.
-pub fn quantised_head(s: &Section, head: &Array2<f32>, norm: &Array1<f32>) -> Result<OwnerMatrix> {
-    OwnerMatrix::quantise(s.id(), &s.name(), folded(head, norm).view(), None, s.f)
+pub fn quantised_head(
+    s: &Section,
+    head: &Array2<f32>,
+    norm: &Array1<f32>,
+    bias: Option<&Array1<f32>>,
+) -> Result<OwnerMatrix> {
+    OwnerMatrix::quantise(s.id(), &s.name(), folded(head, norm).view(), bias.and_then(|b| b.as_slice()), s.f)
 }
 
 /// A group of projections of a layer, its matrices from `one` in the order of their sections.
@@ -214,7 +219,7 @@ impl Prepared {
         let mut matrix = |s: &Section| -> Result<OwnerMatrix> {
             let m = match w.layers.get(s.layer) {
                 Some(l) => quantised(&w.config, s, l)?,
-                None => quantised_head(s, &w.head_matrix().to_owned(), &w.norm)?,
+                None => quantised_head(s, &w.head_matrix().to_owned(), &w.norm, w.head_bias.as_ref())?,
             };
             Ok(if s.public { m.into_public() } else { m })
         };

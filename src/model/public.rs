@@ -98,7 +98,7 @@ impl PublicPart {
             let none = || Error::Internal(format!("{} is not among the public tensors", s.name()));
             let m = match (self.layers.get(s.layer), &self.norm, self.head.as_ref().or(self.embed.as_ref())) {
                 (Some(l), ..) => quantised(c, s, l)?,
-                (None, Some(norm), Some(head)) => quantised_head(s, head, norm)?,
+                (None, Some(norm), Some(head)) => quantised_head(s, head, norm, None)?,
                 (None, ..) => return Err(none()),
             };
             all.insert(s.id(), m.into_public());
@@ -111,7 +111,7 @@ impl PublicPart {
         let embed = self.embed.filter(|_| !plan.private_embedding)?;
         let config = ModelConfig { num_layers: plan.first_private, ..c.clone() };
         let layers = self.layers.into_iter().take(plan.first_private).collect();
-        Some(Weights { config, embed, layers, norm: Array1::zeros(0), head: None })
+        Some(Weights { config, embed, layers, norm: Array1::zeros(0), head: None, head_bias: None })
     }
 }
 

@@ -55,7 +55,7 @@ pub(super) fn layer(c: &ModelConfig, index: usize, l: &LayerWeights, f: &LayerFr
         k_norm: gain(&l.k_norm, 1.0),
         post_norm: Array1::ones(c.hidden_size),
         gate: part(&gate_up, 0, m, &l.gate, 1.0),
-        up: part(&gate_up, m, m, &l.up, 1.0),
+        up: part(&gate_up, m, l.up.w.nrows(), &l.up, 1.0),
         down: Linear { w: rounded(Slot::Down, f.down)?, bias: l.down.bias.clone(), adapter: None },
     };
     for group in Group::ALL {
@@ -110,6 +110,7 @@ pub fn as_multiplied(
         layers: w.layers.iter().enumerate().map(one).collect::<Result<_>>()?,
         norm: Array1::ones(c.hidden_size),
         head: Some(head(w, fractions.head)),
+        head_bias: w.head_bias.clone(),
     })
 }
 
@@ -263,6 +264,7 @@ fn weighed<'a>(c: &ModelConfig, index: usize, l: &'a LayerWeights) -> Vec<(Slot,
     let scale = if c.qk_norm { 1.0 } else { shape.score_scale() };
     let q = q * scale;
     let [gate, up] = [&l.gate, &l.up].map(|m| folded(&m.w, &l.post_norm));
+    let gated = !c.encoder();
     let (dim, group) = (shape.head_dim, shape.num_heads / shape.num_kv_heads);
     let [rq, rk, rv, rg, ru] = [&q, &k, &v, &gate, &up].map(|w| norms(w.view(), Axis(1)));
     let [co, cd] = [&l.o.w, &l.down.w].map(|w| norms(w.view(), Axis(0)));
@@ -285,6 +287,8 @@ fn weighed<'a>(c: &ModelConfig, index: usize, l: &'a LayerWeights) -> Vec<(Slot,
         (h * group..(h + 1) * group).fold(0.0f64, |m, h| m.max(co[h * dim + d]))
     };
     let v_importance: Vec<f64> = (0..rv.len()).map(|i| rv[i] * read(i)).collect();
+    // Without a gate what is activated is multiplied by 1.
+    let ru = if gated { ru } else { vec![1.0; rg.len()] };
     let neuron: Vec<f64> = (0..rg.len()).map(|i| rg[i] * ru[i]).collect();
     let mlp_importance: Vec<f64> = neuron.iter().zip(&cd).map(|(n, d)| n * d).collect();
     let o_reads: Vec<f64> = (0..co.len()).map(|i| rv[i / dim / group * dim + i % dim]).collect();
@@ -325,12 +329,12 @@ fn weighed<'a>(c: &ModelConfig, index: usize, l: &'a LayerWeights) -> Vec<(Slot,
                 ..Weighed::new("mlp.gate_proj", gate)
             },
         ),
-        (
-            Slot::GateUp,
-            Weighed { importance: Some(mlp_importance), outputs: up_outputs, ..Weighed::new("mlp.up_proj", up) },
-        ),
         (Slot::Down, Weighed { reads: Some(neuron), ..Weighed::new("mlp.down_proj", &l.down.w) }),
     ];
+    if gated {
+        let up = Weighed::new("mlp.up_proj", up);
+        all.push((Slot::GateUp, Weighed { importance: Some(mlp_importance), outputs: up_outputs, ..up }));
+    }
     if let (Some(q), Some(k)) = (&l.q_norm, &l.k_norm) {
         let q = q * (1.0 / (dim as f32).sqrt());
         let size = |g: &Array1<f32>| g.iter().map(|&v| f64::from(v.abs())).collect::<Vec<_>>();

@@ -125,7 +125,7 @@ impl Section {
             }
             Slot::GateUp => {
                 let (f, ring) = part()?.multiplied(Group::GateUp);
-                (2 * m, n, f, ring)
+                (c.gate_up_size(), n, f, ring)
             }
             Slot::Down => {
                 let (f, ring) = part()?.multiplied(Group::Down);

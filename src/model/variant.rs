@@ -44,6 +44,8 @@ pub enum Activation {
     Relu,
     /// `x^2 / 8 + x / 4 + 1 / 2` (MPCFormer, section 3.2).
     Quad,
+    /// `x Phi(x)` with the error function.
+    Gelu,
 }
 
 /// One of the values that stand for themselves in `trefoil.json`.
@@ -63,7 +65,7 @@ impl FromStr for Activation {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        named(text, "silu, relu, quad")
+        named(text, "silu, relu, quad, gelu")
     }
 }
 
@@ -221,6 +223,7 @@ impl fmt::Display for Reshaping {
             Some(Activation::Silu) => parts.push("silu".into()),
             Some(Activation::Relu) => parts.push("relu".into()),
             Some(Activation::Quad) => parts.push("quad".into()),
+            Some(Activation::Gelu) => parts.push("gelu".into()),
         }
         f.write_str(if parts.is_empty() { "none".into() } else { parts.join(", ") }.as_str())
     }

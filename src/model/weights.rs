@@ -47,7 +47,7 @@ pub struct LayerWeights {
     pub post_norm: Array1<f32>,
     /// The gate, `[intermediate, hidden]`.
     pub gate: Linear,
-    /// What is gated, `[intermediate, hidden]`.
+    /// What is gated, `[intermediate, hidden]`; without rows where the MLP has no gate and `gate` is all there is.
     pub up: Linear,
     /// Back to the residual stream, `[hidden, intermediate]`.
     pub down: Linear,
@@ -66,6 +66,8 @@ pub struct Weights {
     pub norm: Array1<f32>,
     /// The output head, `[vocab, hidden]`; `None` where it is the embedding.
     pub head: Option<Array2<f32>>,
+    /// Added to the logits, `[vocab]`; an encoder's only.
+    pub head_bias: Option<Array1<f32>>,
 }
 
 // Weights are private: `{:?}` shows shapes only, so that none gets into a log by accident.
@@ -226,7 +228,10 @@ impl LayerWeights {
             k_norm,
             post_norm: source.gain(&name("post_attention_layernorm.weight"), hidden)?,
             gate: source.linear(&name("mlp.gate_proj"), [mlp, hidden], config.mlp_bias)?,
-            up: source.linear(&name("mlp.up_proj"), [mlp, hidden], config.mlp_bias)?,
+            up: match config.encoder() {
+                true => Linear { w: Array2::zeros((0, hidden)), bias: None, adapter: None },
+                false => source.linear(&name("mlp.up_proj"), [mlp, hidden], config.mlp_bias)?,
+            },
             down: source.linear(&name("mlp.down_proj"), [hidden, mlp], config.mlp_bias)?,
         })
     }
@@ -279,7 +284,11 @@ impl Weights {
         let embed = source.matrix("model.embed_tokens.weight", table)?;
         let norm = source.gain("model.norm.weight", config.hidden_size)?;
         let head = if config.tie_word_embeddings { None } else { Some(source.matrix("lm_head.weight", table)?) };
-        Ok(Weights { config, embed, layers, norm, head })
+        let head_bias = match config.encoder() {
+            true => Some(source.bias("lm_head.bias", config.vocab_size)?),
+            false => None,
+        };
+        Ok(Weights { config, embed, layers, norm, head, head_bias })
     }
 
     /// Checks that every weight is a number, as those read from a checkpoint are: what is prepared from others would be
@@ -317,7 +326,8 @@ impl Weights {
         if !finite(&self.embed) {
             return wrong("the embedding");
         }
-        if !gain(&self.norm) || !self.head.as_ref().is_none_or(finite) {
+        let bias = self.head_bias.as_ref().is_none_or(gain);
+        if !gain(&self.norm) || !self.head.as_ref().is_none_or(finite) || !bias {
             return wrong("the head");
         }
         Ok(())

@@ -25,20 +25,29 @@ pub(super) fn is_most(scores: &usize) -> bool {
 
 /// Scores of `heads` heads for `tokens` rows from position `first` on.
 #[must_use]
-pub fn scores(heads: usize, first: usize, tokens: usize) -> usize {
-    heads * (tokens * first + tokens * (tokens + 1) / 2)
+pub fn scores(c: &ModelConfig, heads: usize, first: usize, tokens: usize) -> usize {
+    heads * if c.encoder() { tokens * (first + tokens) } else { visible(first, tokens) }
+}
+
+/// Positions that `tokens` rows from `first` on see, each itself and those before it.
+fn visible(first: usize, tokens: usize) -> usize {
+    tokens * first + tokens * (tokens + 1) / 2
 }
 
 /// Rows of each block (the last may have fewer) of a pass of `tokens` from position `first` on; all of them where they make one block. The
-/// same in all private layers, for the one with the most heads.
+/// same in all private layers, for the one with the most heads. An encoder's pass is never cut: an image has as many rows as its patches, and
+/// its last ones are seen by the first.
 #[must_use]
 pub fn rows(c: &ModelConfig, plan: &Plan, first: usize, tokens: usize) -> usize {
+    if c.encoder() {
+        return tokens;
+    }
     let heads = (plan.first_private..c.num_layers).map(|i| c.layer(i).num_heads).max().unwrap_or(1);
     cut(heads, plan.block_scores, first, tokens)
 }
 
 fn cut(heads: usize, most: usize, first: usize, tokens: usize) -> usize {
-    if scores(heads, first, tokens) <= most {
+    if heads * visible(first, tokens) <= most {
         return tokens;
     }
     let rows = most / (heads * (first + tokens)).max(1);
@@ -61,7 +70,7 @@ mod tests {
         for (first, tokens) in [(0, 700), (0, 2048), (1000, 900), (5, 2000)] {
             let rows = rows(first, tokens);
             assert!(rows.is_power_of_two() && rows >= LEAST_ROWS);
-            assert!(scores(32, first + tokens - rows, rows) <= MOST_SCORES);
+            assert!(32 * visible(first + tokens - rows, rows) <= MOST_SCORES);
         }
     }
 }

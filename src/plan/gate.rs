@@ -22,6 +22,7 @@ pub(super) fn table_error(activation: Activation, gate_lo_bits: u32, f_table: u3
         Activation::Silu => SILU_ERROR,
         Activation::Relu => RELU_ERROR,
         Activation::Quad => QUAD_ERROR,
+        Activation::Gelu => GELU_ERROR,
     };
     lines + (f64::from(gate_lo_bits) - f64::from(f_table)).exp2()
 }
@@ -32,11 +33,13 @@ const SILU_ERROR: f64 = 0.008;
 const RELU_ERROR: f64 = 0.033;
 /// Of a parabola's.
 const QUAD_ERROR: f64 = 0.0045;
+/// Of a GELU's, which bends most at zero.
+const GELU_ERROR: f64 = 0.013;
 
 /// The largest absolute value of an activation for gates up to `gate`.
 pub(crate) fn reach(activation: Activation, gate: f64) -> f64 {
     match activation {
-        Activation::Silu | Activation::Relu => gate,
+        Activation::Silu | Activation::Relu | Activation::Gelu => gate,
         Activation::Quad => (gate / 8.0 + 0.25) * gate + 0.5,
     }
 }

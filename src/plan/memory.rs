@@ -64,7 +64,7 @@ fn base_words(c: &ModelConfig, plan: &Plan) -> usize {
     let (h, m) = (c.hidden_size, c.intermediate_size);
     let layer = |(shape, _): (LayerShape, &LayerPlan)| {
         let gain = if c.qk_norm { shape.q_size() + shape.kv_size() } else { 0 };
-        2 * (shape.q_size() + shape.kv_size()) * h + 3 * m * h + gain
+        2 * (shape.q_size() + shape.kv_size()) * h + (c.gate_up_size() + m) * h + gain
     };
     shaped(c, plan).map(layer).sum()
 }
@@ -142,8 +142,8 @@ fn layer(c: &ModelConfig, (shape, l): (LayerShape, &LayerPlan), first: usize, to
     let kv = shape.kv_size() as u64;
     // Of the last block, which is the largest; as many of them as are walked ahead.
     let rows = rows.min(tokens);
-    let scores = block::scores(shape.num_heads, first + tokens - rows, rows) as u64;
-    let ahead = (BLOCKS_PER_LAYER as u64 * scores).min(block::scores(shape.num_heads, first, tokens) as u64);
+    let scores = block::scores(c, shape.num_heads, first + tokens - rows, rows) as u64;
+    let ahead = (BLOCKS_PER_LAYER as u64 * scores).min(block::scores(c, shape.num_heads, first, tokens) as u64);
     let a = &l.attention;
     // Query bytes of a lookup per element.
     let query = |bits: u32| (1u64 << bits) / 8;
@@ -181,7 +181,7 @@ fn ahead_bytes(c: &ModelConfig, plan: &Plan, first: usize, tokens: usize) -> u64
     let (h, m) = (c.hidden_size as u64, c.intermediate_size as u64);
     let layers = shaped(c, plan).map(|(shape, l)| {
         let (q, kv) = (shape.q_size() as u64, shape.kv_size() as u64);
-        let scores = block::scores(shape.num_heads, first, tokens) as u64;
+        let scores = block::scores(c, shape.num_heads, first, tokens) as u64;
         let a = &l.attention;
         let counter = u64::from(usize::BITS - c.max_positions.leading_zeros());
         let per_score = u64::from(a.score_proven + 8)

@@ -289,7 +289,7 @@ pub fn propose(
         let who = named(format!("layer {}", first_private + i));
         // A query is rotated before it is lifted: F_ROPE more fraction bits, and a factor of sqrt 2. With norms of their
         // own, queries and keys are rotated behind those.
-        let rotated = b.qk * f64::from(F_ROPE).exp2() * std::f64::consts::SQRT_2 * ROTATION;
+        let rotated = if config.encoder() { b.qk } else { b.qk * rotation() };
         let qkv = if r.qk_sum.is_some() { b.qk_raw } else { rotated }.max(b.v).max(b.middle(Group::Qkv, b.f.qkv));
         let qkv = Linear { f: b.f.qkv, output: qkv };
         let input_norm = who.norm(n, at_norm[2 * i], r.input_sum, &qkv, residual_k);
@@ -321,6 +321,11 @@ pub fn propose(
     let max_positions = config.max_positions;
     let block_scores = block::MOST_SCORES;
     Ok(Plan { first_private, private_embedding, residual_k, max_positions, public_base, block_scores, layers, head })
+}
+
+/// How much larger the rotation makes the ring's value of a query or key: [`F_ROPE`] fraction bits more, and at worst both of a pair in one.
+pub(super) fn rotation() -> f64 {
+    f64::from(F_ROPE).exp2() * std::f64::consts::SQRT_2 * ROTATION
 }
 
 /// The largest hidden state that the Client may give; it refuses a larger one by name.

@@ -1,11 +1,10 @@
 //! Attention in the plan: rings of scores and probabilities, the thermometer or the positive parts, the reciprocal.
 
 use super::layer::{
-    AttentionPlan, ExpPlan, F, F_EXP, F_PROB, F_ROPE, RELU_DROPPED, RELU_LEAST, RELU_RANGE, RELU_RINGS, ROTATION,
-    SCORE_PROVEN, exp_lo_bits, f_inverse, least_gain, least_inverse, log2_ceil, relu_total, score_room, softmax_mass,
-    total_window,
+    AttentionPlan, ExpPlan, F, F_EXP, F_PROB, RELU_DROPPED, RELU_LEAST, RELU_RANGE, RELU_RINGS, SCORE_PROVEN,
+    exp_lo_bits, f_inverse, least_gain, least_inverse, log2_ceil, relu_total, score_room, softmax_mass, total_window,
 };
-use super::ranges::{LayerBounds, LayerRanges, Linear, MARGIN, Who, needing, ring_for};
+use super::ranges::{LayerBounds, LayerRanges, Linear, MARGIN, Who, needing, ring_for, rotation};
 use crate::model::config::{LayerShape, ModelConfig, Softmax};
 
 /// How much larger than it should be a context may get: the reciprocal's constant is rounded to `f_inverse` bits; relative to the
@@ -84,7 +83,8 @@ pub(super) fn attention(
     };
     // After the rotation queries and keys have F_ROPE fraction bits more and a factor of sqrt 2, and then a lift to come.
     let (f_before, f_weight) = qk_norm.as_ref().map_or((f_gain, b.f.qkv), |n| (n.f_gain, b.f.qk_gain));
-    let limit = (62.0 - f64::from(f_before + F + f_weight + F_ROPE)).exp2() / std::f64::consts::SQRT_2 / ROTATION;
+    let turned = if config.encoder() { 1.0 } else { rotation() };
+    let limit = (62.0 - f64::from(f_before + F + f_weight)).exp2() / turned;
     who.fits(&needing("a query or key", f_weight), b.qk, limit);
     let chosen = match shape.softmax {
         Softmax::Exact => exponentials(who, b, r, context, score_proven),

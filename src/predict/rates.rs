@@ -117,7 +117,7 @@ impl Rates {
             })
         };
         let (row_macs, cold_row_macs) = (row_rate(256, 1), row_rate(m, width / dim));
-        let (tokens, positions, op) = (MAX_BATCH, 256, Scores { heads: 1, kv_heads: 1, dim });
+        let (tokens, positions, op) = (MAX_BATCH, 256, Scores { heads: 1, kv_heads: 1, dim, all: None });
         let row = Rows::even(tokens, dim);
         let mut scores = Vec::new();
         let together_macs = rate((tokens * dim * (positions - tokens / 2)) as f64, || {

@@ -257,6 +257,10 @@ pub fn walk(config: &ModelConfig, plan: &Plan, prompt: usize, decode: usize) -> 
             plan.max_positions
         )));
     }
+    if config.encoder() && decode > 0 {
+        let text = "--decode: an encoder has the one pass and nothing to decode; give --decode 1";
+        return Err(Error::Config(text.into()));
+    }
     let model = SecureModel::shape(config.clone(), plan.clone())?;
     let walk = &mut |tokens: usize, work| Walker::new(&model, 0).run_as(&[tokens], work);
     let first = self::prefill(config, plan, prompt, walk)?;

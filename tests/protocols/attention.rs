@@ -59,8 +59,8 @@ impl Attention {
             let (mut keys, mut values) =
                 (keys[s.role().index()].lock().unwrap(), values[s.role().index()].lock().unwrap());
             let (keys, values) = (keys.as_mut().unwrap(), values.as_mut().unwrap());
-            let scores = Arc::new(Scores { heads: HEADS, kv_heads: KV_HEADS, dim: DIM });
-            let context = Arc::new(Context { heads: HEADS, kv_heads: KV_HEADS, dim: DIM });
+            let scores = Arc::new(Scores { heads: HEADS, kv_heads: KV_HEADS, dim: DIM, all: None });
+            let context = Arc::new(Context { heads: HEADS, kv_heads: KV_HEADS, dim: DIM, all: None });
             let qk = product_cached(s, &Scope::layer(0).at("qk"), &q, &k, keys, scores)?;
             let pv = product_cached(s, &Scope::layer(0).at("pv"), &p, &v, values, context)?;
             Ok(vec![qk.finish(s)?, pv.finish(s)?])

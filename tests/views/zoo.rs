@@ -79,7 +79,14 @@ fn program(s: &mut Session, parts: &Parts, caches: &[Mutex<Cached>; 3]) -> Resul
     let x = product(s, &at("product"), &a, &b, Arc::new(Elementwise))?;
     let y = {
         let mut cache = caches[me].lock().unwrap();
-        product_cached(s, &at("cached"), &a, &b, &mut cache, Arc::new(Scores { heads: 1, kv_heads: 1, dim: 4 }))?
+        product_cached(
+            s,
+            &at("cached"),
+            &a,
+            &b,
+            &mut cache,
+            Arc::new(Scores { heads: 1, kv_heads: 1, dim: 4, all: None }),
+        )?
     };
     x.finish(s)?;
     y.finish(s)?;

@@ -3,7 +3,8 @@
 //!
 //! q, k, v in one linear; rotation (public); lifts of q, k, v beside each other (2); scores (2); thermometer maximum (4);
 //! exponential (2); P V beside the reciprocal's windows (2); lift of the context beside their selection (2);
-//! normalisation (2). Only positions that a token may see are ever computed.
+//! normalisation (2). Only positions that a token may see are ever computed: itself and those before it, or of an encoder all of the
+//! pass.
 //!
 //! An adapter on q, k or v, or on the output projection, adds 2 messages each (`projection.rs`).
 //!
@@ -158,8 +159,11 @@ impl Attention<'_> {
             _ => qk,
         };
         // A merged head is several of the model's, each rotated by itself.
-        let rotated = rotate(&qk, self.first, c.config.head_dim, self.frequencies);
-        let qk = truncate(&rotated, rotated.f() - F_QK)?;
+        let qk = match c.config.encoder() {
+            true => qk,
+            false => rotate(&qk, self.first, c.config.head_dim, self.frequencies),
+        };
+        let qk = truncate(&qk, qk.f() - F_QK)?;
         let ring = product_ring(p);
         let q = to_ring(c.s, &scope.at("lift_q"), &qk.columns(0..nq)?, ring)?;
         let k = to_ring(c.s, &scope.at("lift_k"), &qk.columns(nq..nq + nk)?, ring)?;
@@ -204,12 +208,14 @@ impl Attention<'_> {
         let (tokens, count_bits) = (q.rows().tokens(), c.flags.count_bits());
 
         // scores = q k^T, guarded, then softmax with a reference near each row's maximum
-        let s = product_cached(c.s, &scope.at("scores"), q, k, keys, Arc::new(Scores { heads, kv_heads, dim }))?;
+        let lengths: Vec<usize> = c.config.visible(first, tokens).collect();
+        // Of an encoder every row sees as many.
+        let all = c.config.encoder().then_some(first + tokens);
+        let s = product_cached(c.s, &scope.at("scores"), q, k, keys, Arc::new(Scores { heads, kv_heads, dim, all }))?;
         let s = truncate(&s.finish(c.s)?, 2 * F_QK - F)?;
         let g = guard(c.s, &scope.at("guard"), &s, p.score_k, true, count_bits)?;
         c.flags.guard(c.layer, "score", g);
         let s = s.narrow(p.score_k)?;
-        let lengths: Vec<usize> = (0..tokens).map(|t| first + t + 1).collect();
         let e = match (&p.exp, &t.exp) {
             (Some(plan), Some(table)) => exponential(c, scope, &s, &lengths, plan, table)?,
             _ => positive_part(c.s, &scope.at("relu"), &truncate(&s, F - p.f_prob)?, p.prob_k)?.finish(c.s)?,
@@ -227,7 +233,7 @@ impl Attention<'_> {
             Softmax::Exact => total,
             Softmax::TwoRelu => total.offset(fixed::encode(TWO_RELU_EPS, p.f_prob, 64)),
         };
-        let o = product_cached(c.s, &scope.at("pv"), &e, v, values, Arc::new(PV { heads, kv_heads, dim }))?;
+        let o = product_cached(c.s, &scope.at("pv"), &e, v, values, Arc::new(PV { heads, kv_heads, dim, all }))?;
         let looked = positive::start(c.s, &scope.at("inverse"), &total, &t.inverse)?;
         let o = truncate(&o.finish(c.s)?, p.f_prob)?;
         let inverse = looked.evaluate(c.s, &scope.at("inverse"), None)?;

@@ -1,4 +1,5 @@
-//! SwiGLU: 4 messages. The activation of the gate is a line of its window, beside the lift of `up`; then their product.
+//! SwiGLU: 4 messages. The activation of the gate is a line of its window, beside the lift of `up`; then their product. Of an MLP without a
+//! gate the activation is all there is: 2 messages.
 
 use std::sync::Arc;
 
@@ -21,14 +22,20 @@ use crate::share::Masked;
 pub(super) struct MlpTables {
     activation: Lines,
     hi_bits: u32,
+    /// Fraction bits of the table.
+    f: u32,
+    /// Whether it is multiplied by `up`.
+    gated: bool,
 }
 
 impl MlpTables {
-    pub(super) fn new(p: &MlpPlan, activation: Activation) -> Self {
+    pub(super) fn new(p: &MlpPlan, activation: Activation, gated: bool) -> Self {
+        // Without a product it is truncated to the activations' fraction itself.
+        let f = if gated { p.f_table } else { p.f_table.max(F) };
         let hi_bits = p.gate_k - p.gate_lo_bits;
         let t = SignedTable::activation(activation, p.gate_k, F, 0, p.gate_lo_bits, hi_bits);
-        let column = |v: &[f64]| Table::cyclic(&v.iter().map(|&v| fixed::encode(v, p.f_table, 64)).collect::<Vec<_>>());
-        MlpTables { activation: Lines::new(column(&t.a), column(&t.b), Vec::new()), hi_bits }
+        let column = |v: &[f64]| Table::cyclic(&v.iter().map(|&v| fixed::encode(v, f, 64)).collect::<Vec<_>>());
+        MlpTables { activation: Lines::new(column(&t.a), column(&t.b), Vec::new()), hi_bits, f, gated }
     }
 }
 
@@ -42,18 +49,28 @@ pub(super) fn mlp(
     let scope = c.scope.at("mlp");
     let m = c.config.intermediate_size;
     let both = projection(c.s, &scope.at("gate_up"), x, &parts.gate_up)?;
-    let (gate, up) = (both.columns(0..m)?.narrow(p.gate_proven)?, both.columns(m..2 * m)?);
+    let gate = both.columns(0..m)?.narrow(p.gate_proven)?;
     let count_bits = c.flags.count_bits();
     let g = guard(c.s, &scope.at("guard"), &gate, p.gate_k, true, count_bits)?;
     let w = Window::of(&gate.narrow(p.gate_k)?, 0, p.gate_lo_bits, t.hi_bits)?;
-    let activated = line(c.s, &scope.at("activation"), &w, &t.activation, p.f_table, 64)?;
-    let up = lift(c.s, &scope.at("lift"), &up, 64)?;
+    // What down reads is in ring 64 - f_table.
+    let ring = if t.gated { 64 } else { 64 - p.f_table + (t.f - F) };
+    let activated = line(c.s, &scope.at("activation"), &w, &t.activation, t.f, ring)?;
+    let up = match t.gated {
+        true => Some(lift(c.s, &scope.at("lift"), &both.columns(m..2 * m)?, 64)?),
+        false => None,
+    };
     c.flags.guard(c.layer, "gate", g);
-    let (activated, up) = (activated.finish(c.s)?, up.finish(c.s)?);
+    let (activated, up) = (activated.finish(c.s)?, up.map(|up| up.finish(c.s)).transpose()?);
     let [activated] = activated.as_slice() else {
         return Err(crate::Error::Internal("one line for the activation".into()));
     };
-    let y = product(c.s, &scope.at("product"), activated, &up, Arc::new(Elementwise))?;
-    let y = truncate(&y.finish(c.s)?, p.f_table)?;
+    let y = match up {
+        Some(up) => {
+            let y = product(c.s, &scope.at("product"), activated, &up, Arc::new(Elementwise))?;
+            truncate(&y.finish(c.s)?, p.f_table)?
+        }
+        None => truncate(activated, t.f - F)?,
+    };
     projection(c.s, &scope.at("down"), &y, &parts.down)
 }

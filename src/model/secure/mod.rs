@@ -1,4 +1,4 @@
-//! The private Llama: one program, walked by all three parties.
+//! The private transformer (a Llama and its like; an encoder, to compare with): one program, walked by all three parties.
 //!
 //! It reads like the float twin ([`crate::model::float`]): norm, attention, norm, MLP, head. Every line is an operation of
 //! [`crate::protocol`] on masked values, with the ring widths of the public plan.
@@ -164,7 +164,7 @@ impl SecureModel {
                 input_norm: Norm::new(&l.input_norm, n, eps, tables),
                 attention: AttentionTables::new(&l.attention, shape, config.head_dim, eps, tables),
                 post_norm: Norm::new(&l.post_norm, n, eps, tables),
-                mlp: MlpTables::new(&l.mlp, shape.activation.into()),
+                mlp: MlpTables::new(&l.mlp, shape.activation.into(), !config.encoder()),
             })
             .collect();
         let final_norm = Norm::new(&plan.head.norm, n, eps, tables);

@@ -98,18 +98,21 @@ impl Cached {
 }
 
 /// A bilinear map of new rows and the cached rows that each may see: token `i` of the batch, at position `first + i`,
-/// sees positions `0..=first + i`.
+/// sees positions `0..=first + i`, or all of the only pass of an encoder.
 pub trait CausalBilinear: Send + Sync {
+    /// Positions that a token at `position` sees.
+    fn visible(&self, position: usize) -> usize;
+
     /// Elements of the result for a token at `position`.
     fn outputs(&self, position: usize) -> usize;
 
     /// Multiply-adds for a token at `position`.
     fn macs(&self, position: usize) -> usize;
 
-    /// The map for one token: `x` its row, `cache` the rows of all positions up to its own; appends to `out`.
+    /// The map for one token: `x` its row, `cache` the rows of all positions that it sees; appends to `out`.
     fn apply(&self, x: &[u64], cache: &[u64], out: &mut Vec<u64>);
 
-    /// The map for tokens at successive positions, the last of which sees all of `cache`: `x` their rows one after the other. Modulo `2^k`;
+    /// The map for tokens at successive positions up to the end of `cache`: `x` their rows one after the other. Modulo `2^k`;
     /// bits above mean nothing.
     fn together(&self, k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>);
 }
@@ -139,14 +142,14 @@ impl<'a> Span<'a> {
     }
 }
 
-/// The map for the tokens of `x`, the last of which sees all of `cache`, whose rows have `width` elements.
+/// The map for the tokens of `x`, the last positions of `cache`, whose rows have `width` elements.
 fn apply_all(op: &dyn CausalBilinear, k: u32, x: &Span<'_>, (cache, width): (&[u64], usize)) -> Vec<u64> {
     let mut out = Vec::new();
     if x.len() >= TOGETHER {
         op.together(k, x, cache, &mut out);
     } else {
         let before = cache.len() / width - x.len();
-        (0..x.len()).for_each(|i| op.apply(x.row(i), &cache[..(before + i + 1) * width], &mut out));
+        (0..x.len()).for_each(|i| op.apply(x.row(i), &cache[..op.visible(before + i) * width], &mut out));
     }
     out
 }
@@ -170,15 +173,21 @@ pub struct Scores {
     pub kv_heads: usize,
     /// Elements per head.
     pub dim: usize,
+    /// Positions of an encoder's pass, all of which every token sees; else each sees itself and those before it.
+    pub all: Option<usize>,
 }
 
 impl CausalBilinear for Scores {
+    fn visible(&self, position: usize) -> usize {
+        self.all.unwrap_or(position + 1)
+    }
+
     fn outputs(&self, position: usize) -> usize {
-        self.heads * (position + 1)
+        self.heads * self.visible(position)
     }
 
     fn macs(&self, position: usize) -> usize {
-        self.heads * self.dim * (position + 1)
+        self.heads * self.dim * self.visible(position)
     }
 
     fn apply(&self, x: &[u64], cache: &[u64], out: &mut Vec<u64>) {
@@ -204,15 +213,21 @@ pub struct Context {
     pub kv_heads: usize,
     /// Elements per head.
     pub dim: usize,
+    /// Positions of an encoder's pass, all of which every token sees; else each sees itself and those before it.
+    pub all: Option<usize>,
 }
 
 impl CausalBilinear for Context {
+    fn visible(&self, position: usize) -> usize {
+        self.all.unwrap_or(position + 1)
+    }
+
     fn outputs(&self, _position: usize) -> usize {
         self.heads * self.dim
     }
 
     fn macs(&self, position: usize) -> usize {
-        self.heads * self.dim * (position + 1)
+        self.heads * self.dim * self.visible(position)
     }
 
     fn apply(&self, x: &[u64], cache: &[u64], out: &mut Vec<u64>) {
@@ -240,6 +255,10 @@ struct Counted {
 }
 
 impl CausalBilinear for Counted {
+    fn visible(&self, position: usize) -> usize {
+        self.op.visible(position)
+    }
+
     fn outputs(&self, position: usize) -> usize {
         self.op.outputs(position)
     }
@@ -249,6 +268,7 @@ impl CausalBilinear for Counted {
     }
 
     fn apply(&self, _x: &[u64], cache: &[u64], out: &mut Vec<u64>) {
+        // Of an encoder the last one for all: they see as many.
         let position = cache.len() / self.width - 1;
         // As the request that is predicted will do it, not as the walk, whose prompts and batches are shorter.
         self.count(position..position + 1, self.role == Role::Client || self.work.tokens().is_some(), out);

@@ -37,15 +37,15 @@ fn tiles(tokens: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
 }
 
 pub(super) fn scores(op: &Scores, k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>) {
-    let &Scores { heads, kv_heads, dim } = op;
+    let &Scores { heads, kv_heads, dim, .. } = op;
     let (width, group, tokens) = (kv_heads * dim, heads / kv_heads, x.len());
     let before = cache.len() / width - tokens;
-    let lengths: Vec<usize> = (0..tokens).map(|i| before + i + 1).collect();
+    let lengths: Vec<usize> = (0..tokens).map(|i| op.visible(before + i)).collect();
     let head = |(g, mut out): (usize, Vec<&mut [u64]>)| {
         for tile in tiles(tokens) {
             let queries: Vec<u64> =
                 tile.clone().flat_map(|i| &x.row(i)[g * group * dim..(g + 1) * group * dim]).copied().collect();
-            let visible = before + tile.end;
+            let visible = op.visible(before + tile.end - 1);
             let keys = |from: usize, words: &mut [u64]| {
                 for (i, key) in words.chunks_mut(dim).enumerate() {
                     key.copy_from_slice(&cache[(from / dim + i) * width + g * dim..][..dim]);
@@ -61,18 +61,18 @@ pub(super) fn scores(op: &Scores, k: u32, x: &Span<'_>, cache: &[u64], out: &mut
 }
 
 pub(super) fn context(op: &Context, k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>) {
-    let &Context { heads, kv_heads, dim } = op;
+    let &Context { heads, kv_heads, dim, .. } = op;
     let (width, group, tokens) = (kv_heads * dim, heads / kv_heads, x.len());
     let positions = cache.len() / width;
     let before = positions - tokens;
     let head = |(g, mut out): (usize, Vec<&mut [u64]>)| {
         let values = transposed(cache, (g * dim, dim), width);
         for tile in tiles(tokens) {
-            let visible = before + tile.end;
+            let visible = op.visible(before + tile.end - 1);
             let mut weights = vec![0; tile.len() * group * visible];
             let mut rows = weights.chunks_mut(visible);
             for i in tile.clone() {
-                let own = before + i + 1;
+                let own = op.visible(before + i);
                 for (p, row) in x.row(i)[g * group * own..(g + 1) * group * own].chunks(own).zip(&mut rows) {
                     row[..own].copy_from_slice(p);
                 }
@@ -143,14 +143,17 @@ mod tests {
                 let span = Span::new(rows, 0..tokens, &x);
                 let (mut all, mut each) = (vec![7], vec![7]);
                 op.together(k, &span, &cache, &mut all);
-                (0..tokens).for_each(|i| op.apply(span.row(i), &cache[..(before + i + 1) * width], &mut each));
+                (0..tokens).for_each(|i| op.apply(span.row(i), &cache[..op.visible(before + i) * width], &mut each));
                 (masked(all), masked(each))
             };
-            let (all, each) = both(&Scores { heads, kv_heads, dim }, &Rows::even(tokens, heads * dim));
-            prop_assert_eq!(all, each);
-            let seen = Rows::ragged((0..tokens).map(|i| heads * (before + i + 1)));
-            let (all, each) = both(&Context { heads, kv_heads, dim }, &seen);
-            prop_assert_eq!(all, each);
+            for sees in [None, Some(before + tokens)] {
+                let op = Scores { heads, kv_heads, dim, all: sees };
+                let (all, each) = both(&op, &Rows::even(tokens, heads * dim));
+                prop_assert_eq!(all, each);
+                let seen = Rows::ragged((0..tokens).map(|i| heads * op.visible(before + i)));
+                let (all, each) = both(&Context { heads, kv_heads, dim, all: sees }, &seen);
+                prop_assert_eq!(all, each);
+            }
         }
     }
 }
