@@ -92,6 +92,8 @@ fn a_layer_with_adapters_costs_what_it_declares() {
         let layer = Harness::prepare(&weights, false, setup()).unwrap();
         let k = layer.plan().residual_k;
         declared_is_metered(&layer.run(0, &[5]).unwrap(), &[(5 * 64, k)]);
+        // The last layer of a model, of which the head reads one row.
+        declared_is_metered(&layer.measure(Part::Whole, Pace::OneBatch, 0, &[5]).unwrap(), &[]);
         let m = layer.run(20, &[1]).unwrap();
         declared_is_metered(&m, &[(64, k)]);
         assert_eq!(m.depth, depth + 2 * groups, "{modules:?}");
@@ -125,6 +127,24 @@ fn messages_in_sequence_by_architecture() {
         // Values are lifted all the same, unless theirs is wide enough too: beside the norm, off the critical path.
         let expected = if no_lift { 36 } else { 38 } + wide(n) + norms(&layer.plan().layers[0]);
         assert_eq!(depth, expected, "head dimension {head_dim}: {a:?}");
+        declared_is_metered(&layer.measure(Part::Whole, Pace::OneBatch, 0, &[5]).unwrap(), &[]);
+    }
+}
+
+/// The head reads one row of a prompt: of the last layer's other rows there are keys and values, and nothing else.
+#[test]
+fn the_last_layer_computes_what_the_head_reads() {
+    let encoder = ModelConfig::vit(64, 176, 1, 4, 16, 40);
+    for config in [tiny(), encoder] {
+        let layer = prepared(config.clone());
+        let [one, whole, layers] = [(Part::Whole, 1), (Part::Whole, 33), (Part::Layers, 33)]
+            .map(|(part, tokens)| layer.measure(part, Pace::OneBatch, 0, &[tokens]).unwrap());
+        declared_is_metered(&whole, &[]);
+        let (online, all) = (whole.online_bytes() - one.online_bytes(), layers.online_bytes());
+        eprintln!("{:?}: {online} bytes for 32 more rows, {all} for all of 33", config.arch);
+        assert!(3 * online < all, "{online} {all}");
+        assert!(2 * (whole.ahead_bytes() - one.ahead_bytes()) < layers.ahead_bytes());
+        assert_eq!(whole.depth, one.depth, "as many messages");
     }
 }
 
@@ -173,17 +193,23 @@ fn a_pass_that_verifies_drafts_costs_what_it_declares() {
 /// The walk that counts says what the meters say, link by link.
 #[test]
 fn the_counted_cost_is_the_metered_one() {
-    let layer = prepared(tiny());
-    for (part, context, passes) in [
-        (Part::Layers, 0, vec![7]),
-        (Part::Layers, 20, vec![1; 3]),
-        (Part::Whole, 20, vec![1; 3]),
-        (Part::Verified, 20, vec![5]),
+    let encoder = ModelConfig::vit(64, 176, 2, 4, 16, 40);
+    for (config, part, context, passes) in [
+        (tiny(), Part::Layers, 0, vec![7]),
+        (tiny(), Part::Layers, 20, vec![1; 3]),
+        (tiny(), Part::Whole, 20, vec![1; 3]),
+        (tiny(), Part::Whole, 0, vec![7]),
+        (tiny(), Part::Whole, 0, vec![40]),
+        (tiny(), Part::Verified, 20, vec![5]),
+        (encoder.clone(), Part::Layers, 0, vec![7]),
+        (encoder.clone(), Part::Whole, 0, vec![7]),
+        (encoder, Part::Whole, 0, vec![40]),
     ] {
+        let layer = prepared(config.clone());
         let metered = layer.measure(part, Pace::Ready, context, &passes).unwrap();
-        let counted = count(&tiny(), layer.plan(), part, context, &passes).unwrap();
-        assert_eq!(metered.sent, counted.sent, "{part:?}");
-        assert_eq!(metered.depth, counted.depth, "{part:?}");
+        let counted = count(&config, layer.plan(), part, context, &passes).unwrap();
+        assert_eq!(metered.sent, counted.sent, "{part:?} {passes:?}");
+        assert_eq!(metered.depth, counted.depth, "{part:?} {passes:?}");
     }
 }
 

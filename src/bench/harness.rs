@@ -11,7 +11,7 @@ use crate::model::float::{self, FloatCache};
 use crate::model::prepare::Prepared;
 use crate::model::rounding::Choice;
 use crate::model::sections::sections;
-use crate::model::secure::{ClientPorts, KvCache, PassOptions, SecureModel};
+use crate::model::secure::{ClientPorts, KvCache, PassOptions, SecureModel, Wanted};
 use crate::model::{ModelConfig, Weights, calibrate};
 use crate::net::meter::LinkTotals;
 use crate::net::shape::Profile;
@@ -354,7 +354,7 @@ fn layers(
     let mut flags = model.new_flags(s);
     let (declared, before) = (s.declared(), s.depth());
     for index in 0..model.plan().layers.len() {
-        h = model.layer(s, index, h, cache, &mut flags)?;
+        h = model.layer(s, index, h, Wanted::Every, (&mut *cache, &mut flags))?;
     }
     cache.advance(s.tokens());
     let depth = s.depth() - before;

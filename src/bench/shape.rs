@@ -9,12 +9,17 @@ use crate::plan::memory::owner_words;
 use crate::predict::Source;
 
 /// The shape of the model that is called `name` for `positions` positions as `trefoil cost` takes it, `private_layers` of it private (as
-/// [`parse_private_layers`] reads them) and those reshaped. One layer with random weights is calibrated and planned, and
+/// [`parse_private_layers`] reads them) and those reshaped, or with adapters of a rank. One layer with random weights is calibrated and planned, and
 /// all private ones are taken to be like it, as in a benchmark: the bytes are a benchmark's of that many positions.
 ///
 /// # Errors
 /// [`Error::Config`] for a block, which no request can be made of, and numbers that do not fit the shape.
-pub fn source(name: &str, private_layers: Option<&str>, reshaping: Reshaping, positions: usize) -> Result<Source> {
+pub fn source(
+    name: &str,
+    private_layers: Option<&str>,
+    (reshaping, lora): (Reshaping, Option<usize>),
+    positions: usize,
+) -> Result<Source> {
     let mut models = PRESETS.iter().filter(|p| p.is_model());
     let preset: &'static Preset = models.clone().find(|p| p.name == name).ok_or_else(|| {
         let known: Vec<&str> = models.by_ref().map(|p| p.name).collect();
@@ -28,7 +33,7 @@ pub fn source(name: &str, private_layers: Option<&str>, reshaping: Reshaping, po
         return Err(Error::Config(format!("the request takes {positions} positions, but {} has {most}", preset.name)));
     }
     let private_layers = parse_private_layers(private_layers, &preset.config(preset.layers(), positions))?;
-    let shape = Shape { preset, layers: Some(1), private_layers, reshaping };
+    let shape = Shape { preset, layers: Some(1), private_layers, reshaping, lora };
     shape.check()?;
     let weights = "random weights of a layer and the embedding";
     let bytes = 4 * preset.config(1, positions).parameter_count();

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::model::preparation::{Loaded, Options, split_layers};
 use crate::model::variant::Reshaping;
 use crate::model::{ModelConfig, Variant, Weights, calibrate};
-use crate::plan::Plan;
+use crate::plan::{Module, Plan};
 
 /// What is measured.
 #[derive(Clone, Debug)]
@@ -30,6 +30,8 @@ pub struct Shape {
     pub private_layers: Option<usize>,
     /// What is done to the private layers.
     pub reshaping: Reshaping,
+    /// Rank of adapters on their queries and values (LoRA); all else of the model is public then.
+    pub lora: Option<usize>,
 }
 
 /// A model in a directory with its own weights: calibrated and planned as for a preparation.
@@ -118,9 +120,16 @@ impl Shape {
         Ok(ModelConfig { variant: self.reshaping.of(plain.layer(0), 0)?, ..plain })
     }
 
+    /// What was done to the private layers.
+    fn reshaped(&self) -> String {
+        let lora = self.lora.map(|rank| format!("LoRA {rank}"));
+        let reshaping = (self.reshaping != Reshaping::default() || lora.is_none()).then(|| self.reshaping.to_string());
+        reshaping.into_iter().chain(lora).collect::<Vec<_>>().join(", ")
+    }
+
     fn private_embedding(&self) -> bool {
         // What makes an image's patches hidden states is public, as a backbone's is.
-        self.preset.is_model() && !self.preset.encoder() && self.private_layers.is_none()
+        self.preset.is_model() && !self.preset.encoder() && self.private_layers.is_none() && self.lora.is_none()
     }
 
     /// Whether the preset has as many layers as are asked for; those that are run.
@@ -139,7 +148,11 @@ impl Shape {
         if measured == 0 || measured > private {
             return wrong("--layers", measured, private, "private layers");
         }
-        Ok(measured)
+        let width = self.config(1, 1)?.hidden_size;
+        match self.lora {
+            Some(rank) if rank == 0 || rank > width => wrong("--lora-rank", rank, width, "width"),
+            _ => Ok(measured),
+        }
     }
 
     fn facts(&self) -> Result<Facts> {
@@ -161,7 +174,10 @@ impl Shape {
 
     pub(super) fn make(&self, positions: usize) -> Result<Made> {
         let (private, layers) = (self.private(), self.preset.layers());
-        let weights = random_weights(self.config(self.layers.unwrap_or(private), positions)?)?;
+        let mut weights = random_weights(self.config(self.layers.unwrap_or(private), positions)?)?;
+        if let Some(rank) = self.lora {
+            weights.adapt(&[Module::QProj, Module::VProj], rank, 8);
+        }
         let plan = planned(&weights, self.private_embedding())?;
         let mut all = plan.clone();
         all.layers = plan.layers.iter().cycle().take(private).cloned().collect();
@@ -170,7 +186,7 @@ impl Shape {
         let variant = whole.0.variant.map(|v| Variant { from_layer: all.first_private, ..v });
         let model = (ModelConfig { variant, ..self.preset.config(layers, positions) }, all);
         let tokens = calibrate::stress(&weights.config, ROWS);
-        Ok(Made { weights, plan, tokens, reshaping: self.reshaping.to_string(), whole, model })
+        Ok(Made { weights, plan, tokens, reshaping: self.reshaped(), whole, model })
     }
 }
 

@@ -58,6 +58,9 @@ pub struct Args {
     /// Of a preset: the MLP's activation, silu, relu, quad or gelu. Default: the preset's own: silu, of vit-b16 gelu.
     #[arg(long, value_name = "NAME")]
     activation: Option<Activation>,
+    /// Of a preset: adapters of this rank on queries and values of the private layers (LoRA, unmerged). All else is public then.
+    #[arg(long, value_name = "R")]
+    lora_rank: Option<usize>,
     /// Network: none, lan (0.1 ms, 16 Gbit/s), wan (20 ms, 0.4 Gbit/s), or RTT_MS,GBPS. Round-trip figures.
     #[arg(long, default_value = "none")]
     net: String,
@@ -76,6 +79,7 @@ fn run_adapter(a: &Args, name: &str, shape: adapter::Shape) -> Result<()> {
         ("--merge-heads", a.merge_heads.is_some()),
         ("--softmax", a.softmax.is_some()),
         ("--activation", a.activation.is_some()),
+        ("--lora-rank", a.lora_rank.is_some()),
         ("--context", a.context != CONTEXT),
         ("--plot", a.plot.is_some()),
     ];
@@ -110,6 +114,7 @@ fn shape(a: &Args, name: &str) -> Result<Subject> {
             softmax: a.softmax.unwrap_or_default(),
             activation: a.activation,
         },
+        lora: a.lora_rank,
     }))
 }
 
@@ -118,6 +123,7 @@ fn model(a: &Args, dir: &Path) -> Result<Subject> {
         ("--merge-heads", a.merge_heads.is_some()),
         ("--softmax", a.softmax.is_some()),
         ("--activation", a.activation.is_some()),
+        ("--lora-rank", a.lora_rank.is_some()),
     ])?;
     if Source::is_preparation(dir) {
         return Err(Error::Config(format!(

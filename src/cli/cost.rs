@@ -33,6 +33,9 @@ pub struct Args {
     /// Of a preset: the MLP's activation, silu, relu, quad or gelu.
     #[arg(long, value_name = "NAME")]
     activation: Option<Activation>,
+    /// Of a preset: adapters of this rank on queries and values of the private layers (LoRA, unmerged). All else is public then.
+    #[arg(long, value_name = "R")]
+    lora_rank: Option<usize>,
     #[command(flatten)]
     private: super::private::Args,
     /// Positions to plan for. Default: the model's own, as for `trefoil generate`; of a preset those of the request.
@@ -88,12 +91,13 @@ fn source(a: &Args) -> Result<Source> {
         };
         let positions = a.context.unwrap_or(a.positions());
         within(a, positions)?;
-        return bench::source(name, a.private.private_layers.as_deref(), reshaping, positions);
+        return bench::source(name, a.private.private_layers.as_deref(), (reshaping, a.lora_rank), positions);
     }
     super::private::only_of_presets([
         ("--merge-heads", a.merge_heads.is_some()),
         ("--softmax", a.softmax.is_some()),
         ("--activation", a.activation.is_some()),
+        ("--lora-rank", a.lora_rank.is_some()),
     ])?;
     if Source::is_preparation(&a.model) {
         let chosen = [

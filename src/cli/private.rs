@@ -48,11 +48,11 @@ impl Args {
 ///
 /// # Errors
 /// [`Error::Config`] naming the first.
-pub fn only_of_presets(given: [(&str, bool); 3]) -> Result<()> {
+pub fn only_of_presets(given: [(&str, bool); 4]) -> Result<()> {
     match given.iter().find(|(_, given)| *given) {
         None => Ok(()),
         Some((name, _)) => Err(Error::Config(format!(
-            "{name} goes with --preset: what was done to a model stands in its trefoil.json"
+            "{name} goes with --preset: what was done to a model stands in its trefoil.json, and its adapter is given by --adapter"
         ))),
     }
 }

@@ -168,7 +168,7 @@ pub(super) mod tests {
             together_macs: 1e9,
             cold_row_macs: 1e9,
             fold_words: 1e9,
-            float_macs: 1e9,
+            float_macs: [1e9; 2],
             overheads: Overheads { ready: one_process, one_process, woken_s: 0.0 },
         }
     }

@@ -291,6 +291,20 @@ impl Weights {
         Ok(Weights { config, embed, layers, norm, head, head_bias })
     }
 
+    /// Gives these projections of every layer an adapter of `rank` whose factors are Gaussian as [`Weights::random`]'s matrices: for
+    /// benchmarks.
+    pub fn adapt(&mut self, modules: &[Module], rank: usize, seed: u64) {
+        self.layers.par_iter_mut().enumerate().for_each(|(index, layer)| {
+            let mut g = Gaussian::new(seed, index as u64 + 1);
+            for module in modules {
+                let linear = layer.linear_mut(*module);
+                let (out, inputs) = linear.w.dim();
+                let mut factor = |shape: [usize; 2]| Array2::from_shape_simple_fn(shape, || g.next());
+                linear.adapter = Some(LowRank { a: factor([rank, inputs]), b: factor([out, rank]) });
+            }
+        });
+    }
+
     /// Checks that every weight is a number, as those read from a checkpoint are: what is prepared from others would be
     /// silently wrong.
     ///

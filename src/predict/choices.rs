@@ -124,16 +124,16 @@ fn softmax(layers: &[LayerPlan]) -> Vec<Choice> {
     all
 }
 
-fn activation(layers: &[LayerPlan]) -> Choice {
+fn activation(layers: &[LayerPlan], gated: bool) -> Choice {
     let plans = || layers.iter().map(|l| &l.mlp);
+    let (beside, messages) = match gated {
+        true => (", with the lift of up beside them", "4 messages with the product"),
+        false => ("", "2 messages"),
+    };
     Choice {
         function: "MLP: activation",
-        chosen: format!(
-            "lines on 2^{} rows, with the lift of up beside them",
-            span(plans().map(|m| m.gate_k - m.gate_lo_bits))
-        ),
-        why: "4 messages with the product; rows an eighth wide, since a line's error grows with the square of the row"
-            .into(),
+        chosen: format!("lines on 2^{} rows{beside}", span(plans().map(|m| m.gate_k - m.gate_lo_bits))),
+        why: format!("{messages}; rows an eighth wide, since a line's error grows with the square of the row"),
     }
 }
 
@@ -155,7 +155,7 @@ pub(super) fn choices(s: &Source, net: Profile) -> Vec<Choice> {
     let mut out = vec![weights(&s.plan), norms(layers, &s.plan.head.norm)];
     if !layers.is_empty() {
         out.extend(softmax(layers));
-        out.push(activation(layers));
+        out.push(activation(layers, !s.config.encoder()));
     }
     out.push(tournament(s, net));
     out

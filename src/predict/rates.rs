@@ -46,8 +46,8 @@ pub struct Rates {
     pub together_macs: f64,
     /// Table words read by lookups.
     pub fold_words: f64,
-    /// Multiply-adds of f32 weights in plaintext, one row at a time; of all threads together.
-    pub float_macs: f64,
+    /// Multiply-adds of f32 weights in plaintext, one row at a time and those of a prompt together; of all threads together.
+    pub float_macs: [f64; 2],
     /// What small models took beyond that.
     pub overheads: Overheads,
 }
@@ -94,7 +94,7 @@ impl Rates {
         });
         let packed = OwnerMatrix::helper_packed(0, (m, n), FW_LEAST, Packed::new(&wide, USUAL))?;
         let ring_bytes =
-            per(rate(packed.bytes() as f64, || y[..m].copy_from_slice(&local_masks(USUAL, &x[..n], &packed))));
+            per(rate(packed.bytes() as f64, || y[..m].copy_from_slice(&local_masks(USUAL, &x[..n], &packed, 0..m))));
         // A part of a matrix that stays in the cache, as it is used.
         let part = &wide[..m / 8 * n];
         let part = |from: usize, out: &mut [u64]| out.copy_from_slice(&part[from..][..out.len()]);
@@ -134,9 +134,12 @@ impl Rates {
             };
             black_box(in_blocks(elements, 16, |n| n, part));
         }));
-        let (floats, row) = (Array2::<f32>::ones((m, n)), Array2::<f32>::ones((1, n)));
-        let mut product = Array2::<f32>::zeros((1, m));
-        let float_macs = rate(one, || product.assign(&matmul_transposed(row.view(), floats.view())));
+        let floats = Array2::<f32>::ones((m, n));
+        let float_macs = [1, ROWS[1]].map(|t| {
+            let rows = Array2::<f32>::ones((t, n));
+            let mut product = Array2::<f32>::zeros((t, m));
+            rate(t as f64 * one, || product.assign(&matmul_transposed(rows.view(), floats.view())))
+        });
         let mut prf = Prf::new([(Pair::OwnerClient, PairKey::fresh()?)]);
         let address = Address { pass: 0, layer: 0, path: "rate".into(), label: "rate" };
         let mut stream = prf.take(Pair::OwnerClient, &address)?;

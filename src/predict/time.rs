@@ -175,9 +175,10 @@ pub(super) fn terms(stretch: &Stretch, layers: usize, rates: &Rates) -> PassTerm
     }
 }
 
-/// The Client's plaintext layers.
+/// The Client's plaintext layers: one row reads all weights, a prompt's share them.
 fn public_layers(stretch: &Stretch, s: &Source, rates: &Rates) -> f64 {
     let c = &s.config;
     let weights = (0..s.plan.first_private).map(|i| c.layer_parameters(i)).sum::<u64>() as f64;
-    stretch.tokens as f64 * weights / rates.float_macs
+    let (passes, [row, together]) = (stretch.passes as f64, rates.float_macs);
+    passes * (weights / row).max(stretch.tokens as f64 / passes.max(1.0) * weights / together)
 }

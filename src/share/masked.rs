@@ -65,6 +65,14 @@ impl Rows {
         self.offsets[tokens.start]..self.offsets[tokens.end]
     }
 
+    /// Elements of each token that has any; 0 if none has, `None` if they have different numbers.
+    #[must_use]
+    pub fn width(&self) -> Option<usize> {
+        let mut widths = self.offsets.windows(2).map(|o| o[1] - o[0]).filter(|width| *width > 0);
+        let first = widths.next().unwrap_or(0);
+        widths.all(|width| width == first).then_some(first)
+    }
+
     /// Elements of one token.
     #[must_use]
     pub fn row(&self, token: usize) -> Range<usize> {
@@ -212,20 +220,20 @@ impl Masked {
         Masked::new(map(&self.v), self.side, self.k, f, rows)
     }
 
-    /// Columns `columns` of a value with equally many elements for each token.
+    /// Columns `columns` of a value with equally many elements for each token, or none.
     ///
     /// # Errors
     /// [`Error::Shape`] for tokens of different widths, or columns that they have not.
     pub fn columns(&self, columns: Range<usize>) -> Result<Masked> {
-        let tokens = self.rows.tokens();
-        let width = self.v.len() / tokens.max(1);
-        if (0..tokens).any(|t| self.rows.row(t).len() != width) || columns.end > width {
+        let Some(width) = self.rows.width().filter(|width| columns.end <= *width) else {
             let rhs = format!("columns {columns:?}");
             return Err(Error::Shape { op: "columns", lhs: self.facts(), rhs });
-        }
-        let mut v = Vec::with_capacity(tokens * columns.len());
+        };
+        let mut v = Vec::with_capacity(self.v.len() / width.max(1) * columns.len());
         self.v.chunks(width.max(1)).for_each(|row| v.extend_from_slice(&row[columns.clone()]));
-        Ok(Masked::reduced(v, self.side, self.k, self.f, Rows::even(tokens, columns.len())))
+        let has = |t: usize| if self.rows.row(t).is_empty() { 0 } else { columns.len() };
+        let rows = Rows::ragged((0..self.rows.tokens()).map(has));
+        Ok(Masked::reduced(v, self.side, self.k, self.f, rows))
     }
 
     /// The rows of `tokens`.
@@ -261,17 +269,18 @@ impl Masked {
         Ok(all)
     }
 
-    /// Adds `o` to the columns from `first` on of a value with equally many elements for each token.
+    /// Adds `o` to the columns from `first` on of a value with equally many elements for each token, or none.
     ///
     /// # Errors
     /// [`Error::Shape`] for columns that it has not, or another ring or fraction.
     pub fn add_columns(mut self, first: usize, o: &Masked) -> Result<Masked> {
-        let tokens = self.rows.tokens().max(1);
-        let (width, added) = (self.v.len() / tokens, o.v.len() / tokens);
-        let even = |rows: &Rows, width: usize| (0..rows.tokens()).all(|t| rows.row(t).len() == width);
+        let (Some(width), Some(added)) = (self.rows.width(), o.rows.width()) else {
+            return Err(self.mismatch("add columns", o));
+        };
         let fits = first.checked_add(added).is_some_and(|end| end <= width);
+        let same = |t: usize| self.rows.row(t).is_empty() == o.rows.row(t).is_empty();
         let alike = self.k == o.k && self.f == o.f && self.side == o.side && self.rows.tokens() == o.rows.tokens();
-        if !fits || !alike || !even(&self.rows, width) || !even(&o.rows, added) {
+        if !fits || !alike || !(0..self.rows.tokens()).all(same) {
             return Err(self.mismatch("add columns", o));
         }
         let m = ring::mask(self.k);

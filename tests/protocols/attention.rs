@@ -3,7 +3,9 @@
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
+use trefoil::plan::cost::Cost;
 use trefoil::protocol::cached::{self, Cached, Context, Scores, product_cached};
+use trefoil::protocol::last_tokens;
 use trefoil::protocol::thermometer::{self, Thermometer, reference, subtract};
 use trefoil::ring;
 use trefoil::session::Scope;
@@ -116,6 +118,40 @@ fn a_prefill_and_decode_passes_over_several_runs() {
         let cache = cache.lock().unwrap();
         assert_eq!(cache.as_ref().unwrap().tokens(), 14);
     }
+}
+
+/// Only the last token of each pass asks: the others' keys and values are cached all the same, and nothing is sent for their queries.
+#[test]
+fn tokens_that_ask_nothing() {
+    let attention = Attention::new(&mut Random(5), 12);
+    for all in [None, Some(12)] {
+        let passes: &[usize] = if all.is_some() { &[12] } else { &[9, 1, 2] };
+        let (world, keys) = (world(), caches());
+        let even = |v: &[u64], n: usize| Given::even(&v[..12 * n], passes, K, 3);
+        let (q, k) = (even(&attention.q, HEADS * DIM), even(&attention.k, WIDTH));
+        let ran = run_in(&world, FIRST, passes, |s| {
+            let (q, k) = (q.share(s, "q")?, k.share(s, "k")?);
+            let mut keys = keys[s.role().index()].lock().unwrap();
+            let scores = Arc::new(Scores { heads: HEADS, kv_heads: KV_HEADS, dim: DIM, all });
+            let own = last_tokens(s, &q);
+            let qk = product_cached(s, &Scope::layer(0).at("qk"), &own, &k, keys.as_mut().unwrap(), scores)?;
+            Ok(vec![qk.finish(s)?])
+        });
+        let last: &[usize] = if all.is_some() { &[11] } else { &[8, 9, 11] };
+        let want: Vec<u64> = last.iter().flat_map(|&i| attention.want(i).0).collect();
+        assert_eq!(ran.only(), want, "{all:?}");
+        let up: Cost = passes.iter().zip(last).fold(Cost::default(), |cost, (&tokens, i)| {
+            cost.beside(cached::cost(HEADS * DIM, tokens * WIDTH, HEADS * (i + 1), K))
+        });
+        let inputs = ran.declared.online_bytes() - up.online_bytes();
+        let given = passes.iter().map(|n| cached_input(n * HEADS * DIM) + cached_input(n * WIDTH)).sum::<u64>();
+        assert_eq!(inputs, given);
+    }
+}
+
+/// Bytes of the Client's input of `n` elements.
+fn cached_input(n: usize) -> u64 {
+    trefoil::protocol::input::cost(n, K).online_bytes()
 }
 
 #[test]

@@ -7,7 +7,7 @@ use trefoil::model::secure::projection::projection;
 use trefoil::party::Role;
 use trefoil::prf::PreparationSeed;
 use trefoil::protocol::embedding::{self, TableShare, embed};
-use trefoil::protocol::linear::{self, OwnerMatrix, owner_linear};
+use trefoil::protocol::linear::{self, OwnerMatrix, owner_linear, owner_linear_part};
 use trefoil::ring;
 use trefoil::session::Scope;
 
@@ -72,9 +72,11 @@ proptest! {
         let m = if public { m.published() } else { m };
         let x = r.words(7 * groups * inputs, k);
         let given = Given::even(&x, &passes, k, 4);
+        let some = outputs / 3..outputs - outputs / 4;
         let ran = run(&passes, |s| {
             let x = given.share(s, "x")?;
-            Ok(vec![owner_linear(s, &Scope::layer(1).at("w"), &x, m.of(s.role()))?])
+            let (scope, w) = (Scope::layer(1), m.of(s.role()));
+            Ok(vec![owner_linear(s, &scope.at("w"), &x, w)?, owner_linear_part(s, &scope.at("part"), &x, w, some.clone())?])
         });
         prop_assert_eq!((ran.k[0], ran.f[0]), (k, 10));
         let want: Vec<u64> = x
@@ -87,7 +89,9 @@ proptest! {
                 })
             })
             .collect();
-        prop_assert_eq!(ran.only(), want);
+        prop_assert_eq!(&ran.values[0], &want);
+        let part: Vec<u64> = want.chunks(outputs).flat_map(|y| &y[some.clone()]).copied().collect();
+        prop_assert_eq!(&ran.values[1], &part);
     }
 
     #[test]

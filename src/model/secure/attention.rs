@@ -6,6 +6,8 @@
 //! normalisation (2). Only positions that a token may see are ever computed: itself and those before it, or of an encoder all of the
 //! pass.
 //!
+//! Where only some rows are wanted ([`Wanted`]), the others have no queries: keys and values are computed of all, and all else of these.
+//!
 //! An adapter on q, k or v, or on the output projection, adds 2 messages each (`projection.rs`).
 //!
 //! A 2ReLU softmax takes positive parts in place of maximum and exponential: the sign of each score (4) beside its lift, and
@@ -15,7 +17,7 @@ use std::sync::Arc;
 
 use super::norm::Norm;
 use super::projection::projection;
-use super::{Context, Tables, last_row};
+use super::{Context, Tables, Wanted, last_row};
 use crate::approx::{PositiveTable, exp_tables};
 use crate::error::Result;
 use crate::model::prepare::PreparedLayer;
@@ -26,8 +28,9 @@ use crate::protocol::Pending;
 use crate::protocol::cached::{Cached, Context as PV, Scores, product_cached};
 use crate::protocol::exp::{Exp, exp};
 use crate::protocol::guard::guard;
+use crate::protocol::last_tokens;
 use crate::protocol::lift::lift;
-use crate::protocol::linear::owner_linear;
+use crate::protocol::linear::{owner_linear, owner_linear_part};
 use crate::protocol::positive::{self, Positive};
 use crate::protocol::product::{Scale, product};
 use crate::protocol::relu::positive_part;
@@ -135,6 +138,8 @@ pub(super) struct Attention<'a> {
     pub(super) first: usize,
     /// Rows that are computed at once.
     pub(super) block_rows: usize,
+    /// Whose queries there are.
+    pub(super) wanted: Wanted,
 }
 
 impl Attention<'_> {
@@ -145,28 +150,19 @@ impl Attention<'_> {
         (keys, values): &mut (Cached, Cached),
     ) -> Result<Masked> {
         let (scope, p) = (c.scope.at("attn"), self.plan);
-        let (nq, nk) = (self.tables.shape.q_size(), self.tables.shape.kv_size());
-
-        let qkv = projection(c.s, &scope.at("qkv"), x, &self.parts.qkv)?;
-        let v = to_ring(c.s, &scope.at("lift_v"), &qkv.columns(nq + nk..nq + 2 * nk)?, p.prob_k)?;
-        let qk = qkv.columns(0..nq + nk)?;
-        let qk = match (&self.tables.qk_norm, &p.qk_norm, &self.parts.qk_gain) {
-            (Some(norm), Some(plan), Some(gain)) => {
-                let y = norm.apply(c, "qk_norm", "sum of squares of a query or key", &qk, plan)?;
-                // Not truncated before the rotation: the ring that this saves may save the lift.
-                owner_linear(c.s, &scope.at("qk_gain"), &y, gain)?
-            }
-            _ => qk,
+        let (q, k, v) = self.projected(c, &scope, x)?;
+        let turned = |x: Masked| {
+            // A merged head is several of the model's, each rotated by itself.
+            let x = match c.config.encoder() {
+                true => x,
+                false => rotate(&x, self.first, c.config.head_dim, self.frequencies),
+            };
+            truncate(&x, x.f() - F_QK)
         };
-        // A merged head is several of the model's, each rotated by itself.
-        let qk = match c.config.encoder() {
-            true => qk,
-            false => rotate(&qk, self.first, c.config.head_dim, self.frequencies),
-        };
-        let qk = truncate(&qk, qk.f() - F_QK)?;
+        let (q, k) = (turned(q)?, turned(k)?);
         let ring = product_ring(p);
-        let q = to_ring(c.s, &scope.at("lift_q"), &qk.columns(0..nq)?, ring)?;
-        let k = to_ring(c.s, &scope.at("lift_k"), &qk.columns(nq..nq + nk)?, ring)?;
+        let q = to_ring(c.s, &scope.at("lift_q"), &q, ring)?;
+        let k = to_ring(c.s, &scope.at("lift_k"), &k, ring)?;
         let qkv = [q.finish(c.s)?, k.finish(c.s)?, v.finish(c.s)?];
 
         let tokens = x.rows().tokens();
@@ -191,6 +187,43 @@ impl Attention<'_> {
             Masked::stack(blocks)?
         };
         projection(c.s, &scope.at("o"), &o, &self.parts.o)
+    }
+
+    /// Queries of the rows that are wanted, keys and values of all of them: neither rotated, the values' lift begun.
+    fn projected(
+        &self,
+        c: &mut Context<'_>,
+        scope: &Scope,
+        x: &Masked,
+    ) -> Result<(Masked, Masked, Pending<'static, Masked>)> {
+        let (p, w) = (self.plan, &self.parts.qkv);
+        let (nq, nk) = (self.tables.shape.q_size(), self.tables.shape.kv_size());
+        let last = self.wanted == Wanted::Last;
+        // Unless something between them and the rotation is applied to queries and keys side by side. Of single tokens too: holders
+        // walk them together with prompts.
+        if last && w.adapters.is_none() && p.qk_norm.is_none() {
+            let own = last_tokens(c.s, x);
+            let mut some = |scope: &Scope, x: &Masked, outputs| {
+                truncate(&owner_linear_part(c.s, scope, x, &w.base, outputs)?, w.base.f())
+            };
+            let kv = some(&scope.at("kv"), x, nq..nq + 2 * nk)?;
+            let q = some(&scope.at("q"), &own, 0..nq)?;
+            let v = to_ring(c.s, &scope.at("lift_v"), &kv.columns(nk..2 * nk)?, p.prob_k)?;
+            return Ok((q, kv.columns(0..nk)?, v));
+        }
+        let qkv = projection(c.s, &scope.at("qkv"), x, w)?;
+        let v = to_ring(c.s, &scope.at("lift_v"), &qkv.columns(nq + nk..nq + 2 * nk)?, p.prob_k)?;
+        let qk = qkv.columns(0..nq + nk)?;
+        let qk = match (&self.tables.qk_norm, &p.qk_norm, &self.parts.qk_gain) {
+            (Some(norm), Some(plan), Some(gain)) => {
+                let y = norm.apply(c, "qk_norm", "sum of squares of a query or key", &qk, plan)?;
+                // Not truncated before the rotation: the ring that this saves may save the lift.
+                owner_linear(c.s, &scope.at("qk_gain"), &y, gain)?
+            }
+            _ => qk,
+        };
+        let q = qk.columns(0..nq)?;
+        Ok((if last { last_tokens(c.s, &q) } else { q }, qk.columns(nq..nq + nk)?, v))
     }
 
     /// Some rows, from position `first` on: `softmax(q k^T) v`.
@@ -222,7 +255,8 @@ impl Attention<'_> {
         };
 
         // o = (e v) / sum(e)
-        let total = e.map(e.f(), Rows::even(tokens, heads), |v| {
+        let groups = lengths.iter().enumerate().map(|(t, n)| e.rows().row(t).len() / n);
+        let total = e.map(e.f(), Rows::ragged(groups), |v| {
             let mut out = Vec::with_capacity(tokens * heads);
             for (t, &n) in lengths.iter().enumerate() {
                 out.extend(v[e.rows().row(t)].chunks(n).map(|row| row.iter().fold(0u64, |a, b| a.wrapping_add(*b))));

@@ -20,7 +20,7 @@ use crate::plan::{F, Plan, block};
 use crate::protocol::cached::Cached;
 use crate::protocol::guard::RangeFlags;
 use crate::protocol::gumbel::Gumbel;
-use crate::protocol::{embedding, input};
+use crate::protocol::{embedding, input, last_tokens};
 use crate::session::{Pass, Scope, Session};
 use crate::share::{Masked, Rows};
 use attention::AttentionTables;
@@ -58,6 +58,15 @@ enum Tables {
     Fitted,
     /// For walks that count: sizes are all that matters.
     Blank,
+}
+
+/// Which rows of a layer's output something reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// Those of all tokens: the next layer, or a head of all.
+    Every,
+    /// Those of each pass's last token: the head. Keys and values are of all tokens, queries and all behind them of these alone.
+    Last,
 }
 
 /// Keys and values of a request, one party's part.
@@ -234,7 +243,7 @@ impl SecureModel {
         }
     }
 
-    /// One layer: `h` in the residual ring, in and out.
+    /// One layer: `h` in the residual ring, in and out; out come the rows that are wanted.
     ///
     /// # Errors
     /// [`crate::Error::Peer`], [`crate::Error::Reuse`], [`crate::Error::Shape`].
@@ -243,8 +252,8 @@ impl SecureModel {
         s: &mut Session,
         index: usize,
         h: Masked,
-        cache: &mut KvCache,
-        flags: &mut RangeFlags,
+        wanted: Wanted,
+        (cache, flags): (&mut KvCache, &mut RangeFlags),
     ) -> Result<Masked> {
         let (plan, tables, parts) = (&self.plan.layers[index], &self.layers[index], &self.parts.layers[index]);
         let layer = self.plan.first_private + index;
@@ -253,7 +262,11 @@ impl SecureModel {
         let mut ctx = Context { s, scope: &scope, layer: &name, flags, config: &self.config };
         let x = tables.input_norm.apply(&mut ctx, "norm1", "sum of squares before attention", &h, &plan.input_norm)?;
         let first = cache.positions;
-        let block_rows = self.block_rows(ctx.s, first)?;
+        let block_rows = match wanted {
+            Wanted::Every => self.block_rows(ctx.s, first)?,
+            // One of each pass is no block.
+            Wanted::Last => x.rows().tokens(),
+        };
         let blocks = x.rows().tokens() > block_rows;
         let a = attention::Attention {
             parts,
@@ -262,8 +275,13 @@ impl SecureModel {
             frequencies: &self.frequencies,
             first,
             block_rows,
+            wanted,
         };
         let a = a.apply(&mut ctx, &x, &mut cache.layers[index])?;
+        let h = match wanted {
+            Wanted::Every => h,
+            Wanted::Last => last_tokens(ctx.s, &h),
+        };
         let h = h.add(&a.narrow(self.plan.residual_k)?)?;
         let x = tables.post_norm.apply(&mut ctx, "norm2", "sum of squares before the MLP", &h, &plan.post_norm)?;
         let m = mlp::mlp(&mut ctx, &x, parts, &plan.mlp, &tables.mlp)?;
@@ -291,7 +309,8 @@ impl SecureModel {
             depths.push(s.depth());
         }
         for index in 0..self.layers.len() {
-            h = self.layer(s, index, h, cache, &mut flags)?;
+            let wanted = if index + 1 == self.layers.len() && !o.every { Wanted::Last } else { Wanted::Every };
+            h = self.layer(s, index, h, wanted, (&mut *cache, &mut flags))?;
             if let Some(depths) = &mut o.depths {
                 depths.push(s.depth());
             }

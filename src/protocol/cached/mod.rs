@@ -9,6 +9,8 @@
 //! | ahead | | sends `op(x1 + rx, ry) + op(rx, y1) - r_z + rho` | |
 //! | online | sends `x2` and the new rows' `y2` | | replies `op(x2, ry) + op(rx, y2) - rho` |
 //!
+//! A token without elements in `x` asks nothing, and gets nothing: its row of the cache is all that is new.
+//!
 //! Cost: 2 messages; `k (|x| + |new rows|)` bits up, `k` per output back and ahead. Private: as the product; a share of a
 //! cached row is sent once, so its mask is used once.
 
@@ -145,11 +147,13 @@ impl<'a> Span<'a> {
 /// The map for the tokens of `x`, the last positions of `cache`, whose rows have `width` elements.
 fn apply_all(op: &dyn CausalBilinear, k: u32, x: &Span<'_>, (cache, width): (&[u64], usize)) -> Vec<u64> {
     let mut out = Vec::new();
-    if x.len() >= TOGETHER {
+    let asking = |i: &usize| !x.row(*i).is_empty();
+    if x.len() >= TOGETHER && (0..x.len()).all(|i| asking(&i)) {
         op.together(k, x, cache, &mut out);
     } else {
         let before = cache.len() / width - x.len();
-        (0..x.len()).for_each(|i| op.apply(x.row(i), &cache[..op.visible(before + i) * width], &mut out));
+        let mut one = |i: usize| op.apply(x.row(i), &cache[..op.visible(before + i) * width], &mut out);
+        (0..x.len()).filter(asking).for_each(&mut one);
     }
     out
 }
@@ -250,6 +254,8 @@ struct Counted {
     op: Arc<dyn CausalBilinear>,
     width: usize,
     role: Role,
+    /// Some tokens ask nothing: the others do not meet the cache together.
+    alone: bool,
     scope: Scope,
     work: Arc<Work>,
 }
@@ -271,7 +277,8 @@ impl CausalBilinear for Counted {
         // Of an encoder the last one for all: they see as many.
         let position = cache.len() / self.width - 1;
         // As the request that is predicted will do it, not as the walk, whose prompts and batches are shorter.
-        self.count(position..position + 1, self.role == Role::Client || self.work.tokens().is_some(), out);
+        let together = !self.alone && (self.role == Role::Client || self.work.tokens().is_some());
+        self.count(position..position + 1, together, out);
     }
 
     fn together(&self, _k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>) {
@@ -315,9 +322,14 @@ pub fn product_cached(
     }
     let op: Arc<dyn CausalBilinear> = match s.work() {
         None => op,
-        Some(work) => Arc::new(Counted { op, width, role: s.role(), scope: scope.clone(), work: Arc::clone(work) }),
+        Some(work) => {
+            let alone = (0..tokens).any(|t| x.rows().row(t).is_empty());
+            let (scope, work) = (scope.clone(), Arc::clone(work));
+            Arc::new(Counted { op, width, role: s.role(), alone, scope, work })
+        }
     };
-    let out = Rows::ragged((0..tokens).map(|t| op.outputs(first + t)));
+    let asking = |t: usize| !x.rows().row(t).is_empty();
+    let out = Rows::ragged((0..tokens).map(|t| if asking(t) { op.outputs(first + t) } else { 0 }));
     let f = x.f() + cache.f;
     let m = ring::mask(k);
     cache.tokens += tokens;

@@ -54,12 +54,13 @@ impl Plain {
         each_width!(self, w => size_of_val(&w[..]))
     }
 
-    /// Modulo `2^k`.
-    pub(super) fn product(&self, k: u32, x: &[u64], t: usize, m: usize, n: usize, y: &mut [u64]) {
+    /// Rows `rows` of a matrix with `n` columns times each of the `t` rows of `x`, modulo `2^k`.
+    pub(super) fn product(&self, k: u32, x: &[u64], t: usize, rows: Range<usize>, n: usize, y: &mut [u64]) {
+        let (m, some) = (rows.len(), rows.start * n..rows.end * n);
         match self {
-            Plain::I8(w) => gemm::weights_i8(k, x, w, t, m, n, y),
-            Plain::I16(w) => gemm::weights_i16(k, x, w, t, m, n, y),
-            Plain::I32(w) => gemm::weights_i32(x, w, t, m, n, y),
+            Plain::I8(w) => gemm::weights_i8(k, x, &w[some], t, m, n, y),
+            Plain::I16(w) => gemm::weights_i16(k, x, &w[some], t, m, n, y),
+            Plain::I32(w) => gemm::weights_i32(x, &w[some], t, m, n, y),
         }
     }
 

@@ -17,6 +17,7 @@
 
 mod matrix;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
@@ -48,61 +49,82 @@ pub fn cost(n: usize, k: u32) -> Cost {
 /// # Errors
 /// [`Error::Shape`], [`Error::Peer`], [`Error::Reuse`].
 pub fn owner_linear(s: &mut Session, scope: &Scope, x: &Masked, w: &OwnerMatrix) -> Result<Masked> {
-    start(s, scope, x, w)?.finish(s)
+    owner_linear_part(s, scope, x, w, 0..w.outputs)
 }
 
-fn start<'a>(s: &mut Session, scope: &Scope, x: &Masked, w: &'a OwnerMatrix) -> Result<Pending<'a, Masked>> {
+/// As [`owner_linear`], of some of the outputs: for tokens of which not all are wanted.
+///
+/// # Errors
+/// As [`owner_linear`].
+pub fn owner_linear_part(
+    s: &mut Session,
+    scope: &Scope,
+    x: &Masked,
+    w: &OwnerMatrix,
+    outputs: Range<usize>,
+) -> Result<Masked> {
+    start(s, scope, x, w, outputs)?.finish(s)
+}
+
+fn start<'a>(
+    s: &mut Session,
+    scope: &Scope,
+    x: &Masked,
+    w: &'a OwnerMatrix,
+    outputs: Range<usize>,
+) -> Result<Pending<'a, Masked>> {
     s.enter(scope);
     let tokens = x.rows().tokens();
-    if (0..tokens).any(|t| !x.rows().row(t).len().is_multiple_of(w.inputs)) {
+    let part = outputs.start <= outputs.end && outputs.end <= w.outputs && (!w.diagonal || outputs.len() == w.outputs);
+    if !part || (0..tokens).any(|t| !x.rows().row(t).len().is_multiple_of(w.inputs)) {
         return Err(Error::Shape { op: "owner linear", lhs: x.facts(), rhs: format!("{w:?}") });
     }
     if x.k() > w.ring {
         let rhs = format!("{w:?}, shared modulo 2^{}", w.ring);
         return Err(Error::Shape { op: "owner linear", lhs: x.facts(), rhs });
     }
-    let rows = Rows::ragged((0..tokens).map(|t| x.rows().row(t).len() / w.inputs * w.outputs));
+    let rows = Rows::ragged((0..tokens).map(|t| x.rows().row(t).len() / w.inputs * outputs.len()));
     match &w.part {
         Part::Shape { public } => {
             let n = x.raw().len();
-            if !s.count(scope, counts(s.role(), *public, (n / w.inputs) as u64, w)) {
+            if !s.count(scope, counts(s.role(), *public, (n / w.inputs) as u64, (w, outputs.len()))) {
                 return Err(Error::Internal("a matrix without weights outside a walk that counts".into()));
             }
             match (public, s.role()) {
                 (true, _) => Ok(Pending::ready(Masked::new(vec![0; rows.len()], x.side(), x.k(), x.f() + w.f, rows))),
-                (false, Role::Owner) => online(s, scope, x, rows, w, None, None),
-                (false, _) => masks(s, scope, x, rows, w).map(Pending::ready),
+                (false, Role::Owner) => online(s, scope, x, rows, (w, outputs), None, None),
+                (false, _) => masks(s, scope, x, rows, w, outputs).map(Pending::ready),
             }
         }
-        Part::Owner { w: plain, bias } => online(s, scope, x, rows, w, Some(plain), bias.as_deref()),
-        Part::Client { .. } | Part::Helper { .. } => masks(s, scope, x, rows, w).map(Pending::ready),
+        Part::Owner { w: plain, bias } => online(s, scope, x, rows, (w, outputs), Some(plain), bias.as_deref()),
+        Part::Client { .. } | Part::Helper { .. } => masks(s, scope, x, rows, w, outputs).map(Pending::ready),
         Part::Public { w: plain, bias } => {
-            let mut y = local(x, plain, w, rows.len());
+            let mut y = local(x, plain, (w, &outputs), rows.len());
             // A constant known to all is added once: by the party that holds the value, not to the mask.
             if let (Side::Value, Some(bias)) = (x.side(), bias) {
-                add_bias(&mut y, bias, x.f() + w.f, x.k());
+                add_bias(&mut y, &bias[outputs], x.f() + w.f, x.k());
             }
             Ok(Pending::ready(Masked::new(y, x.side(), x.k(), x.f() + w.f, rows)))
         }
     }
 }
 
-/// What `t` rows through `w` would take at a party.
-fn counts(role: Role, public: bool, t: u64, w: &OwnerMatrix) -> Counts {
-    let words = w.words() as u64;
+/// What `t` rows through `outputs` of `w` would take at a party.
+fn counts(role: Role, public: bool, t: u64, (w, outputs): (&OwnerMatrix, usize)) -> Counts {
+    let words = if w.diagonal { w.inputs } else { outputs * w.inputs } as u64;
     let none = Counts::default();
     let macs = if w.diagonal { 0 } else { t * words };
     match role {
         Role::Owner => Counts { weight_macs: macs, weight_bytes: 2 * words, ..none },
         _ if public => Counts { weight_macs: macs, weight_bytes: 4 * words, ..none },
         Role::Client => Counts { ring_macs: macs, mask_bytes: 8 * words, ..none },
-        Role::Helper => Counts { ring_macs: macs, ring_bytes: pack::packed_len(w.words(), w.ring) as u64, ..none },
+        Role::Helper => Counts { ring_macs: macs, ring_bytes: pack::packed_len(words as usize, w.ring) as u64, ..none },
     }
 }
 
-/// `B r` or `A r`, modulo `2^k`.
-pub(crate) fn local_masks(k: u32, r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
-    let (m, n) = (w.outputs, w.inputs);
+/// These outputs of `B r` or `A r`, modulo `2^k`.
+pub(crate) fn local_masks(k: u32, r: &[u64], w: &OwnerMatrix, outputs: Range<usize>) -> Vec<u64> {
+    let (m, n, first) = (outputs.len(), w.inputs, outputs.start * w.inputs);
     let t = r.len() / n;
     let Some(masks) = w.masks() else { return vec![0; t * m] };
     if w.diagonal {
@@ -117,7 +139,7 @@ pub(crate) fn local_masks(k: u32, r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
         m,
         |from, words| {
             let begun = Instant::now();
-            masks.read(from, words);
+            masks.read(first + from, words);
             drawing.fetch_add(begun.elapsed().as_nanos() as u64, Relaxed);
         },
         &mut y,
@@ -128,9 +150,16 @@ pub(crate) fn local_masks(k: u32, r: &[u64], w: &OwnerMatrix) -> Vec<u64> {
     y
 }
 
-fn masks(s: &mut Session, scope: &Scope, x: &Masked, rows: Rows, w: &OwnerMatrix) -> Result<Masked> {
+fn masks(
+    s: &mut Session,
+    scope: &Scope,
+    x: &Masked,
+    rows: Rows,
+    w: &OwnerMatrix,
+    outputs: Range<usize>,
+) -> Result<Masked> {
     let k = x.k();
-    let mut y = local_masks(k, x.raw(), w);
+    let mut y = local_masks(k, x.raw(), w, outputs);
     let ry = s.words(Pair::ClientHelper, scope, "linear.ry", &rows, k)?;
     let rho = s.words(Pair::ClientHelper, scope, "linear.rho", &rows, k)?;
     let m = ring::mask(k);
@@ -144,13 +173,13 @@ fn masks(s: &mut Session, scope: &Scope, x: &Masked, rows: Rows, w: &OwnerMatrix
     Ok(Masked::new(ry, Side::Mask, k, x.f() + w.f, rows))
 }
 
-/// `n` elements of `W x`, of what this side holds of `x`.
-fn local(x: &Masked, plain: &Plain, w: &OwnerMatrix, n: usize) -> Vec<u64> {
+/// `n` elements of these outputs of `W x`, of what this side holds of `x`.
+fn local(x: &Masked, plain: &Plain, (w, outputs): (&OwnerMatrix, &Range<usize>), n: usize) -> Vec<u64> {
     let mut y = vec![0u64; n];
     if w.diagonal {
         plain.scale(x.raw(), &mut y);
     } else {
-        plain.product(x.k(), x.raw(), x.raw().len() / w.inputs, w.outputs, w.inputs, &mut y);
+        plain.product(x.k(), x.raw(), x.raw().len() / w.inputs, outputs.clone(), w.inputs, &mut y);
     }
     y
 }
@@ -165,15 +194,15 @@ fn online<'a>(
     scope: &Scope,
     x: &Masked,
     rows: Rows,
-    w: &'a OwnerMatrix,
+    (w, outputs): (&'a OwnerMatrix, Range<usize>),
     plain: Option<&'a Plain>,
     bias: Option<&'a [f32]>,
 ) -> Result<Pending<'a, Masked>> {
     let (k, f, n) = (x.k(), x.f() + w.f, rows.len());
     s.declare(cost(n, k));
-    let mut y = plain.map_or_else(|| vec![0; n], |plain| local(x, plain, w, n));
+    let mut y = plain.map_or_else(|| vec![0; n], |plain| local(x, plain, (w, &outputs), n));
     if let Some(bias) = bias {
-        add_bias(&mut y, bias, f, k);
+        add_bias(&mut y, &bias[outputs], f, k);
     }
     Ok(received(scope, "linear.client", ("linear.helper", Lane::Ahead), y, k, f, rows))
 }
@@ -214,10 +243,14 @@ mod tests {
             let packed = Packed::from_bytes(Arc::new(bytes), at, m * n, rows * n, k).unwrap();
             let w = OwnerMatrix::helper_packed(1, (m, n), 12, packed).unwrap();
             let low = |y: Vec<u64>| y.into_iter().map(|y| y & ring::mask(k)).collect::<Vec<_>>();
-            prop_assert_eq!(low(local_masks(k, &r, &w)), naive(&r, &a, n, k));
-            // The Client's half, regenerated: the same tiles.
-            let client = OwnerMatrix::client(1, m, n, 12, PreparationSeed::from_bytes([!seed; 32]));
-            prop_assert_eq!(low(local_masks(k, &r, &client)), naive(&r, &a, n, k));
+            // All outputs, and some of them.
+            for outputs in [0..m, m / 3..m - m / 4] {
+                let want = naive(&r, &a[outputs.start * n..outputs.end * n], n, k);
+                prop_assert_eq!(low(local_masks(k, &r, &w, outputs.clone())), want.clone());
+                // The Client's half, regenerated: the same tiles.
+                let client = OwnerMatrix::client(1, m, n, 12, PreparationSeed::from_bytes([!seed; 32]));
+                prop_assert_eq!(low(local_masks(k, &r, &client, outputs)), want);
+            }
         }
 
         #[test]
@@ -225,7 +258,7 @@ mod tests {
             let (r, a) = (words(seed, t * n), words(!seed, n));
             let w = OwnerMatrix::helper_packed(1, (1, n), 12, Packed::new(&a, k)).unwrap().into_diagonal().unwrap();
             let want = r.iter().zip(a.iter().cycle()).map(|(r, a)| r.wrapping_mul(*a) & ring::mask(k));
-            let got = local_masks(k, &r, &w);
+            let got = local_masks(k, &r, &w, 0..n);
             prop_assert!(got.iter().map(|y| y & ring::mask(k)).eq(want));
         }
     }
