@@ -73,18 +73,24 @@ fn cost(args: &str) -> std::process::Output {
 /// Without running it: the same plan, the same bytes, but for those that open a request and tell who goes on.
 #[test]
 fn a_shape_costs_what_its_benchmark_counts() {
-    let shape = "--preset deep-256 --private-layers 3 --merge-heads 2 --softmax 2relu --json";
-    let out = bench(&format!("{shape} --test pp24 --layers 1"));
-    let rows: Vec<Value> = serde_json::from_slice(&out.stdout).unwrap();
-    let out = cost(&format!("{shape} --prefill 24 --decode 1"));
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    let predicted: Value = serde_json::from_slice(&out.stdout).unwrap();
-    assert_eq!((&predicted["private_layers"], &predicted["context"]), (&3.into(), &24.into()));
-    for lane in ["online_bytes", "ahead_bytes"] {
-        let links = predicted["prefill_links"].as_object().unwrap().values();
-        let sum: u64 = links.map(|l| l[lane].as_u64().unwrap()).sum();
-        let counted = 24 * rows[0][format!("{lane}_per_token")].as_u64().unwrap();
-        assert!(sum.abs_diff(counted) < 256, "{lane}: {sum}, {counted}");
+    for (shape, reshaping) in [
+        ("--preset deep-256 --private-layers 3 --merge-heads 2 --softmax 2relu", "merge 2, 2relu"),
+        ("--preset deep-256 --private-layers 3 --lora-rank 8", "LoRA 8"),
+        ("--preset vit-b16 --private-layers 3 --lora-rank 8 --activation relu", "relu, LoRA 8"),
+    ] {
+        let out = bench(&format!("{shape} --json --test pp24 --layers 1"));
+        let rows: Vec<Value> = serde_json::from_slice(&out.stdout).unwrap();
+        assert_eq!(rows[0]["reshaping"], reshaping);
+        let out = cost(&format!("{shape} --json --prefill 24 --decode 1"));
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        let predicted: Value = serde_json::from_slice(&out.stdout).unwrap();
+        assert_eq!((&predicted["private_layers"], &predicted["context"]), (&3.into(), &24.into()));
+        for lane in ["online_bytes", "ahead_bytes"] {
+            let links = predicted["prefill_links"].as_object().unwrap().values();
+            let sum: u64 = links.map(|l| l[lane].as_u64().unwrap()).sum();
+            let counted = 24 * rows[0][format!("{lane}_per_token")].as_u64().unwrap();
+            assert!(sum.abs_diff(counted) < 256, "{shape}, {lane}: {sum}, {counted}");
+        }
     }
     for (args, what) in [
         ("--preset h768", "expected a model, one of deep-256"),
@@ -97,6 +103,8 @@ fn a_shape_costs_what_its_benchmark_counts() {
         ("--preset deep-256 --base models/quill-4m", "cannot be used with"),
         ("--merge-heads 2", "goes with --preset"),
         ("--model models/quill-4m --softmax 2relu", "goes with --preset"),
+        ("--model models/quill-4m --lora-rank 8", "goes with --preset"),
+        ("--preset deep-256 --lora-rank 0", "give 1 to 256, the width"),
     ] {
         let out = cost(&format!("{args} --prefill 24 --decode 1"));
         let said = String::from_utf8_lossy(&out.stderr).into_owned();
@@ -265,6 +273,11 @@ fn refusals() {
         ("--model models/quill-4m --private-layers few", "--private-layers few"),
         ("--model models/quill-5m", "models/quill-5m"),
         ("--model models/tiny-vit-shapes", "models/tiny-vit-shapes"),
+        ("--preset vit-b16 --test tg2", "vit-b16 is an encoder, which decodes nothing; give pp197"),
+        ("--preset vit-b16 --test pp198", "198 positions, but vit-b16 has 197"),
+        ("--preset vit-b16 --context 5", "--context with --preset vit-b16"),
+        ("--preset tinyllama-1.1b --lora-rank 257", "--lora-rank 257: give 1 to 256"),
+        ("--preset cryptpeft-h4-r8 --lora-rank 8", "--lora-rank with --preset cryptpeft-h4-r8"),
         ("--preset h768 --plot Cargo.toml/plots", "--plot Cargo.toml/plots"),
     ] {
         let out = bench(args);

@@ -51,10 +51,19 @@ fn long_prompts_go_through_attention_in_blocks() {
         softmax: Softmax::TwoRelu,
         activation: Activation::Relu,
     };
-    for config in [in_blocks(2), in_blocks(3), ModelConfig { variant: Some(relu), ..in_blocks(2) }] {
+    let gelu = Variant { softmax: Softmax::Exact, activation: Activation::Gelu, ..relu };
+    let varied = |variant| ModelConfig { variant: Some(variant), ..in_blocks(2) };
+    // The only private layer is the last one, of which a prompt has one row: it is not cut.
+    for (config, private) in [
+        (in_blocks(2), None),
+        (in_blocks(3), None),
+        (varied(relu), None),
+        (varied(gelu), None),
+        (in_blocks(2), Some(1)),
+    ] {
         let weights = Weights::random(config, 5).unwrap();
         let prompt: Vec<u32> = (0..109).map(|i| i * 7 % 301).collect();
-        let blocks = LocalOptions { block_scores: Some(1), ..LocalOptions::new(None) };
+        let blocks = LocalOptions { block_scores: Some(1), ..LocalOptions::new(private) };
         generate(weights, blocks, &prompt, 3);
     }
 }

@@ -182,10 +182,11 @@ impl Case<'_> {
         })
     }
 
-    /// Of such a prompt nobody holds the whole run-ahead.
+    /// Of such a prompt nobody holds the whole run-ahead. A model's last layer is never cut.
     fn in_blocks(&self) -> bool {
         let (config, plan) = &self.bench.whole;
-        matches!(self.test, Test::Prefill(n) if block::rows(config, plan, self.context, n) < n)
+        let cut = self.bench.facts.part == Part::Layers || plan.layers.len() > 1;
+        cut && matches!(self.test, Test::Prefill(n) if block::rows(config, plan, self.context, n) < n)
     }
 
     /// Per token, for all private layers.

@@ -36,7 +36,7 @@ pub fn source(
     let shape = Shape { preset, layers: Some(1), private_layers, reshaping, lora };
     shape.check()?;
     let weights = "random weights of a layer and the embedding";
-    let bytes = 4 * preset.config(1, positions).parameter_count();
+    let bytes = 4 * preset.config(1, positions).parameter_count() + shape.lora_bytes()?;
     measure::memory_for(weights, bytes, "ask on a machine with more, or stop other programs")?;
     let (config, plan) = shape.make(positions)?.model;
     let owner_bytes = 2 * owner_words(&config, &plan);

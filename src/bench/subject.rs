@@ -148,9 +148,10 @@ impl Shape {
         if measured == 0 || measured > private {
             return wrong("--layers", measured, private, "private layers");
         }
-        let width = self.config(1, 1)?.hidden_size;
+        let c = self.config(1, 1)?;
+        let width = c.hidden_size.min(c.layer(0).kv_size());
         match self.lora {
-            Some(rank) if rank == 0 || rank > width => wrong("--lora-rank", rank, width, "width"),
+            Some(rank) if rank == 0 || rank > width => wrong("--lora-rank", rank, width, "width of the values"),
             _ => Ok(measured),
         }
     }
@@ -168,8 +169,17 @@ impl Shape {
             encoder: preset.encoder(),
             remedy: "measure fewer layers (--layers) or shorter tests",
             part: if preset.is_model() { Part::Whole } else { Part::Layers },
-            bytes: bytes(&self.config(measured, 1)?, measured, self.private_embedding()),
+            bytes: bytes(&self.config(measured, 1)?, measured, self.private_embedding())
+                + measured as u64 * self.lora_bytes()?,
         })
+    }
+
+    /// Bytes of a layer's adapters: in f32, as integers and as the Helper's words.
+    pub(super) fn lora_bytes(&self) -> Result<u64> {
+        let Some(rank) = self.lora else { return Ok(0) };
+        let c = self.config(1, 1)?;
+        let factors = [Module::QProj, Module::VProj].map(|m| m.dim(&c, 0)).map(|(out, inputs)| out + inputs);
+        Ok(14 * (rank * factors.iter().sum::<usize>()) as u64)
     }
 
     pub(super) fn make(&self, positions: usize) -> Result<Made> {
@@ -233,7 +243,7 @@ fn bytes(c: &ModelConfig, private: usize, private_embedding: bool) -> u64 {
     let table = (c.vocab_size * c.hidden_size) as u64;
     let layers = (c.num_layers - private..c.num_layers).map(|i| c.layer_parameters(i)).sum::<u64>();
     let shared = layers + table + c.hidden_size as u64;
-    let largest = table.max((2 * c.intermediate_size * c.hidden_size) as u64);
+    let largest = table.max((c.gate_up_size() * c.hidden_size) as u64);
     4 * c.parameter_count() + 10 * shared + if private_embedding { 16 * table } else { 0 } + 12 * largest
 }
 

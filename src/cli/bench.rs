@@ -12,7 +12,9 @@ use trefoil::model::variant::Reshaping;
 use trefoil::model::{Activation, Softmax};
 use trefoil::predict::Source;
 
+/// Of a language model; of an adapter, images.
 const TESTS: &str = "pp128,tg64";
+const IMAGES: usize = 16;
 const CONTEXT: &str = "0";
 
 /// Options of `trefoil bench`.
@@ -32,9 +34,10 @@ pub struct Args {
     /// A LoRA adapter over the model, as `trefoil generate` takes it.
     #[arg(long, value_name = "DIR", conflicts_with = "preset")]
     adapter: Option<PathBuf>,
-    /// ppN: prefill of N tokens; tgN: N tokens decoded, from cold. A list. Of an adapter: imgN, N images from cold.
-    #[arg(long, default_value = TESTS, value_name = "LIST")]
-    test: String,
+    /// ppN: prefill of N tokens; tgN: N tokens decoded, from cold. A list. Of an adapter: imgN, N images from cold. Default: pp128,tg64; of
+    /// vit-b16 pp197, an image; of an adapter img16.
+    #[arg(long, value_name = "LIST")]
+    test: Option<String>,
     /// Cached positions before the decode tokens. A list: every decode test is run at each.
     #[arg(long, default_value = CONTEXT, value_name = "LIST")]
     context: String,
@@ -88,7 +91,7 @@ fn run_adapter(a: &Args, name: &str, shape: adapter::Shape) -> Result<()> {
             "{option} with --preset {name}: an adapter's shape is in its name, leave the option out"
         )));
     }
-    let images = if a.test == TESTS { 16 } else { adapter::images(&a.test)? };
+    let images = a.test.as_deref().map(adapter::images).transpose()?.unwrap_or(IMAGES);
     let row = adapter::run(name, shape, images, a.net.parse()?, &stopwatch())?;
     if !a.json {
         return super::say(&adapter::markdown(&row));
@@ -153,12 +156,11 @@ pub fn run(a: &Args) -> Result<()> {
         (None, Some(dir)) => model(a, dir)?,
         (None, None) => return Err(Error::Config("give --preset NAME or --model DIR".into())),
     };
-    // Of an encoder an image.
-    let image = match &subject {
-        Subject::Shape(s) if s.preset.encoder() && a.test == TESTS => Some(format!("pp{}", s.preset.positions())),
-        _ => None,
+    let usual = match &subject {
+        Subject::Shape(s) if s.preset.encoder() => format!("pp{}", s.preset.positions()),
+        _ => TESTS.into(),
     };
-    let tests = Test::list(image.as_ref().unwrap_or(&a.test))?;
+    let tests = Test::list(a.test.as_ref().unwrap_or(&usual))?;
     let options = Options { subject, tests, contexts: contexts(&a.context)?, net: a.net.parse()? };
     let plots = a.plot.as_deref().map(Plots::into_dir).transpose()?;
     let progress = stopwatch();

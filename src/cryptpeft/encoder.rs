@@ -3,7 +3,7 @@
 //!
 //! A LayerNorm's centring is linear. Everything that writes to the residual stream (the Client's rows, the output and the down
 //! projection) is centred beforehand, so that the stream is centred at any time and a LayerNorm is an RMSNorm of it; its shift goes through the
-//! matrix behind it into that one's bias. So a layer is one of [`Arch::Vit`](crate::model::Arch::Vit), and nothing is approximated.
+//! matrix behind it into that one's bias. So a layer is one of [`Arch::Vit`](crate::model::Arch::Vit), the same function.
 //!
 //! The head reads the CLS row, the engine's the last one: rows are given with the CLS token at the end. Positions are in the rows, and an
 //! encoder's layer treats all rows alike, so their order is nobody's business.
@@ -15,7 +15,7 @@ use super::vit::{Layer, Vit};
 use crate::error::{Error, Result};
 use crate::model::{LayerWeights, Linear, ModelConfig, Weights};
 
-/// Bias of labels that are none.
+/// Logit of labels that are none.
 const NEVER: f32 = -16.0;
 
 /// Each row less its mean.
@@ -60,7 +60,7 @@ fn layer(l: &Layer) -> LayerWeights {
 }
 
 /// The backbone with this norm and head, and the rows of some images ([`Vit::embed`]) as its vocabulary: image `i` are the ids
-/// `i n .. (i + 1) n`, its CLS token the last of them. Where there are fewer labels than rows, the others are never chosen.
+/// `i n .. (i + 1) n`, its CLS token the last of them. Where there are fewer labels than rows, the others have a logit of -16: for measurements and tests.
 ///
 /// # Errors
 /// [`Error::Shape`] for a head or rows of another width; [`Error::Model`] for a shape that the engine does not run.

@@ -102,6 +102,9 @@ impl Client {
         if max_new == 0 {
             return Err(Error::Config("nothing to generate: ask for at least one token".into()));
         }
+        if self.model.config().encoder() && max_new > 1 {
+            return Err(Error::Config("an encoder has one pass: ask for one token, its label".into()));
+        }
         let longest = self.model.plan().longest_answer(prompt.len());
         if longest == 0 {
             return Err(Error::Config(format!(

@@ -345,7 +345,7 @@ impl ModelConfig {
                 self.num_heads, self.num_kv_heads
             ));
         }
-        if !self.head_dim.is_multiple_of(2) {
+        if !self.encoder() && !self.head_dim.is_multiple_of(2) {
             return wrong(format!("head_dim is {}; it must be even, since positions rotate pairs", self.head_dim));
         }
         if !(self.rms_norm_eps > 0.0 && self.rms_norm_eps < 1.0) {

@@ -145,7 +145,7 @@ pub(super) fn quantised(c: &ModelConfig, s: &Section, l: &LayerWeights) -> Resul
     OwnerMatrix::quantise(s.id(), &s.name(), w.view(), bias.as_deref(), s.f)
 }
 
-/// The head's integers, the final norm's gain folded in, and its bias: the same at the Owner and, from a public base, at the Client.
+/// The head's integers, the final norm's gain folded in: the same at the Owner and, from a public base, at the Client. The bias is the Owner's.
 ///
 /// # Errors
 /// [`Error::Model`] for a weight that cannot be represented.

@@ -35,7 +35,7 @@ fn visible(first: usize, tokens: usize) -> usize {
 }
 
 /// Rows of each block (the last may have fewer) of a pass of `tokens` from position `first` on; all of them where they make one block. The
-/// same in all private layers, for the one with the most heads. An encoder's pass is never cut: an image has as many rows as its patches, and
+/// same in all private layers that have all rows, for the one with the most heads. An encoder's pass is never cut: an image has as many rows as its patches, and
 /// its last ones are seen by the first.
 #[must_use]
 pub fn rows(c: &ModelConfig, plan: &Plan, first: usize, tokens: usize) -> usize {

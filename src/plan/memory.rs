@@ -188,7 +188,7 @@ fn ahead_bytes(c: &ModelConfig, plan: &Plan, first: usize, tokens: usize) -> u64
             + 40
             + a.exp.map_or(24, |e| (e.steps as u64 + 1) * counter)
             + 3 * u64::from(a.prob_k + 13);
-        let linear = 2 * (q + 2 * kv + h + 2 * m + h) * 48;
+        let linear = 2 * (q + 2 * kv + h + c.gate_up_size() as u64 + h) * 48;
         let rest = 2 * h * 64 + 2 * (q + 2 * kv) * 24 + 3 * q * 64 + m * (128 + 24 + 64 + 64);
         (t * (linear + rest) + scores * per_score) / 8
     });

@@ -15,7 +15,7 @@ use crate::par::in_blocks;
 use crate::plan::FW_LEAST;
 use crate::plan::work::Counts;
 use crate::prf::{Address, Pair, PairKey, Prf};
-use crate::protocol::cached::{CausalBilinear, Scores, Span};
+use crate::protocol::cached::{CachedBilinear, Scores, Span};
 use crate::protocol::linear::{OwnerMatrix, local_masks};
 use crate::ring::{Isa, Packed, fold, gemm};
 use crate::share::Rows;

@@ -5,7 +5,7 @@
 //! - A message of a decode pass at position `p` carries `n = c + v p` elements of `k` bits in `ceil(n k / 8)` bytes: from `p` to
 //!   `p + 8` that grows by `v k` whole bytes. So the traffic of eight passes in a row grows by the same amount from each eight
 //!   to the next: two such blocks say all.
-//! - A message of a prefill of `t` tokens carries `n = a + b t + c h t (t + 1) / 2` elements, `h` the number of heads. From `t` to
+//! - A message of a prefill of `t` tokens carries `n = a + b t + c h t (t + 1) / 2` elements (of an encoder `c h t^2`), `h` the number of heads. From `t` to
 //!   `t + 8` (16 if `h` is odd) `n` grows by a multiple of 8, so its bytes are a polynomial of degree 2 along such steps: three
 //!   short prompts say all, once their range flags' counters are as wide as the long one's.
 //! - A prompt that goes through attention in blocks ([`crate::plan::block`]) carries the same elements, whole bytes of them in each block

@@ -323,3 +323,24 @@ impl Masked {
         Masked { f, ..self }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_of_tokens_that_have_any() {
+        let value =
+            |v: Vec<u64>, widths: &[usize]| Masked::new(v, Side::Value, 32, 4, Rows::ragged(widths.iter().copied()));
+        let x = value((0..8).collect(), &[0, 4, 0, 4]);
+        let part = x.columns(1..3).unwrap();
+        assert_eq!((part.raw(), part.rows()), (&[1, 2, 5, 6][..], &Rows::ragged([0, 2, 0, 2])));
+        let more = value(vec![10, 20], &[0, 1, 0, 1]);
+        assert_eq!(x.clone().add_columns(3, &more).unwrap().raw(), [0, 1, 2, 13, 4, 5, 6, 27]);
+        assert!(x.columns(3..5).is_err(), "columns that it has not");
+        assert!(value((0..7).collect(), &[3, 4]).columns(0..2).is_err(), "tokens of different widths");
+        assert!(x.clone().add_columns(4, &more).is_err());
+        assert!(x.add_columns(0, &value(vec![10, 20], &[1, 1, 0, 0])).is_err(), "of other tokens");
+        assert_eq!(value(Vec::new(), &[0, 0]).columns(0..0).unwrap().rows().tokens(), 2);
+    }
+}

@@ -6,7 +6,8 @@
 //! normalisation (2). Only positions that a token may see are ever computed: itself and those before it, or of an encoder all of the
 //! pass.
 //!
-//! Where only some rows are wanted ([`Wanted`]), the others have no queries: keys and values are computed of all, and all else of these.
+//! Where only some rows are wanted ([`Wanted`]), keys and values are computed of all, and all else of these; queries too, unless an adapter or
+//! a norm stands behind the projection that they share with the keys.
 //!
 //! An adapter on q, k or v, or on the output projection, adds 2 messages each (`projection.rs`).
 //!
@@ -199,8 +200,8 @@ impl Attention<'_> {
         let (p, w) = (self.plan, &self.parts.qkv);
         let (nq, nk) = (self.tables.shape.q_size(), self.tables.shape.kv_size());
         let last = self.wanted == Wanted::Last;
-        // Unless something between them and the rotation is applied to queries and keys side by side. Of single tokens too: holders
-        // walk them together with prompts.
+        // Unless something between them and the rotation is applied to queries and keys side by side. Whatever the passes, which not
+        // all parties see together.
         if last && w.adapters.is_none() && p.qk_norm.is_none() {
             let own = last_tokens(c.s, x);
             let mut some = |scope: &Scope, x: &Masked, outputs| {

@@ -65,7 +65,8 @@ enum Tables {
 pub enum Wanted {
     /// Those of all tokens: the next layer, or a head of all.
     Every,
-    /// Those of each pass's last token: the head. Keys and values are of all tokens, queries and all behind them of these alone.
+    /// Those of each pass's last token: the head. Keys and values are of all tokens, all behind the scores of these alone, and queries too
+    /// unless an adapter or a norm stands behind their projection.
     Last,
 }
 
@@ -262,6 +263,9 @@ impl SecureModel {
         let mut ctx = Context { s, scope: &scope, layer: &name, flags, config: &self.config };
         let x = tables.input_norm.apply(&mut ctx, "norm1", "sum of squares before attention", &h, &plan.input_norm)?;
         let first = cache.positions;
+        if self.config.encoder() && (first > 0 || ctx.s.passes().len() != 1) {
+            return Err(Error::Internal("an encoder has one pass, which is walked by itself".into()));
+        }
         let block_rows = match wanted {
             Wanted::Every => self.block_rows(ctx.s, first)?,
             // One of each pass is no block.

@@ -101,7 +101,7 @@ impl Cached {
 
 /// A bilinear map of new rows and the cached rows that each may see: token `i` of the batch, at position `first + i`,
 /// sees positions `0..=first + i`, or all of the only pass of an encoder.
-pub trait CausalBilinear: Send + Sync {
+pub trait CachedBilinear: Send + Sync {
     /// Positions that a token at `position` sees.
     fn visible(&self, position: usize) -> usize;
 
@@ -145,7 +145,7 @@ impl<'a> Span<'a> {
 }
 
 /// The map for the tokens of `x`, the last positions of `cache`, whose rows have `width` elements.
-fn apply_all(op: &dyn CausalBilinear, k: u32, x: &Span<'_>, (cache, width): (&[u64], usize)) -> Vec<u64> {
+fn apply_all(op: &dyn CachedBilinear, k: u32, x: &Span<'_>, (cache, width): (&[u64], usize)) -> Vec<u64> {
     let mut out = Vec::new();
     let asking = |i: &usize| !x.row(*i).is_empty();
     if x.len() >= TOGETHER && (0..x.len()).all(|i| asking(&i)) {
@@ -160,7 +160,7 @@ fn apply_all(op: &dyn CausalBilinear, k: u32, x: &Span<'_>, (cache, width): (&[u
 
 /// [`apply_all`] with the first rows of a store, which may have those of later passes already.
 fn with_cache(
-    op: &dyn CausalBilinear,
+    op: &dyn CachedBilinear,
     k: u32,
     x: &Span<'_>,
     cache: &Store,
@@ -181,7 +181,7 @@ pub struct Scores {
     pub all: Option<usize>,
 }
 
-impl CausalBilinear for Scores {
+impl CachedBilinear for Scores {
     fn visible(&self, position: usize) -> usize {
         self.all.unwrap_or(position + 1)
     }
@@ -221,7 +221,7 @@ pub struct Context {
     pub all: Option<usize>,
 }
 
-impl CausalBilinear for Context {
+impl CachedBilinear for Context {
     fn visible(&self, position: usize) -> usize {
         self.all.unwrap_or(position + 1)
     }
@@ -251,7 +251,7 @@ impl CausalBilinear for Context {
 
 /// A map that gives zeros and counts: online at Owner and Helper, ahead at the Client.
 struct Counted {
-    op: Arc<dyn CausalBilinear>,
+    op: Arc<dyn CachedBilinear>,
     width: usize,
     role: Role,
     /// Some tokens ask nothing: the others do not meet the cache together.
@@ -260,7 +260,7 @@ struct Counted {
     work: Arc<Work>,
 }
 
-impl CausalBilinear for Counted {
+impl CachedBilinear for Counted {
     fn visible(&self, position: usize) -> usize {
         self.op.visible(position)
     }
@@ -313,14 +313,14 @@ pub fn product_cached(
     x: &Masked,
     new: &Masked,
     cache: &mut Cached,
-    op: Arc<dyn CausalBilinear>,
+    op: Arc<dyn CachedBilinear>,
 ) -> Result<Pending<'static, Masked>> {
     let (k, first, tokens, width) = (cache.k, cache.tokens, x.rows().tokens(), cache.width);
     let rows_fit = (0..tokens).all(|t| new.rows().row(t).len() == width);
     if x.k() != k || new.k() != k || new.f() != cache.f || new.rows().tokens() != tokens || !rows_fit {
         return Err(Error::Shape { op: "product with a cache", lhs: x.facts(), rhs: new.facts() });
     }
-    let op: Arc<dyn CausalBilinear> = match s.work() {
+    let op: Arc<dyn CachedBilinear> = match s.work() {
         None => op,
         Some(work) => {
             let alone = (0..tokens).any(|t| x.rows().row(t).is_empty());

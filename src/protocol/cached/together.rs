@@ -4,7 +4,7 @@
 
 use rayon::prelude::*;
 
-use super::{CausalBilinear, Context, Scores, Span};
+use super::{CachedBilinear, Context, Scores, Span};
 use crate::ring::gemm;
 
 /// Tokens of a tile.
@@ -25,7 +25,7 @@ fn by_head<'a>(out: &'a mut [u64], lengths: &[usize], (heads, kv_heads): (usize,
 }
 
 /// Room at the end of `out` for the tokens of `x`.
-fn room<'a>(op: &impl CausalBilinear, before: usize, tokens: usize, out: &'a mut Vec<u64>) -> &'a mut [u64] {
+fn room<'a>(op: &impl CachedBilinear, before: usize, tokens: usize, out: &'a mut Vec<u64>) -> &'a mut [u64] {
     let from = out.len();
     out.resize(from + (before..before + tokens).map(|position| op.outputs(position)).sum::<usize>(), 0);
     &mut out[from..]
@@ -138,7 +138,7 @@ mod tests {
             let (heads, width, m) = (kv_heads * group, kv_heads * dim, ring::mask(k));
             let cache = words(seed, (before + tokens) * width, k);
             let masked = |v: Vec<u64>| v.into_iter().map(|v| v & m).collect::<Vec<u64>>();
-            let both = |op: &dyn CausalBilinear, rows: &Rows| {
+            let both = |op: &dyn CachedBilinear, rows: &Rows| {
                 let x = words(seed.wrapping_add(1), rows.len(), k);
                 let span = Span::new(rows, 0..tokens, &x);
                 let (mut all, mut each) = (vec![7], vec![7]);
