@@ -89,7 +89,7 @@ enum Command {
     #[cfg(not(feature = "train"))]
     #[command(disable_help_flag = true)]
     Finetune(Untrained),
-    /// Private adapters over a public vision transformer: train them, measure them, classify images.
+    /// Private adapters over a public vision transformer or language model: train them, measure them, classify with them.
     Adapter(Box<adapter::Args>),
     /// Train, score and run every technique that makes a model cheaper, and put them in one table (the paper's ablation).
     #[cfg(feature = "train")]

@@ -92,7 +92,8 @@ impl Report {
                 r.float_ms_per_token,
                 mb(r.online_bytes_per_token),
                 mb(r.ahead_bytes_per_token),
-                r.messages_per_token,
+                // Of a prefill its share of them.
+                (1e3 * r.messages_per_token).round() / 1e3,
                 mb(r.peak_memory_bytes),
             );
         }

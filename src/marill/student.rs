@@ -246,6 +246,8 @@ impl Student {
                 layers: self.layers.iter().map(of_layer).collect::<Result<_>>()?,
                 norm: vector(&self.norm)?,
                 head: self.head.as_ref().map(matrix).transpose()?,
+                // Directories have no encoders.
+                head_bias: None,
             })
         };
         make().map_err(defect)

@@ -207,8 +207,8 @@ impl Attention<'_> {
             let mut some = |scope: &Scope, x: &Masked, outputs| {
                 truncate(&owner_linear_part(c.s, scope, x, &w.base, outputs)?, w.base.f())
             };
-            let kv = some(&scope.at("kv"), x, nq..nq + 2 * nk)?;
-            let q = some(&scope.at("q"), &own, 0..nq)?;
+            let kv = some(&scope.at("qkv").at("kv"), x, nq..nq + 2 * nk)?;
+            let q = some(&scope.at("qkv").at("q"), &own, 0..nq)?;
             let v = to_ring(c.s, &scope.at("lift_v"), &kv.columns(nk..2 * nk)?, p.prob_k)?;
             return Ok((q, kv.columns(0..nk)?, v));
         }
