@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use super::adapter::{Affine, Gaussian, LayerNorm};
 use super::float::Features;
 use crate::error::{Error, Result};
+use crate::model::float::gelu;
 
 /// Colours of a pixel.
 pub const CHANNELS: usize = 3;
@@ -243,9 +244,4 @@ fn attention(config: &VitConfig, qkv: ArrayView2<'_, f32>) -> Array2<f32> {
         context.slice_mut(s![.., head * dim..(head + 1) * dim]).assign(&of_head);
     }
     context
-}
-
-/// The exact one, with the error function.
-fn gelu(x: f32) -> f32 {
-    0.5 * x * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2))
 }

@@ -368,8 +368,13 @@ fn activate(activation: Activation, x: f32) -> f32 {
         Activation::Silu => x / (1.0 + (-x).exp()),
         Activation::Relu => x.max(0.0),
         Activation::Quad => (0.125 * x + 0.25) * x + 0.5,
-        Activation::Gelu => 0.5 * x * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2)),
+        Activation::Gelu => gelu(x),
     }
+}
+
+/// The exact one, with the error function.
+pub(crate) fn gelu(x: f32) -> f32 {
+    0.5 * x * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2))
 }
 
 /// The same numbers as heads `dim` wide.

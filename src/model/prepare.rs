@@ -155,7 +155,8 @@ pub fn quantised_head(
     norm: &Array1<f32>,
     bias: Option<&Array1<f32>>,
 ) -> Result<OwnerMatrix> {
-    OwnerMatrix::quantise(s.id(), &s.name(), folded(head, norm).view(), bias.and_then(|b| b.as_slice()), s.f)
+    let bias = bias.map(|b| b.to_vec());
+    OwnerMatrix::quantise(s.id(), &s.name(), folded(head, norm).view(), bias.as_deref(), s.f)
 }
 
 /// A group of projections of a layer, its matrices from `one` in the order of their sections.

@@ -86,7 +86,7 @@ fn rotate(x: &Masked, first: usize, dim: usize, frequencies: &[f64]) -> Masked {
     let rows = x.rows().clone();
     x.map(x.f() + F_ROPE, rows.clone(), |v| {
         let mut out = vec![0u64; v.len()];
-        for t in 0..rows.tokens() {
+        for t in (0..rows.tokens()).filter(|t| !rows.row(*t).is_empty()) {
             let turn: Vec<(u64, u64)> = frequencies
                 .iter()
                 .map(|f| {
