@@ -21,20 +21,26 @@ fn gemms(c: &mut Criterion) {
         let (x, w) = (words(t * n), words(m * n));
         let w32: Vec<i32> = w.iter().map(|&v| (v >> 40) as i32).collect();
         let w16: Vec<i16> = w.iter().map(|&v| (v >> 40) as i16).collect();
+        let w8: Vec<i8> = w16.iter().map(|&v| v as i8).collect();
         let mut out = vec![0; t * m];
         for isa in Isa::available() {
             group.bench_function(BenchmarkId::new("ring", isa.name()), |b| {
                 b.iter(|| gemm::multiply(isa, black_box(&x), &w, t, m, n, &mut out));
             });
-            group.bench_function(BenchmarkId::new("ring44", isa.name()), |b| {
-                let part = |from: usize, words: &mut [u64]| words.copy_from_slice(&w[from..][..words.len()]);
-                b.iter(|| gemm::Rows::on(isa, 44, black_box(&x), n).times(m, part, &mut out));
-            });
+            for k in [44, 52] {
+                group.bench_function(BenchmarkId::new(format!("ring{k}"), isa.name()), |b| {
+                    let part = |from: usize, words: &mut [u64]| words.copy_from_slice(&w[from..][..words.len()]);
+                    b.iter(|| gemm::Rows::on(isa, k, black_box(&x), n).times(m, part, &mut out));
+                });
+            }
             group.bench_function(BenchmarkId::new("i32", isa.name()), |b| {
                 b.iter(|| gemm::multiply(isa, black_box(&x), &w32, t, m, n, &mut out));
             });
             group.bench_function(BenchmarkId::new("i16", isa.name()), |b| {
                 b.iter(|| gemm::multiply_i16(isa, 44, black_box(&x), &w16, (t, m, n), &mut out));
+            });
+            group.bench_function(BenchmarkId::new("i8", isa.name()), |b| {
+                b.iter(|| gemm::multiply_i8(isa, 44, black_box(&x), &w8, (t, m, n), &mut out));
             });
         }
         group.finish();

@@ -106,7 +106,7 @@ impl Kernel {
     fn of(isa: Isa) -> Option<Kernel> {
         #[cfg(target_arch = "x86_64")]
         match isa {
-            Isa::Avx512 | Isa::Vnni | Isa::Ifma if isa.supported() => return Some(avx512::KERNEL),
+            Isa::Avx512 | Isa::Vnni | Isa::Ifma | Isa::Amx if isa.supported() => return Some(avx512::KERNEL),
             Isa::Avx2 if isa.supported() && is_x86_feature_detected!("fma") => return Some(avx2::KERNEL),
             _ => {}
         }

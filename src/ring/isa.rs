@@ -16,13 +16,15 @@ pub enum Isa {
     Vnni,
     /// The same, with 52-bit products that add ([`Isa::Vnni`] and IFMA).
     Ifma,
+    /// The same, with tiles of bytes ([`Isa::Ifma`] and AMX INT8, which the operating system permits).
+    Amx,
 }
 
 impl Isa {
     /// All, from the plainest to the fastest.
-    pub const ALL: [Isa; 5] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Vnni, Isa::Ifma];
+    pub const ALL: [Isa; 6] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Vnni, Isa::Ifma, Isa::Amx];
 
-    /// What this process uses: `TREFOIL_ISA` (`portable`, `avx2`, `avx512`, `vnni` or `ifma`) where it is set, else the best that the
+    /// What this process uses: `TREFOIL_ISA` (`portable`, `avx2`, `avx512`, `vnni`, `ifma` or `amx`) where it is set, else the best that the
     /// processor has. Read once. A name that is unknown or that the processor lacks is reported on standard error and
     /// means `portable`: someone who forces a path is looking for a defect, and must not get a third one silently.
     #[must_use]
@@ -38,7 +40,8 @@ impl Isa {
         })
     }
 
-    /// Whether this processor (and operating system) can run it.
+    /// Whether this processor (and operating system) can run it; of those that our tests only emulate, whether their first product here was
+    /// right.
     #[must_use]
     pub fn supported(self) -> bool {
         match self {
@@ -55,9 +58,13 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Vnni => Isa::Avx512.supported() && is_x86_feature_detected!("avx512vnni"),
             #[cfg(target_arch = "x86_64")]
-            Isa::Ifma => Isa::Vnni.supported() && is_x86_feature_detected!("avx512ifma"),
+            Isa::Ifma => {
+                Isa::Vnni.supported() && is_x86_feature_detected!("avx512ifma") && super::gemm::proof::of_ifma()
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => Isa::Ifma.supported() && super::gemm::tiles_permitted() && super::gemm::proof::of_amx(),
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 | Isa::Vnni | Isa::Ifma => false,
+            Isa::Avx2 | Isa::Avx512 | Isa::Vnni | Isa::Ifma | Isa::Amx => false,
         }
     }
 
@@ -75,6 +82,7 @@ impl Isa {
             Isa::Avx512 => "avx512",
             Isa::Vnni => "vnni",
             Isa::Ifma => "ifma",
+            Isa::Amx => "amx",
         }
     }
 
@@ -93,7 +101,9 @@ impl Isa {
             Some(_) => (Isa::Portable, Some(format!("TREFOIL_ISA={asked}: this processor lacks it; using portable"))),
             None => (
                 Isa::Portable,
-                Some(format!("TREFOIL_ISA={asked} is not one of portable, avx2, avx512, vnni, ifma; using portable")),
+                Some(format!(
+                    "TREFOIL_ISA={asked} is not one of portable, avx2, avx512, vnni, ifma, amx; using portable"
+                )),
             ),
         }
     }

@@ -5,6 +5,8 @@
 //! time ([`Isa`]); property tests hold all forms equal bit for bit. Besides the memory map of
 //! checkpoints this is the only module with `unsafe` code.
 
+#[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
+mod emulated;
 mod filled;
 pub mod fixed;
 pub mod fold;

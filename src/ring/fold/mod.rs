@@ -69,7 +69,9 @@ fn folded<const ADD: bool>(isa: Isa, tables: &[&[u64]], n: usize, offset: &[u32]
         // SAFETY: `or_portable` has checked that the processor has the instructions; `check`, which holds for every run of
         // whole elements, bounds all reads.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Vnni | Isa::Ifma => unsafe { avx512::shifted::<ADD>(tables, n, offset, queries, out) },
+        Isa::Avx512 | Isa::Vnni | Isa::Ifma | Isa::Amx => unsafe {
+            avx512::shifted::<ADD>(tables, n, offset, queries, out)
+        },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::shifted::<ADD>(tables, n, offset, queries, out) },
@@ -123,7 +125,7 @@ pub fn scaled_on(isa: Isa, s: &Scaled<'_>, n: usize, offset: &[u32], factor: &[u
     match isa {
         // SAFETY: as in `folded`.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Vnni | Isa::Ifma => unsafe { avx512::scaled(s, n, offset, factor, queries, out) },
+        Isa::Avx512 | Isa::Vnni | Isa::Ifma | Isa::Amx => unsafe { avx512::scaled(s, n, offset, factor, queries, out) },
         // SAFETY: as in `folded`.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::scaled(s, n, offset, factor, queries, out) },

@@ -4,6 +4,8 @@
 //! within a tile a block of rows of `x` meets a block of rows of `w` in registers.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -14,10 +16,15 @@ mod ifma;
 #[cfg(target_arch = "x86_64")]
 mod planes;
 mod portable;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod proof;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use amx::permitted as tiles_permitted;
 
 use super::Isa;
 use rayon::prelude::*;
@@ -46,9 +53,9 @@ impl Weight for i8 {}
 
 /// A weight of at most 16 bits.
 #[cfg(target_arch = "x86_64")]
-trait Narrow: Weight + planes::Load {}
+trait Narrow: Weight + planes::Load + amx::Bytes {}
 #[cfg(target_arch = "x86_64")]
-impl<W: Weight + planes::Load> Narrow for W {}
+impl<W: Weight + planes::Load + amx::Bytes> Narrow for W {}
 #[cfg(not(target_arch = "x86_64"))]
 trait Narrow: Weight {}
 #[cfg(not(target_arch = "x86_64"))]
@@ -204,7 +211,7 @@ impl<'a> Rows<'a> {
             // SAFETY: as above.
             Some(Digits::Vnni(x)) => return unsafe { x.tile(w, stride, rows) },
             // SAFETY: `or_portable` has checked that the processor has the instructions.
-            _ if self.isa == Isa::Ifma && self.k <= ifma::WIDEST => {
+            _ if self.isa >= Isa::Ifma && self.k <= ifma::WIDEST => {
                 return unsafe { ifma::tile(self.x, w, self.n, rows) };
             }
             _ => {}
@@ -248,6 +255,15 @@ pub fn multiply_i8(isa: Isa, k: u32, x: &[u64], w: &[i8], shape: (usize, usize, 
 }
 
 fn multiply_narrow<W: Narrow>(isa: Isa, k: u32, x: &[u64], w: &[W], (t, m, n): (usize, usize, usize), c: &mut [u64]) {
+    #[cfg(target_arch = "x86_64")]
+    if isa.or_portable() >= Isa::Amx && n > 0 && t >= amx::FEWEST {
+        check(x, w, n, (t, m, n), c);
+        // SAFETY: `or_portable` has checked that the processor has the instructions, and the system's permission.
+        let digits = unsafe { amx::Digits::cut(x, n, k) };
+        // SAFETY: as above.
+        tiles(amx::GRAIN, (t, m, n), c, |s, j, rows| unsafe { digits.tile(s, &w[j * n..][..rows[0].len() * n], rows) });
+        return;
+    }
     // One row reads the weights once, whichever way: then the cut with fewer blocks does.
     #[cfg(target_arch = "x86_64")]
     if isa.or_portable() >= Isa::Vnni && n > 0 && t > 1 {
@@ -318,7 +334,7 @@ fn tile<W: Weight>(isa: Isa, x: &[u64], w: &[W], (stride, n): (usize, usize), ro
     match isa {
         // SAFETY: `or_portable` has checked that the processor has the instructions.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Vnni | Isa::Ifma => unsafe { avx512::tile(x, w, stride, n, rows) },
+        Isa::Avx512 | Isa::Vnni | Isa::Ifma | Isa::Amx => unsafe { avx512::tile(x, w, stride, n, rows) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::tile(x, w, stride, n, rows) },
@@ -341,7 +357,7 @@ pub fn weighted(isa: Isa, x: &[u64], w: &[u64], stride: usize, (t, m, n): (usize
     match isa.or_portable() {
         // SAFETY: `or_portable` has checked that the processor has the instructions.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Vnni | Isa::Ifma => unsafe { avx512::weighted(x, w, stride, n, m, c) },
+        Isa::Avx512 | Isa::Vnni | Isa::Ifma | Isa::Amx => unsafe { avx512::weighted(x, w, stride, n, m, c) },
         isa => {
             for (x, c) in x.chunks_exact(n).zip(c.chunks_exact_mut(m)) {
                 for (&s, w) in x.iter().zip(w.chunks(stride)) {

@@ -184,3 +184,108 @@ proptest! {
         prop_assert_eq!(dot(&x, &y), want[0]);
     }
 }
+
+/// What this processor lacks, instruction by instruction: see `ring/emulated.rs`.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod emulated {
+    use super::*;
+    use crate::ring::emulated::{tiles_in_use, with};
+
+    /// By what makes `c` of operands, and by definition.
+    fn agree(
+        k: u32,
+        (t, m, n): (usize, usize, usize),
+        x: &[u64],
+        extended: &[u64],
+        run: impl FnOnce(&mut [&mut [u64]]),
+    ) {
+        let c = words(7, t * m);
+        let (mut want, mut got) = (c.clone(), c);
+        naive(x, extended, t, m, n, &mut want);
+        with(|| run(&mut got.chunks_mut(m).collect::<Vec<_>>()));
+        let same = want.iter().zip(&got).all(|(a, b)| (a ^ b) & mask(k) == 0);
+        assert!(same, "{t} x {m} x {n} modulo 2^{k}");
+        assert!(!tiles_in_use(), "the tile registers are released");
+    }
+
+    fn by_weights<W: amx::Bytes>(k: u32, shape: (usize, usize, usize), x: &[u64], w: &[W], extended: &[u64]) {
+        // SAFETY: what the processor lacks is emulated.
+        agree(k, shape, x, extended, |rows| unsafe { amx::Digits::cut(x, shape.2, k).tile(0, w, rows) });
+    }
+
+    #[test]
+    fn tiles_of_bytes() {
+        if !Isa::Avx512.supported() {
+            return;
+        }
+        for (t, m, n) in [(1, 1, 1), (16, 16, 64), (17, 15, 63), (3, 33, 65), (35, 18, 200)] {
+            let (x, w) = (words(1, t * n), words(2, m * n));
+            let (w8, w16): (Vec<i8>, Vec<i16>) = w.iter().map(|&v| ((v >> 21) as i8, (v >> 32) as i16)).unzip();
+            let (as_8, as_16): (Vec<u64>, Vec<u64>) = w8.iter().zip(&w16).map(|(a, b)| (*a as u64, *b as u64)).unzip();
+            for k in [1, 8, 9, 16, 24, 32, 40, 44, 48, 49, 56, 57, 64] {
+                by_weights(k, (t, m, n), &x, &w8, &as_8);
+                by_weights(k, (t, m, n), &x, &w16, &as_16);
+            }
+        }
+    }
+
+    /// The largest sums of either sign, of more columns than 32 bits take.
+    #[test]
+    fn tiles_of_extreme_bytes() {
+        if !Isa::Avx512.supported() {
+            return;
+        }
+        for n in [1 << 16, (1 << 16) + 70] {
+            let x = vec![u64::MAX; n];
+            for w in [i16::MIN, i16::MAX, -1] {
+                by_weights(24, (1, 1, n), &x, &vec![w; n], &vec![w as u64; n]);
+                let w = (w >> 8) as i8;
+                by_weights(24, (1, 1, n), &x, &vec![w; n], &vec![w as u64; n]);
+            }
+        }
+    }
+
+    /// Before a processor that has them uses them.
+    #[test]
+    fn kernels_prove_themselves() {
+        if Isa::Avx512.supported() {
+            // SAFETY: what the processor lacks is emulated.
+            assert!(with(|| unsafe { proof::by_ifma() && proof::by_amx() }));
+        }
+    }
+
+    /// Tiles begin where threads cut them.
+    #[test]
+    fn a_tile_of_the_output() {
+        if !Isa::Avx512.supported() {
+            return;
+        }
+        let (t, m, n, first) = (70, 5, 90, 64);
+        let (x, w) = (words(3, t * n), words(4, m * n));
+        let w8: Vec<i8> = w.iter().map(|&v| v as i8).collect();
+        let extended: Vec<u64> = w8.iter().map(|&v| v as u64).collect();
+        // SAFETY: what the processor lacks is emulated.
+        agree(44, (t - first, m, n), &x[first * n..], &extended, |rows| unsafe {
+            amx::Digits::cut(&x, n, 44).tile(first, &w8, rows);
+        });
+    }
+
+    #[test]
+    fn products_of_52_bits() {
+        if !Isa::Avx512.supported() {
+            return;
+        }
+        for t in [1, 3, 4, 9] {
+            for m in [1, 4, 7] {
+                for n in [1, 8, 13, 600] {
+                    let (x, w) = (words(5, t * n), words(6, m * n));
+                    // SAFETY: what the processor lacks is emulated.
+                    agree(52, (t, m, n), &x, &w, |rows| unsafe { ifma::tile(&x, &w, n, rows) });
+                }
+            }
+        }
+        let (x, w) = (vec![mask(52); 4096], vec![u64::MAX; 4096]);
+        // SAFETY: as above.
+        agree(52, (1, 1, 4096), &x, &w, |rows| unsafe { ifma::tile(&x, &w, 4096, rows) });
+    }
+}
