@@ -9,7 +9,9 @@ use std::time::Duration;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ndarray::Array2;
 use trefoil::Result;
+use trefoil::net::shape::Profile;
 use trefoil::party::Role;
+use trefoil::plan::Radices;
 use trefoil::prf::PreparationSeed;
 use trefoil::protocol::argmax::argmax;
 use trefoil::protocol::compare::is_negative;
@@ -112,10 +114,13 @@ fn linear(c: &mut Criterion) {
 }
 
 fn tournament(c: &mut Criterion) {
-    for (n, radix) in [(2048, 4), (2048, 8), (32_000, 4), (32_000, 8)] {
-        operation(c, &format!("argmax_{n}_radix_{radix}"), n, (1, n, 19), |s, x| {
-            argmax(s, &Scope::new("head"), &x, radix, &mut |_| Ok(()))
-        });
+    for n in [2048, 32_000] {
+        let fastest = |net| Radices::fastest(n, 19, net);
+        for radices in [Radices::same(4), Radices::same(8), fastest(Some(Profile::NONE)), fastest(Some(Profile::WAN))] {
+            operation(c, &format!("argmax_{n}_radix_{radices}"), n, (1, n, 19), |s, x| {
+                argmax(s, &Scope::new("head"), &x, radices.each(), &mut |_| Ok(()))
+            });
+        }
     }
 }
 

@@ -15,6 +15,8 @@ mod bench;
 mod calibrate;
 #[path = "cli/certs.rs"]
 mod certs;
+#[path = "cli/changes.rs"]
+mod changes;
 #[path = "cli/chat.rs"]
 mod chat;
 #[path = "cli/cost.rs"]

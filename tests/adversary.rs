@@ -107,7 +107,7 @@ impl Program {
         let lengths = vec![WIDTH; n];
         let shift = reference(s, &at(s, "thermometer"), &looked[0], &lengths, 3, &thermometer, 24)?;
         let sign = is_negative(s, &at(s, "compare"), &looked[0].narrow(20)?, 7)?.finish(s)?;
-        let best = argmax(s, &at(s, "argmax"), &looked[0].narrow(15)?, 4, &mut |_| Ok(()))?;
+        let best = argmax(s, &at(s, "argmax"), &looked[0].narrow(15)?, &[4], &mut |_| Ok(()))?;
         let mut flags = RangeFlags::new(1000);
         let g = guard(s, &at(s, "guard"), &lifted, 27, true, flags.count_bits())?;
         flags.guard("1", "x", g);

@@ -77,6 +77,8 @@ fn a_shape_costs_what_its_benchmark_counts() {
         ("--preset deep-256 --private-layers 3 --merge-heads 2 --softmax 2relu", "merge 2, 2relu"),
         ("--preset deep-256 --private-layers 3 --lora-rank 8", "LoRA 8"),
         ("--preset vit-b16 --private-layers 3 --lora-rank 8 --activation relu", "relu, LoRA 8"),
+        ("--preset vit-b16 --private-layers 3 --adaptformer-rank 8", "AdaptFormer 8"),
+        ("--preset deep-256 --private-layers 3 --net wan", "none"),
     ] {
         let out = bench(&format!("{shape} --json --test pp24 --layers 1"));
         let rows: Vec<Value> = serde_json::from_slice(&out.stdout).unwrap();
@@ -105,6 +107,9 @@ fn a_shape_costs_what_its_benchmark_counts() {
         ("--model models/quill-4m --softmax 2relu", "goes with --preset"),
         ("--model models/quill-4m --lora-rank 8", "goes with --preset"),
         ("--preset deep-256 --lora-rank 0", "give 1 to 256, the width"),
+        ("--preset deep-256 --adaptformer-rank 8", "only an encoder (vit-b16) has a bottleneck"),
+        ("--preset vit-b16 --adaptformer-rank 8 --lora-rank 8", "cannot be used with"),
+        ("--model models/quill-4m --adaptformer-rank 8", "goes with --preset"),
     ] {
         let out = cost(&format!("{args} --prefill 24 --decode 1"));
         let said = String::from_utf8_lossy(&out.stderr).into_owned();
@@ -277,6 +282,9 @@ fn refusals() {
         ("--preset vit-b16 --test pp198", "198 positions, but vit-b16 has 197"),
         ("--preset vit-b16 --context 5", "--context with --preset vit-b16"),
         ("--preset tinyllama-1.1b --lora-rank 257", "--lora-rank 257: give 1 to 256"),
+        ("--preset vit-b16 --adaptformer-rank 0", "--adaptformer-rank 0: give 1 to 768"),
+        ("--preset vit-b16 --adaptformer-rank 18446744073709551615", "give 1 to 768"),
+        ("--preset cryptpeft-h4-r8 --adaptformer-rank 8", "--adaptformer-rank with --preset cryptpeft-h4-r8"),
         ("--preset cryptpeft-h4-r8 --lora-rank 8", "--lora-rank with --preset cryptpeft-h4-r8"),
         ("--preset h768 --plot Cargo.toml/plots", "--plot Cargo.toml/plots"),
     ] {

@@ -8,7 +8,8 @@ use trefoil::Role;
 use trefoil::bench::{Harness, Measured, Pace, Part, Preset, count};
 use trefoil::model::{Arch, ModelConfig, Weights};
 use trefoil::net::FRAME_HEADER;
-use trefoil::plan::Module;
+use trefoil::net::shape::Profile;
+use trefoil::plan::{Module, Radices};
 use trefoil::world::Setup;
 
 /// One layer of a preset.
@@ -221,5 +222,8 @@ fn the_counted_cost_is_the_metered_one() {
 /// Choosing a token of 32,000: a lift and five levels.
 #[test]
 fn argmax_of_32000() {
-    assert!(trefoil::protocol::argmax::cost(32_000, 23, 8).depth <= 48);
+    for net in [None, Some(Profile::NONE), Some(Profile::WAN)] {
+        let radices = Radices::fastest(32_000, 23, net);
+        assert!(trefoil::protocol::argmax::cost(32_000, 23, radices.each()).depth <= 48);
+    }
 }

@@ -66,7 +66,7 @@ pub fn random_weights(config: ModelConfig) -> Result<Weights> {
 ///
 /// # Errors
 /// [`Error::Model`] for weights that no plan fits.
-pub(super) fn planned(weights: &Weights, private_embedding: bool) -> Result<Plan> {
+pub(super) fn planned(weights: &Weights, private_embedding: bool, net: Profile) -> Result<Plan> {
     let config = &weights.config;
     let ranges = calibrate::ranges(weights, 0, &calibrate::inputs(config, config.max_positions, None));
     let fractions = match weights.first_adapted().is_some() {
@@ -74,7 +74,7 @@ pub(super) fn planned(weights: &Weights, private_embedding: bool) -> Result<Plan
         false => Fractions::least(config.num_layers),
     };
     let bounds = calibrate::bounds(weights, 0, &fractions)?;
-    plan(config, 0, private_embedding, &bounds, &ranges)
+    Ok(plan(config, 0, private_embedding, &bounds, &ranges)?.on_network(config, Some(net)))
 }
 
 /// A model, prepared for all three parties.
@@ -134,7 +134,7 @@ impl Harness {
     /// # Errors
     /// [`Error::Model`] for weights that no plan fits.
     pub fn prepare(weights: &Weights, private_embedding: bool, setup: Setup) -> Result<Harness> {
-        let plan = planned(weights, private_embedding)?;
+        let plan = planned(weights, private_embedding, setup.profile)?;
         Harness::with(weights, plan, &calibrate::stress(&weights.config, ROWS), setup)
     }
 

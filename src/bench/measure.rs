@@ -50,7 +50,7 @@ pub fn run(options: &Options, progress: &dyn Fn(&str)) -> Result<Report> {
     memory_for("weights and their shares", facts.bytes, facts.remedy)?;
     let run_ahead = run_ahead_room(machine::available().map(|free| free.saturating_sub(facts.bytes)));
     progress(&format!("{}: {}, calibration, plan", facts.name, facts.origin));
-    let Made { weights, plan, tokens, reshaping, whole, model } = options.subject.make(positions)?;
+    let Made { weights, plan, tokens, reshaping, whole, model } = options.subject.make(positions, options.net)?;
     progress("machine's peak and float model");
     let peak = Peak::measure();
     let plaintext: Vec<Plaintext> =

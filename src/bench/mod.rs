@@ -26,4 +26,4 @@ pub use plot::Plots;
 pub use presets::{PRESETS, Preset};
 pub use report::{Report, Row};
 pub use shape::source;
-pub use subject::{Model, Shape, Subject};
+pub use subject::{Changes, Model, Shape, Subject};

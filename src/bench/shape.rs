@@ -1,15 +1,15 @@
 //! What a published shape will cost: its plan without its weights.
 
-use super::subject::Shape;
+use super::subject::{Changes, Shape};
 use super::{PRESETS, Preset, measure};
 use crate::error::{Error, Result};
 use crate::model::preparation::parse_private_layers;
-use crate::model::variant::Reshaping;
+use crate::net::shape::Profile;
 use crate::plan::memory::owner_words;
 use crate::predict::Source;
 
 /// The shape of the model that is called `name` for `positions` positions as `trefoil cost` takes it, `private_layers` of it private (as
-/// [`parse_private_layers`] reads them) and those reshaped, or with adapters of a rank. One layer with random weights is calibrated and planned, and
+/// [`parse_private_layers`] reads them) and those changed, on a network. One layer with random weights is calibrated and planned, and
 /// all private ones are taken to be like it, as in a benchmark: the bytes are a benchmark's of that many positions.
 ///
 /// # Errors
@@ -17,8 +17,8 @@ use crate::predict::Source;
 pub fn source(
     name: &str,
     private_layers: Option<&str>,
-    (reshaping, lora): (Reshaping, Option<usize>),
-    positions: usize,
+    changes: Changes,
+    (positions, net): (usize, Profile),
 ) -> Result<Source> {
     let mut models = PRESETS.iter().filter(|p| p.is_model());
     let preset: &'static Preset = models.clone().find(|p| p.name == name).ok_or_else(|| {
@@ -33,12 +33,12 @@ pub fn source(
         return Err(Error::Config(format!("the request takes {positions} positions, but {} has {most}", preset.name)));
     }
     let private_layers = parse_private_layers(private_layers, &preset.config(preset.layers(), positions))?;
-    let shape = Shape { preset, layers: Some(1), private_layers, reshaping, lora };
+    let shape = Shape { preset, layers: Some(1), private_layers, changes };
     shape.check()?;
     let weights = "random weights of a layer and the embedding";
     let bytes = 4 * preset.config(1, positions).parameter_count() + shape.lora_bytes()?;
     measure::memory_for(weights, bytes, "ask on a machine with more, or stop other programs")?;
-    let (config, plan) = shape.make(positions)?.model;
+    let (config, plan) = shape.make(positions, net)?.model;
     let owner_bytes = 2 * owner_words(&config, &plan);
     Ok(Source { config, plan, owner_bytes })
 }

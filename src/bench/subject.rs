@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::model::preparation::{Loaded, Options, split_layers};
 use crate::model::variant::Reshaping;
 use crate::model::{ModelConfig, Variant, Weights, calibrate};
+use crate::net::shape::Profile;
 use crate::plan::{Module, Plan};
 
 /// What is measured.
@@ -28,10 +29,19 @@ pub struct Shape {
     pub layers: Option<usize>,
     /// Private layers of the model, from the top; `None` for all and the embedding.
     pub private_layers: Option<usize>,
-    /// What is done to the private layers.
+    /// What is changed of those.
+    pub changes: Changes,
+}
+
+/// What is changed of a shape's private layers; nothing by default.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Changes {
+    /// Their heads, softmax and activation.
     pub reshaping: Reshaping,
     /// Rank of adapters on their queries and values (LoRA); all else of the model is public then.
     pub lora: Option<usize>,
+    /// Rank of a bottleneck with ReLU beside each one's MLP (AdaptFormer), of an encoder.
+    pub bottleneck: Option<usize>,
 }
 
 /// A model in a directory with its own weights: calibrated and planned as for a preparation.
@@ -97,14 +107,14 @@ impl Subject {
         }
     }
 
-    /// Weights and plan, of a shape for `positions` positions.
+    /// Weights and plan, of a shape for `positions` positions, for a network.
     ///
     /// # Errors
     /// As [`Weights::random`] and [`Loaded::open`]; [`Error::Model`] for weights that no plan fits.
-    pub(super) fn make(&self, positions: usize) -> Result<Made> {
+    pub(super) fn make(&self, positions: usize, net: Profile) -> Result<Made> {
         match self {
-            Subject::Shape(s) => s.make(positions),
-            Subject::Model(m) => m.make(),
+            Subject::Shape(s) => s.make(positions, net),
+            Subject::Model(m) => m.make(net),
         }
     }
 }
@@ -117,19 +127,27 @@ impl Shape {
     /// With `layers` layers, all of them private, for `positions` positions.
     fn config(&self, layers: usize, positions: usize) -> Result<ModelConfig> {
         let plain = self.preset.config(layers, positions);
-        Ok(ModelConfig { variant: self.reshaping.of(plain.layer(0), 0)?, ..plain })
+        Ok(self.wider(ModelConfig { variant: self.changes.reshaping.of(plain.layer(0), 0)?, ..plain }))
+    }
+
+    /// With the bottleneck's neurons.
+    fn wider(&self, c: ModelConfig) -> ModelConfig {
+        let bottleneck = self.changes.bottleneck.unwrap_or(0);
+        ModelConfig { intermediate_size: c.intermediate_size.saturating_add(bottleneck), bottleneck, ..c }
     }
 
     /// What was done to the private layers.
     fn reshaped(&self) -> String {
-        let lora = self.lora.map(|rank| format!("LoRA {rank}"));
-        let reshaping = (self.reshaping != Reshaping::default() || lora.is_none()).then(|| self.reshaping.to_string());
-        reshaping.into_iter().chain(lora).collect::<Vec<_>>().join(", ")
+        let Changes { reshaping, lora, bottleneck } = self.changes;
+        let added = [lora.map(|rank| format!("LoRA {rank}")), bottleneck.map(|rank| format!("AdaptFormer {rank}"))];
+        let added: Vec<String> = added.into_iter().flatten().collect();
+        let reshaping = (reshaping != Reshaping::default() || added.is_empty()).then(|| reshaping.to_string());
+        reshaping.into_iter().chain(added).collect::<Vec<_>>().join(", ")
     }
 
     fn private_embedding(&self) -> bool {
         // What makes an image's patches hidden states is public, as a backbone's is.
-        self.preset.is_model() && !self.preset.encoder() && self.private_layers.is_none() && self.lora.is_none()
+        self.preset.is_model() && !self.preset.encoder() && self.private_layers.is_none() && self.changes.lora.is_none()
     }
 
     /// Whether the preset has as many layers as are asked for; those that are run.
@@ -149,9 +167,21 @@ impl Shape {
             return wrong("--layers", measured, private, "private layers");
         }
         let c = self.config(1, 1)?;
-        let width = c.hidden_size.min(c.layer(0).kv_size());
-        match self.lora {
-            Some(rank) if rank == 0 || rank > width => wrong("--lora-rank", rank, width, "width of the values"),
+        let narrower = c.hidden_size.min(c.layer(0).kv_size());
+        match self.changes {
+            Changes { bottleneck: Some(_), .. } if !preset.encoder() => Err(Error::Config(format!(
+                "--adaptformer-rank with --preset {}: only an encoder (vit-b16) has a bottleneck beside its MLP",
+                preset.name
+            ))),
+            Changes { bottleneck: Some(rank), .. } if rank == 0 || rank > c.hidden_size => {
+                wrong("--adaptformer-rank", rank, c.hidden_size, "width")
+            }
+            Changes { lora: Some(_), bottleneck: Some(_), .. } => {
+                Err(Error::Config("--lora-rank with --adaptformer-rank: give one of them".into()))
+            }
+            Changes { lora: Some(rank), .. } if rank == 0 || rank > narrower => {
+                wrong("--lora-rank", rank, narrower, "width of the values")
+            }
             _ => Ok(measured),
         }
     }
@@ -176,25 +206,25 @@ impl Shape {
 
     /// Bytes of a layer's adapters: in f32, as integers and as the Helper's words.
     pub(super) fn lora_bytes(&self) -> Result<u64> {
-        let Some(rank) = self.lora else { return Ok(0) };
+        let Some(rank) = self.changes.lora else { return Ok(0) };
         let c = self.config(1, 1)?;
         let factors = [Module::QProj, Module::VProj].map(|m| m.dim(&c, 0)).map(|(out, inputs)| out + inputs);
         Ok(14 * (rank * factors.iter().sum::<usize>()) as u64)
     }
 
-    pub(super) fn make(&self, positions: usize) -> Result<Made> {
+    pub(super) fn make(&self, positions: usize, net: Profile) -> Result<Made> {
         let (private, layers) = (self.private(), self.preset.layers());
         let mut weights = random_weights(self.config(self.layers.unwrap_or(private), positions)?)?;
-        if let Some(rank) = self.lora {
+        if let Some(rank) = self.changes.lora {
             weights.adapt(&[Module::QProj, Module::VProj], rank, 8);
         }
-        let plan = planned(&weights, self.private_embedding())?;
+        let plan = planned(&weights, self.private_embedding(), net)?;
         let mut all = plan.clone();
         all.layers = plan.layers.iter().cycle().take(private).cloned().collect();
         let whole = (self.config(private, positions)?, all.clone());
         all.first_private = layers - private;
         let variant = whole.0.variant.map(|v| Variant { from_layer: all.first_private, ..v });
-        let model = (ModelConfig { variant, ..self.preset.config(layers, positions) }, all);
+        let model = (self.wider(ModelConfig { variant, ..self.preset.config(layers, positions) }), all);
         let tokens = calibrate::stress(&weights.config, ROWS);
         Ok(Made { weights, plan, tokens, reshaping: self.reshaped(), whole, model })
     }
@@ -226,8 +256,8 @@ impl Model {
         })
     }
 
-    fn make(&self) -> Result<Made> {
-        let loaded = Loaded::open(&self.dir, &self.options)?;
+    fn make(&self, net: Profile) -> Result<Made> {
+        let loaded = Loaded::open(&self.dir, &Options { net: Some(net), ..self.options.clone() })?;
         let plan = loaded.plan()?;
         let Loaded { weights, text, .. } = loaded;
         let tokens = text.filter(|t| !t.is_empty()).unwrap_or_else(|| calibrate::stress(&weights.config, ROWS));

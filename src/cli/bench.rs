@@ -8,8 +8,6 @@ use trefoil::bench::{
 };
 use trefoil::error::{Error, Result};
 use trefoil::model::preparation::{self, parse_private_layers};
-use trefoil::model::variant::Reshaping;
-use trefoil::model::{Activation, Softmax};
 use trefoil::predict::Source;
 
 /// Of a language model; of an adapter, images.
@@ -52,18 +50,8 @@ pub struct Args {
     /// model what its trefoil.json says, else half.
     #[arg(long, value_name = "N|all", allow_negative_numbers = true)]
     private_layers: Option<String>,
-    /// Of a preset: heads that become one in the private layers, for less softmax.
-    #[arg(long, value_name = "M")]
-    merge_heads: Option<usize>,
-    /// Of a preset: how attention weighs, exact or 2relu.
-    #[arg(long, value_name = "KIND")]
-    softmax: Option<Softmax>,
-    /// Of a preset: the MLP's activation, silu, relu, quad or gelu. Default: the preset's own: silu, of vit-b16 gelu.
-    #[arg(long, value_name = "NAME")]
-    activation: Option<Activation>,
-    /// Of a preset: adapters of this rank on queries and values of the private layers (LoRA, unmerged). All else is public then.
-    #[arg(long, value_name = "R")]
-    lora_rank: Option<usize>,
+    #[command(flatten)]
+    changes: super::changes::Args,
     /// Network: none, lan (0.1 ms, 16 Gbit/s), wan (20 ms, 0.4 Gbit/s), or RTT_MS,GBPS. Round-trip figures.
     #[arg(long, default_value = "none")]
     net: String,
@@ -79,14 +67,11 @@ fn run_adapter(a: &Args, name: &str, shape: adapter::Shape) -> Result<()> {
     let given = [
         ("--layers", a.layers.is_some()),
         ("--private-layers", a.private_layers.is_some()),
-        ("--merge-heads", a.merge_heads.is_some()),
-        ("--softmax", a.softmax.is_some()),
-        ("--activation", a.activation.is_some()),
-        ("--lora-rank", a.lora_rank.is_some()),
         ("--context", a.context != CONTEXT),
         ("--plot", a.plot.is_some()),
     ];
-    if let Some((option, _)) = given.iter().find(|(_, given)| *given) {
+    let given = given.iter().find(|(_, given)| *given).map(|(option, _)| *option);
+    if let Some(option) = given.or(a.changes.given()) {
         return Err(Error::Config(format!(
             "{option} with --preset {name}: an adapter's shape is in its name, leave the option out"
         )));
@@ -112,22 +97,12 @@ fn shape(a: &Args, name: &str) -> Result<Subject> {
         preset,
         layers: a.layers,
         private_layers: parse_private_layers(Some(private_layers), &preset.config(preset.layers(), 1))?,
-        reshaping: Reshaping {
-            merged: a.merge_heads.unwrap_or(1),
-            softmax: a.softmax.unwrap_or_default(),
-            activation: a.activation,
-        },
-        lora: a.lora_rank,
+        changes: a.changes.changes(),
     }))
 }
 
 fn model(a: &Args, dir: &Path) -> Result<Subject> {
-    super::private::only_of_presets([
-        ("--merge-heads", a.merge_heads.is_some()),
-        ("--softmax", a.softmax.is_some()),
-        ("--activation", a.activation.is_some()),
-        ("--lora-rank", a.lora_rank.is_some()),
-    ])?;
+    a.changes.refuse_beside_model()?;
     if Source::is_preparation(dir) {
         return Err(Error::Config(format!(
             "--model {}: a preparation has no weights to measure with, only shares of them; give the checkpoint that it was made of, or ask \

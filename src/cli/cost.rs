@@ -6,8 +6,6 @@ use super::private::Chosen;
 use trefoil::bench;
 use trefoil::error::{Error, Result};
 use trefoil::model::preparation::Options;
-use trefoil::model::variant::Reshaping;
-use trefoil::model::{Activation, Softmax};
 use trefoil::net::shape::Profile;
 use trefoil::predict::{NamedLinks, Phase, Prediction, Rates, Source, predict};
 
@@ -24,18 +22,8 @@ pub struct Args {
     /// taken to be like it. No weights are downloaded or kept.
     #[arg(long, value_name = "NAME", conflicts_with_all = ["model", "base", "adapter"])]
     preset: Option<String>,
-    /// Of a preset: heads that become one in the private layers.
-    #[arg(long, value_name = "M")]
-    merge_heads: Option<usize>,
-    /// Of a preset: how attention weighs, exact or 2relu.
-    #[arg(long, value_name = "KIND")]
-    softmax: Option<Softmax>,
-    /// Of a preset: the MLP's activation, silu, relu, quad or gelu.
-    #[arg(long, value_name = "NAME")]
-    activation: Option<Activation>,
-    /// Of a preset: adapters of this rank on queries and values of the private layers (LoRA, unmerged). All else is public then.
-    #[arg(long, value_name = "R")]
-    lora_rank: Option<usize>,
+    #[command(flatten)]
+    changes: super::changes::Args,
     #[command(flatten)]
     private: super::private::Args,
     /// Positions to plan for. Default: the model's own, as for `trefoil generate`; of a preset those of the request.
@@ -73,7 +61,7 @@ pub fn run(a: &Args) -> Result<()> {
             return Err(Error::Config(format!("{name} 0: give at least one token")));
         }
     }
-    let p = predict(&source(a)?, a.prefill, a.decode, net, Rates::measure()?)?;
+    let p = predict(&source(a, net)?, a.prefill, a.decode, net, Rates::measure()?)?;
     if a.json {
         let json = serde_json::to_string_pretty(&p).map_err(|e| Error::Internal(format!("writing JSON: {e}")))?;
         super::say(&format!("{json}\n"))
@@ -82,23 +70,13 @@ pub fn run(a: &Args) -> Result<()> {
     }
 }
 
-fn source(a: &Args) -> Result<Source> {
+fn source(a: &Args, net: Profile) -> Result<Source> {
     if let Some(name) = &a.preset {
-        let reshaping = Reshaping {
-            merged: a.merge_heads.unwrap_or(1),
-            softmax: a.softmax.unwrap_or_default(),
-            activation: a.activation,
-        };
         let positions = a.context.unwrap_or(a.positions());
         within(a, positions)?;
-        return bench::source(name, a.private.private_layers.as_deref(), (reshaping, a.lora_rank), positions);
+        return bench::source(name, a.private.private_layers.as_deref(), a.changes.changes(), (positions, net));
     }
-    super::private::only_of_presets([
-        ("--merge-heads", a.merge_heads.is_some()),
-        ("--softmax", a.softmax.is_some()),
-        ("--activation", a.activation.is_some()),
-        ("--lora-rank", a.lora_rank.is_some()),
-    ])?;
+    a.changes.refuse_beside_model()?;
     if Source::is_preparation(&a.model) {
         let chosen = [
             ("--base", a.base.is_some()),
@@ -117,7 +95,8 @@ fn source(a: &Args) -> Result<Source> {
     let Chosen { model, adapter, config, private_layers } = a.private.chosen(&a.model)?;
     within(a, a.context.unwrap_or(usize::MAX).min(config.max_positions))?;
     let base = a.base.clone();
-    let options = Options { private_layers, max_positions: a.context, base, adapter, ..Options::default() };
+    let net = Some(net);
+    let options = Options { private_layers, max_positions: a.context, base, adapter, net, ..Options::default() };
     Source::checkpoint(&model, &options)
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use trefoil::error::{Error, Result};
+use trefoil::error::Result;
 use trefoil::model::preparation::private_layers;
 use trefoil::model::{Adapter, ModelConfig};
 
@@ -41,18 +41,5 @@ impl Args {
         let config = ModelConfig::open(&model)?;
         let private_layers = private_layers(self.private_layers.as_deref(), &config, (&model, adapter.as_deref()))?;
         Ok(Chosen { model, adapter, config, private_layers })
-    }
-}
-
-/// Refuses the options that reshape a preset, beside a model; whether each is given.
-///
-/// # Errors
-/// [`Error::Config`] naming the first.
-pub fn only_of_presets(given: [(&str, bool); 4]) -> Result<()> {
-    match given.iter().find(|(_, given)| *given) {
-        None => Ok(()),
-        Some((name, _)) => Err(Error::Config(format!(
-            "{name} goes with --preset: what was done to a model stands in its trefoil.json, and its adapter is given by --adapter"
-        ))),
     }
 }

@@ -213,14 +213,19 @@ impl Vit {
 }
 
 impl Layer {
-    fn apply(&self, config: &VitConfig, h: Array2<f32>) -> Array2<f32> {
-        let (x, _) = self.ln_1.apply(h.view(), config.eps);
-        let qkv = self.qkv.apply(x.view());
-        let h = self.out.apply(attention(config, qkv.view()).view()) + h;
+    pub(super) fn apply(&self, config: &VitConfig, h: Array2<f32>) -> Array2<f32> {
+        let h = self.attend(config, h);
         let (x, _) = self.ln_2.apply(h.view(), config.eps);
         let mut y = self.mlp_1.apply(x.view());
         y.par_mapv_inplace(gelu);
         self.mlp_2.apply(y.view()) + h
+    }
+
+    /// The first half: what the MLP's norm reads.
+    pub(super) fn attend(&self, config: &VitConfig, h: Array2<f32>) -> Array2<f32> {
+        let (x, _) = self.ln_1.apply(h.view(), config.eps);
+        let qkv = self.qkv.apply(x.view());
+        self.out.apply(attention(config, qkv.view()).view()) + h
     }
 }
 

@@ -78,6 +78,7 @@ impl LocalOptions {
             base: self.base.clone(),
             adapter: self.adapter.clone(),
             calibration_text: self.calibration_text.clone(),
+            net: Some(self.setup.profile),
             progress: self.progress.clone(),
         }
     }

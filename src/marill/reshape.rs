@@ -164,7 +164,7 @@ impl Reshape {
             activation: self.activation.unwrap_or(c.activation),
         };
         // Fewer layers of the same kind are described by config.json alone.
-        weights.config.variant = (variant.shape() != c.layer(first)).then_some(variant);
+        weights.config.variant = (variant.shape(c.bottleneck) != c.layer(first)).then_some(variant);
         weights.config.check()?;
         Ok(Reshaped { weights, origin, groups })
     }

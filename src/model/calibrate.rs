@@ -138,7 +138,7 @@ fn layer_bounds(c: &ModelConfig, index: usize, l: &LayerWeights, f: LayerFractio
     let (gate, up) = (largest(&l.gate, radius), if gated { largest(&l.up, radius) } else { 1.0 });
     // |f(g)| <= reach(g), which is |g| for all activations but a parabola, where it is at most slope |g| + least; so a change is
     // at most sum_i |w_i f(g_i) u_i|: by elements, or by norms.
-    let reach = |g: f64| reach(shape.activation, g);
+    let reach = |g: f64| reach(shape, g);
     let (least, slope) = (reach(0.0), (reach(gate) - reach(0.0)) / gate);
     let (gr, ur) = (row_norm(l.gate.w.view()), row_norm(l.up.w.view()));
     let g_at = |i: usize| gr[i] * radius + bias_at(&l.gate, i) + ULP;

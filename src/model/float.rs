@@ -182,8 +182,10 @@ pub fn layer(
     let gate = linear(&w.gate, &x);
     let mut up = if config.encoder() { Array2::ones(gate.dim()) } else { linear(&w.up, &x) };
     observer.gate(index, gate.view(), up.view());
-    let activation = config.layer(index).activation;
-    Zip::from(&mut up).and(&gate).for_each(|u, &g| *u *= activate(activation, g));
+    for (columns, activation) in config.layer(index).neurons(config.intermediate_size) {
+        let columns = s![.., columns];
+        Zip::from(up.slice_mut(columns)).and(gate.slice(columns)).for_each(|u, &g| *u *= activate(activation, g));
+    }
     h + linear(&w.down, &up)
 }
 

@@ -9,6 +9,7 @@ use super::rounding::Choice;
 use super::variant::{FILE, Record};
 use super::{Adapter, Checkpoint, ModelConfig, TextCodec, Weights, calibrate};
 use crate::error::{Error, Result};
+use crate::net::shape::Profile;
 use crate::plan::{self, Bounds, Plan, Ranges};
 use crate::prf::PreparationSeed;
 
@@ -25,6 +26,8 @@ pub struct Options {
     pub adapter: Option<PathBuf>,
     /// Text for calibration instead of the built-in one.
     pub calibration_text: Option<String>,
+    /// The network that the parties are to be on, as far as it is known: the plan is made for it.
+    pub net: Option<Profile>,
     /// Who is told how far it is.
     pub progress: Progress,
 }
@@ -143,6 +146,8 @@ pub struct Loaded {
     pub context: usize,
     /// What is private.
     pub split: Split,
+    /// The network that is planned for, if it is known.
+    pub net: Option<Profile>,
     /// Who is told how far it is.
     pub progress: Progress,
 }
@@ -189,7 +194,7 @@ impl Loaded {
             }
         };
         let split = Split { first_private, private_embedding, public_head };
-        Ok(Loaded { weights, text, context, split, progress: options.progress.clone() })
+        Ok(Loaded { weights, text, context, split, net: options.net, progress: options.progress.clone() })
     }
 
     /// What weights prove and calibration shows of the private layers.
@@ -217,7 +222,7 @@ impl Loaded {
         let mut plan = plan::propose(c, first, self.split.private_embedding, &bounds, &ranges)
             .map_err(|misfits| plan::refused(&misfits, |m| choice.explain(m)))?;
         plan.head.public |= self.split.public_head;
-        Ok(plan)
+        Ok(plan.on_network(c, self.net))
     }
 
     /// The plan, a fresh seed, and the Owner's part under both.

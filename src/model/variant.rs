@@ -3,6 +3,7 @@
 //! reads a model obeys it.
 
 use std::fmt;
+use std::ops::Range;
 use std::path::Path;
 use std::str::FromStr;
 
@@ -83,9 +84,22 @@ pub struct LayerShape {
     pub softmax: Softmax,
     /// The MLP's activation.
     pub activation: Activation,
+    /// So many neurons of the MLP, the last ones, are ReLUs whatever its activation: [`ModelConfig::bottleneck`](super::ModelConfig::bottleneck).
+    pub bottleneck: usize,
 }
 
 impl LayerShape {
+    /// The activations that its neurons have, the MLP's own first.
+    pub fn activations(&self) -> impl Iterator<Item = Activation> + use<> {
+        std::iter::once(self.activation).chain((self.bottleneck > 0).then_some(Activation::Relu))
+    }
+
+    /// Which of the MLP's `neurons` have which.
+    pub fn neurons(&self, neurons: usize) -> impl Iterator<Item = (Range<usize>, Activation)> + use<> {
+        let own = neurons - self.bottleneck;
+        [0..own, own..neurons].into_iter().zip(self.activations())
+    }
+
     /// Width of all query heads together.
     #[must_use]
     pub fn q_size(&self) -> usize {
@@ -129,15 +143,16 @@ pub struct Variant {
 }
 
 impl Variant {
-    /// The shape of its layers.
+    /// The shape of its layers in a model with this bottleneck.
     #[must_use]
-    pub fn shape(&self) -> LayerShape {
+    pub fn shape(&self, bottleneck: usize) -> LayerShape {
         LayerShape {
             num_heads: self.num_attention_heads,
             num_kv_heads: self.num_key_value_heads,
             head_dim: self.head_dim,
             softmax: self.softmax,
             activation: self.activation,
+            bottleneck,
         }
     }
 
@@ -205,7 +220,7 @@ impl Reshaping {
             softmax,
             activation: activation.unwrap_or(own.activation),
         };
-        Ok((variant.shape() != own).then_some(variant))
+        Ok((variant.shape(own.bottleneck) != own).then_some(variant))
     }
 }
 

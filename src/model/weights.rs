@@ -311,6 +311,11 @@ impl Weights {
     /// # Errors
     /// [`Error::Model`] naming the layer.
     pub fn check(&self) -> Result<()> {
+        if self.config.bottleneck > 0 && self.first_adapted().is_some() {
+            let why =
+                "all beside LoRA's adapters is public, so a bottleneck in the MLP cannot be private: give one of them";
+            return Err(Error::Model(why.into()));
+        }
         let finite = |m: &Array2<f32>| m.iter().all(|v| v.is_finite());
         let gain = |g: &Array1<f32>| g.iter().all(|v| v.is_finite());
         let factors = |a: &LowRank| finite(&a.a) && finite(&a.b);

@@ -2,7 +2,7 @@
 
 use super::layer::{F, MlpPlan, TABLE_MOST, gate_lo_bits, least_table};
 use super::ranges::{LayerBounds, LayerRanges, MARGIN, Who, needing, ring_for};
-use crate::model::config::Activation;
+use crate::model::config::{Activation, LayerShape};
 
 /// The gate's window and the bits of its low digit.
 pub(super) fn gate_window(activation: Activation, b: &LayerBounds, r: &LayerRanges) -> (u32, u32) {
@@ -15,16 +15,16 @@ fn gate_proven(b: &LayerBounds) -> u32 {
     ring_for(b.gate * 1.05, F).max(16)
 }
 
-/// How far the activation's table may be off, its slope of `f_table` bits taken up to `2^(lo_bits + 1)` times: measured by
+/// How far a layer's activation tables may be off, a slope of `f_table` bits taken up to `2^(lo_bits + 1)` times: measured by
 /// the tests of `approx/signed.rs` before the rounding.
-pub(super) fn table_error(activation: Activation, gate_lo_bits: u32, f_table: u32) -> f64 {
-    let lines = match activation {
+pub(super) fn table_error(shape: LayerShape, gate_lo_bits: u32, f_table: u32) -> f64 {
+    let lines = shape.activations().map(|a| match a {
         Activation::Silu => SILU_ERROR,
         Activation::Relu => RELU_ERROR,
         Activation::Quad => QUAD_ERROR,
         Activation::Gelu => GELU_ERROR,
-    };
-    lines + (f64::from(gate_lo_bits) - f64::from(f_table)).exp2()
+    });
+    lines.fold(0.0, f64::max) + (f64::from(gate_lo_bits) - f64::from(f_table)).exp2()
 }
 
 /// The largest error of the activation's lines in any window of the plan.
@@ -36,28 +36,29 @@ const QUAD_ERROR: f64 = 0.0045;
 /// Of a GELU's, which bends most at zero.
 const GELU_ERROR: f64 = 0.013;
 
-/// The largest absolute value of an activation for gates up to `gate`.
-pub(crate) fn reach(activation: Activation, gate: f64) -> f64 {
-    match activation {
+/// The largest absolute value of a layer's activations for gates up to `gate`; convex.
+pub(crate) fn reach(shape: LayerShape, gate: f64) -> f64 {
+    let one = |a| match a {
         Activation::Silu | Activation::Relu | Activation::Gelu => gate,
         Activation::Quad => (gate / 8.0 + 0.25) * gate + 0.5,
-    }
+    };
+    shape.activations().map(one).fold(0.0, f64::max)
 }
 
 /// Fraction bits of the activation's table: both the product with `up` (in ring 64) and the down projection's output (less its
 /// weights' fraction bits after its truncation) must fit.
-pub(super) fn f_table(activation: Activation, b: &LayerBounds, r: &LayerRanges, residual_k: u32) -> Option<u32> {
+pub(super) fn f_table(shape: LayerShape, b: &LayerBounds, r: &LayerRanges, residual_k: u32) -> Option<u32> {
     // The activation may be off by one at most, see `table_error`.
-    let product = ring_for((reach(activation, b.gate) + 1.1) * b.up, F);
+    let product = ring_for((reach(shape, b.gate) + 1.1) * b.up, F);
     // The middle values of an adapter are lifted.
     let middle = b.adapters.down.as_ref().map_or(0, |a| ring_for(a.middle, F + a.f.a) + 1);
     let f = 64u32.saturating_sub(product.max(b.f.down + residual_k).max(middle)).min(TABLE_MOST);
-    (f >= least_table(gate_window(activation, b, r).1, b.f.down)).then_some(f)
+    (f >= least_table(gate_window(shape.activation, b, r).1, b.f.down)).then_some(f)
 }
 
-pub(super) fn mlp(who: &Who<'_>, activation: Activation, b: &LayerBounds, r: &LayerRanges, residual_k: u32) -> MlpPlan {
-    let (gate_k, gate_lo_bits) = gate_window(activation, b, r);
-    let f_table = f_table(activation, b, r, residual_k).unwrap_or_else(|| {
+pub(super) fn mlp(who: &Who<'_>, shape: LayerShape, b: &LayerBounds, r: &LayerRanges, residual_k: u32) -> MlpPlan {
+    let (gate_k, gate_lo_bits) = gate_window(shape.activation, b, r);
+    let f_table = f_table(shape, b, r, residual_k).unwrap_or_else(|| {
         let least = least_table(gate_lo_bits, b.f.down);
         let bits = residual_k + b.f.down + least;
         if let Some(a) = &b.adapters.down {
@@ -69,7 +70,7 @@ pub(super) fn mlp(who: &Who<'_>, activation: Activation, b: &LayerBounds, r: &La
             who.refuse(&needing(together, b.f.down), f64::from(bits), 64.0);
         } else {
             let room = f64::from(64 - least - F).exp2();
-            who.refuse(&needing("gate times up", b.f.down), reach(activation, b.gate) * b.up, room);
+            who.refuse(&needing("gate times up", b.f.down), reach(shape, b.gate) * b.up, room);
         }
         10
     });

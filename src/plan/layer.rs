@@ -4,7 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use super::adapter::{AdapterFractions, AdapterPlan, Group, Grouped};
 use super::block;
+use super::tournament::Radices;
 use crate::model::{Activation, LayerShape, ModelConfig, Softmax};
+use crate::net::shape::Profile;
 
 /// Fraction bits of activations between operations.
 pub const F: u32 = 12;
@@ -172,8 +174,8 @@ pub struct HeadPlan {
     pub logit_k: u32,
     /// Their fraction bits.
     pub f_logit: u32,
-    /// Radix of the tournament.
-    pub radix: usize,
+    /// Radices of the tournament.
+    pub radix: Radices,
 }
 
 /// The plan of a model's private part.
@@ -300,11 +302,6 @@ pub(super) fn gate_lo_bits(activation: Activation, gate_k: u32) -> u32 {
     wide - u32::from(activation == Activation::Relu)
 }
 
-/// Radix of the tournament.
-pub(super) fn radix(vocab_size: usize) -> usize {
-    if vocab_size > 16_384 { 8 } else { 4 }
-}
-
 /// Signed: no difference of two widths wraps.
 pub(super) fn within(v: impl Into<i64>, low: impl Into<i64>, high: impl Into<i64>, what: Fault) -> Result<(), Fault> {
     let v = v.into();
@@ -398,6 +395,11 @@ impl AttentionPlan {
 }
 
 impl MlpPlan {
+    /// Bits of the low digit of an activation's window: the layer's own is the plan's.
+    pub(crate) fn lo_bits(&self, shape: LayerShape, activation: Activation) -> u32 {
+        if activation == shape.activation { self.gate_lo_bits } else { gate_lo_bits(activation, self.gate_k) }
+    }
+
     fn check(&self, activation: Activation, residual_k: u32, f_gain: u32) -> Result<(), Fault> {
         weights(self.f_gate_up, "the fraction of gate and up")?;
         weights(self.f_down, "the down projection's fraction")?;
@@ -469,7 +471,17 @@ impl Plan {
         // What the truncation of the head's product leaves.
         let left = 64 - i64::from(h.norm.f_gain) - i64::from(F + h.f_weight) + i64::from(h.f_logit);
         within(h.logit_k, h.f_logit + 2, left.min(23), "the logits' ring")?;
-        equal(h.radix, radix(c.vocab_size), "the tournament's radix")
+        if !h.radix.sound(c.vocab_size) {
+            return Err("the tournament's radix");
+        }
+        Ok(())
+    }
+
+    /// The same for this network: what is exact whatever the plan may depend on it.
+    #[must_use]
+    pub fn on_network(mut self, c: &ModelConfig, net: Option<Profile>) -> Plan {
+        self.head.radix = Radices::fastest(c.vocab_size, self.head.logit_k, net);
+        self
     }
 
     /// Fraction bits of the private matrices, layer by layer, and of the head.

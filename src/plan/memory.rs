@@ -228,9 +228,10 @@ fn most_held(layers: &[Layer], n: usize) -> u64 {
     held.iter().take(n).sum()
 }
 
-/// Of one position's tournament: its first level has, per candidate of a group of `radix`, half the group's comparisons.
+/// Of one position's tournament: its first level has, per candidate of a group of `radix`, half the group's comparisons; radices grow slower than candidates get fewer.
 fn head_bytes(c: &ModelConfig, plan: &Plan) -> u64 {
-    (c.vocab_size * (plan.head.radix - 1) / 2 * 200) as u64
+    let first = plan.head.radix.each().first().map_or(0, |r| r.saturating_sub(1));
+    (c.vocab_size * first.div_ceil(2) * 200) as u64
 }
 
 /// What `role` takes for a session whose longest request has `prefill` tokens and `decode` further ones, with buffers of

@@ -11,6 +11,7 @@ mod ranges;
 mod softmax;
 #[cfg(test)]
 mod tests;
+mod tournament;
 pub mod work;
 
 pub use adapter::{AdapterBounds, AdapterFractions, AdapterPlan, F_A_MOST, F_B_MOST, Group, Grouped, Module};
@@ -21,3 +22,4 @@ pub use layer::{F, F_EXP, F_EXP_HI, F_EXP_LO, F_ROPE, FW_LEAST, FW_MOST};
 pub use ranges::{
     Bounds, INPUT_LIMIT, LayerBounds, LayerRanges, MAX_TEMPERATURE, Misfit, Ranges, plan, propose, refused,
 };
+pub use tournament::Radices;

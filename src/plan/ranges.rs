@@ -16,9 +16,10 @@ use super::block;
 use super::gate::{f_table, gate_window, mlp, table_error};
 use super::layer::{
     F, F_ROPE, FW_LEAST, GAIN_LEAST, GAIN_MOST, HeadPlan, LayerFractions, LayerPlan, NormPlan, Plan, ROTATION,
-    f_inverse, least_gain, log2_ceil, most_gain, radix, softmax_mass, widest_square,
+    f_inverse, least_gain, log2_ceil, most_gain, softmax_mass, widest_square,
 };
 use super::softmax::{PositiveParts, Steps, attention, normalised};
+use super::tournament::Radices;
 use crate::error::{Error, Result};
 use crate::model::config::{LayerShape, ModelConfig, Softmax};
 use crate::protocol::gumbel;
@@ -296,7 +297,7 @@ pub fn propose(
         let attention = attention(&who, (config, shape), b, r, (context, residual_k, input_norm.f_gain));
         let gate_up = Linear { f: b.f.gate_up, output: b.gate.max(b.up).max(b.middle(Group::GateUp, b.f.gate_up)) };
         let post_norm = who.norm(n, at_norm[2 * i + 1], r.post_sum, &gate_up, residual_k);
-        let mlp = mlp(&who, shape.activation, b, r, residual_k);
+        let mlp = mlp(&who, shape, b, r, residual_k);
         layers.push(LayerPlan { input_norm, attention, post_norm, mlp, adapters: b.adapter_plans() });
     }
     let who = named("the head".into());
@@ -309,11 +310,11 @@ pub fn propose(
     if f_logit < 4 {
         who.refuse("a logit", largest, 2f64.powi(17));
     }
-    let radix = radix(config.vocab_size);
     // Adapters are over a base that everybody has.
     let public_base = bounds.layers.iter().any(|b| !b.adapters.is_empty());
-    let head =
-        HeadPlan { norm, public: public_base, f_weight: bounds.f_head, logit_k: whole + f_logit, f_logit, radix };
+    let logit_k = whole + f_logit;
+    let radix = Radices::fastest(config.vocab_size, logit_k.min(23), None);
+    let head = HeadPlan { norm, public: public_base, f_weight: bounds.f_head, logit_k, f_logit, radix };
     let misfits = misfits.into_inner();
     if !misfits.is_empty() {
         return Err(misfits);
@@ -360,8 +361,8 @@ fn residual(
         };
         h = h.min(proven_by_guard(r.input_sum)) + b.attention * normalised(mass, f_inverse(residual_k, b.f.o));
         at_norm.push(h);
-        let f_table = f_table(shape.activation, b, r, residual_k).unwrap_or(10);
-        let error = table_error(shape.activation, gate_window(shape.activation, b, r).1, f_table);
+        let f_table = f_table(*shape, b, r, residual_k).unwrap_or(10);
+        let error = table_error(*shape, gate_window(shape.activation, b, r).1, f_table);
         h = h.min(proven_by_guard(r.post_sum)) + b.mlp + b.mlp_slope * error;
     }
     at_norm.push(h);

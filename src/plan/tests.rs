@@ -259,7 +259,7 @@ fn relations_that_do_not_hold_are_refused_by_name() {
     refused(&|p| p.layers[1].mlp.f_down = FW_MOST, "activation's fraction");
     refused(&|p| (p.layers[1].mlp.f_down, p.layers[1].mlp.f_table) = (FW_LEAST + 1, 12), "activation's fraction");
     refused(&|p| p.layers[0].mlp.f_gate_up = 65 - p.layers[0].post_norm.f_gain - p.layers[0].mlp.gate_proven, "gate");
-    refused(&|p| p.head.radix = 5, "radix");
+    refused(&|p| p.head.radix = Radices::same(13), "radix");
     refused(&|p| p.max_positions = 0, "context");
     refused(&|p| p.first_private = 9, "first private");
     assert_eq!(p.longest_answer(1), p.max_positions);

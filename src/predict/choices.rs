@@ -6,7 +6,7 @@ use super::Source;
 use crate::model::secure::{F_QK, product_ring};
 use crate::net::shape::Profile;
 use crate::plan::cost::Cost;
-use crate::plan::{F, F_ROPE, FW_LEAST, LayerPlan, NormPlan, Plan};
+use crate::plan::{F, F_ROPE, FW_LEAST, LayerPlan, NormPlan, Plan, Radices};
 use crate::protocol::argmax;
 
 /// A choice of the plan.
@@ -20,7 +20,7 @@ pub struct Choice {
     pub why: String,
 }
 
-/// Radices that the tournament can have.
+/// Radices that it is compared with, the same in all levels.
 const RADICES: [usize; 3] = [2, 4, 8];
 
 /// Seconds on the network alone.
@@ -138,15 +138,15 @@ fn activation(layers: &[LayerPlan], gated: bool) -> Choice {
 }
 
 fn tournament(s: &Source, net: Profile) -> Choice {
-    let (n, k, radix) = (s.config.vocab_size, s.plan.head.logit_k, s.plan.head.radix);
-    let one = |r: usize| {
-        let c = argmax::cost(n, k, r);
+    let (n, k, chosen) = (s.config.vocab_size, s.plan.head.logit_k, &s.plan.head.radix);
+    let one = |r: &Radices| {
+        let c = argmax::cost(n, k, r.each());
         let mb = (c.online_bytes() + c.ahead_bytes()) as f64 / 1e6;
         let time = if net.is_none() { String::new() } else { format!(", {:.2} ms of network", 1e3 * seconds(&c, net)) };
         format!("radix {r}: {} messages, {mb:.2} MB{time}", c.depth)
     };
-    let others: Vec<String> = RADICES.into_iter().filter(|r| *r != radix).map(one).collect();
-    Choice { function: "argmax", chosen: one(radix), why: format!("of {n} candidates; {}", others.join("; ")) }
+    let others: Vec<String> = RADICES.map(Radices::same).iter().filter(|r| *r != chosen).map(one).collect();
+    Choice { function: "argmax", chosen: one(chosen), why: format!("of {n} candidates; {}", others.join("; ")) }
 }
 
 /// The choices of a plan, the tournament's beside its alternatives on `net`.

@@ -88,7 +88,7 @@ pub struct Advice {
 const PAYS: f64 = 1.1;
 
 /// The model as a technique would leave it: its plan from the ranges of the model as it is.
-fn source(loaded: &Loaded, bounds: &Bounds, ranges: &Ranges, t: Technique) -> Result<Source> {
+fn source(loaded: &Loaded, bounds: &Bounds, ranges: &Ranges, t: Technique, net: Profile) -> Result<Source> {
     let c = &loaded.weights.config;
     let first = c.num_layers - c.num_layers.div_ceil(t.frozen);
     let variant = t.reshaping.of(c.layer(c.num_layers - 1), first)?;
@@ -99,7 +99,7 @@ fn source(loaded: &Loaded, bounds: &Bounds, ranges: &Ranges, t: Technique) -> Re
     // The sum of several heads' scores over the root of their number.
     bounds.layers.iter_mut().for_each(|b| b.score *= (t.reshaping.merged as f64).sqrt());
     let ranges = Ranges { layers: ranges.layers[first..].to_vec(), ..ranges.clone() };
-    let plan = plan::plan(&config, first, private_embedding, &bounds, &ranges)?;
+    let plan = plan::plan(&config, first, private_embedding, &bounds, &ranges)?.on_network(&config, Some(net));
     let owner_bytes = 2 * owner_words(&config, &plan);
     Ok(Source { config, plan, owner_bytes })
 }
@@ -151,7 +151,7 @@ pub fn recommend(
             (true, Ok(evidence)) => evidence,
             (true, Err(e)) => return Err(Error::Model(e.to_string())),
         };
-        predict(&source(loaded, &evidence.bounds, &evidence.ranges, t)?, prefill, new_tokens, net, rates)
+        predict(&source(loaded, &evidence.bounds, &evidence.ranges, t, net)?, prefill, new_tokens, net, rates)
     };
     let full = ask(FULL)?;
     let passes = new_tokens.saturating_sub(1) as f64;

@@ -2,8 +2,8 @@
 //! index), so there are no cycles; one lookup per candidate on the masked bits of its own comparisons says whether it won
 //! them all, and one product selects the winner's value and index.
 //!
-//! Cost per level of radix `a`: 8 messages: a [`compare`] of `g a (a-1) / 2` differences, a lookup of `2^(a-1)` rows per
-//! candidate, a product. Private: compositions of private operations; nothing is opened here. Exact for values that a
+//! Cost per level of radix `a` (each level may have another): 8 messages: a [`compare`] of `g a (a-1) / 2` differences, a lookup of `2^(a-1)`
+//! rows per candidate, a product. Private: compositions of private operations; nothing is opened here. Exact for values that a
 //! [`lift`] takes: `[-2^(k-2), 2^(k-2))`.
 
 use std::ops::Range;
@@ -21,22 +21,25 @@ use crate::share::{Masked, Rows};
 /// Ring of the index.
 pub const INDEX_BITS: u32 = 24;
 
-/// Group sizes, level by level, for `n` candidates at radix `a`: `n` is cut into groups of `a`, a last smaller one is
-/// carried over.
-fn levels(n: usize, a: usize) -> Vec<usize> {
-    let mut sizes = vec![n];
-    let mut left = n;
-    while left > 1 {
-        left = left.div_ceil(a);
-        sizes.push(left);
-    }
-    sizes
+/// The largest radix: its winners are looked up in tables of `2^11` rows.
+pub const MOST_RADIX: usize = 12;
+
+/// Of the levels, candidates and radix, for `n` candidates: they are cut into groups of the level's radix, of which one may be filled up.
+/// Levels beyond those of `radices` have the last one.
+fn levels(n: usize, radices: &[usize]) -> impl Iterator<Item = (usize, usize)> {
+    let radix = |level: usize| radices.get(level).or(radices.last()).copied().unwrap_or(2).max(2);
+    let (mut left, mut level) = (n, 0);
+    std::iter::from_fn(move || {
+        let this = (left > 1).then_some((left, radix(level)))?;
+        (left, level) = (left.div_ceil(this.1), level + 1);
+        Some(this)
+    })
 }
 
 /// Number of levels.
 #[must_use]
-pub fn depth(n: usize, radix: usize) -> u32 {
-    levels(n, radix).len() as u32 - 1
+pub fn depth(n: usize, radices: &[usize]) -> u32 {
+    levels(n, radices).count() as u32
 }
 
 /// The narrowest ring that [`compare`] takes and that holds a difference.
@@ -46,21 +49,20 @@ fn compare_bits(k: u32) -> u32 {
 
 /// What it costs for one position of `n` candidates in ring `k`.
 #[must_use]
-pub fn cost(n: usize, k: u32, radix: usize) -> Cost {
+pub fn cost(n: usize, k: u32, radices: &[usize]) -> Cost {
+    let all = lift::cost(n, k, compare_bits(k).max(INDEX_BITS));
+    levels(n, radices).fold(all, |c, (left, radix)| c.then(level_cost(left, k, radix)))
+}
+
+/// A level with so many candidates.
+#[must_use]
+pub fn level_cost(left: usize, k: u32, radix: usize) -> Cost {
     let wide = compare_bits(k).max(INDEX_BITS);
-    let mut c = lift::cost(n, k, wide);
-    for left in levels(n, radix) {
-        if left < 2 {
-            break;
-        }
-        let groups = left.div_ceil(radix);
-        let m = groups * radix;
-        c = c
-            .then(compare::cost(groups * radix * (radix - 1) / 2, compare_bits(k) as usize / 4, 1))
-            .then(lookup::cost(m, winner_rows(radix), 1, wide))
-            .then(super::product::cost(m, 2 * m, 2 * groups, wide));
-    }
-    c
+    let groups = left.div_ceil(radix);
+    let m = groups * radix;
+    compare::cost(groups * radix * (radix - 1) / 2, compare_bits(k) as usize / 4, 1)
+        .then(lookup::cost(m, winner_rows(radix), 1, wide))
+        .then(super::product::cost(m, 2 * m, 2 * groups, wide))
 }
 
 fn winner_rows(radix: usize) -> usize {
@@ -71,23 +73,29 @@ fn winner_rows(radix: usize) -> usize {
 /// `between` is called after each level, at a time when all earlier replies are there.
 ///
 /// # Errors
-/// [`Error::Shape`] for uneven tokens, a ring above 23 bits, more than `2^22` candidates or a radix not 2 to 8;
+/// [`Error::Shape`] for uneven tokens, a ring above 23 bits, more than `2^22` candidates or a radix not 2 to [`MOST_RADIX`];
 /// [`Error::Peer`], [`Error::Reuse`].
 pub fn argmax(
     s: &mut Session,
     scope: &Scope,
     x: &Masked,
-    radix: usize,
+    radices: &[usize],
     between: &mut dyn FnMut(&mut Session) -> Result<()>,
 ) -> Result<Masked> {
     let tokens = x.rows().tokens();
     let n = (0..tokens).map(|t| x.rows().row(t).len()).max().unwrap_or(0);
     let even = (0..tokens).all(|t| [0, n].contains(&x.rows().row(t).len()));
-    if !even || n == 0 || n > 1 << 22 || x.k() > 23 || !(2..=8).contains(&radix) {
+    if !even
+        || n == 0
+        || n > 1 << 22
+        || x.k() > 23
+        || radices.is_empty()
+        || !radices.iter().all(|r| (2..=MOST_RADIX).contains(r))
+    {
         return Err(Error::Shape {
             op: "argmax",
             lhs: x.facts(),
-            rhs: format!("equal rows, at most 23 bits, radix {radix}"),
+            rhs: format!("equal rows, at most 23 bits, radices {radices:?}"),
         });
     }
     // Values and indices live in one ring, in which differences (one bit more than the values) are exact.
@@ -97,8 +105,7 @@ pub fn argmax(
     let mut value = lift::lift(s, &scope.at("lift"), x, wide)?.finish(s)?;
     let ids: Vec<u64> = (0..value.raw().len()).map(|i| (i % n) as u64).collect();
     let mut index = Masked::constant(ids, side(s), wide, f, value.rows().clone());
-    let mut left = n;
-    for level in 0..depth(n, radix) {
+    for (level, (left, radix)) in levels(n, radices).enumerate() {
         let at = scope.at(&format!("level{level}"));
         let groups = left.div_ceil(radix);
         let m = groups * radix;
@@ -113,7 +120,6 @@ pub fn argmax(
         let rows = |b: &Masked| Rows::ragged((0..tokens).map(|t| b.rows().row(t).len() / 2));
         let half = |j: usize| both.map(f, rows(&both), |v| v.iter().skip(j).step_by(2).copied().collect());
         (value, index) = (half(0), half(1));
-        left = groups;
         between(s)?;
     }
     index.narrow(INDEX_BITS)
@@ -214,8 +220,9 @@ fn interleave(value: &Masked, index: &Masked, radix: usize) -> Result<Masked> {
 mod tests {
     #[test]
     fn levels_shrink_by_the_radix() {
-        assert_eq!(super::levels(2048, 4), [2048, 512, 128, 32, 8, 2, 1]);
-        assert_eq!(super::depth(32_000, 8), 5);
-        assert_eq!(super::depth(1, 4), 0);
+        let levels = super::levels(2048, &[3, 4, 8]).collect::<Vec<_>>();
+        assert_eq!(levels, [(2048, 3), (683, 4), (171, 8), (22, 8), (3, 8)]);
+        assert_eq!(super::depth(32_000, &[8]), 5);
+        assert_eq!(super::depth(1, &[4]), 0);
     }
 }

@@ -269,6 +269,29 @@ impl Masked {
         Ok(all)
     }
 
+    /// Values beside each other: of every token, the elements of one after those of the other.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for none, and for values of different rings, fractions or numbers of tokens.
+    pub fn beside(mut parts: Vec<Masked>) -> Result<Masked> {
+        let (Some(first), 2..) = (parts.first(), parts.len()) else {
+            let nothing = Error::Shape { op: "beside", lhs: "nothing".into(), rhs: "a value at least".into() };
+            return parts.pop().ok_or(nothing);
+        };
+        let alike =
+            |p: &Masked| (p.k, p.f, p.side, p.rows.tokens()) == (first.k, first.f, first.side, first.rows.tokens());
+        if let Some(other) = parts.iter().find(|p| !alike(p)) {
+            return Err(first.mismatch("beside", other));
+        }
+        let widths = (0..first.rows.tokens()).map(|t| parts.iter().map(|p| p.rows.row(t).len()).sum());
+        let rows = Rows::ragged(widths);
+        let mut v = Vec::with_capacity(rows.len());
+        for t in 0..rows.tokens() {
+            parts.iter().for_each(|p| v.extend_from_slice(&p.v[p.rows.row(t)]));
+        }
+        Ok(Masked::reduced(v, first.side, first.k, first.f, rows))
+    }
+
     /// Adds `o` to the columns from `first` on of a value with equally many elements for each token, or none.
     ///
     /// # Errors

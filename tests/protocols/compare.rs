@@ -1,6 +1,7 @@
 //! Signs, argmax and sampling.
 
 use proptest::prelude::*;
+use trefoil::plan::Radices;
 use trefoil::protocol::argmax::{self, argmax};
 use trefoil::protocol::compare::{self, is_negative};
 use trefoil::protocol::gumbel::{CLIP, Gumbel};
@@ -86,14 +87,14 @@ fn first_max(x: &[u64], k: u32) -> u64 {
     x.iter().position(|&v| ring::signed(v, k) == best).unwrap() as u64
 }
 
-fn largest(x: &[u64], n: usize, k: u32, radix: usize, passes: &[usize]) -> (Ran, Given) {
+fn largest(x: &[u64], n: usize, k: u32, radices: &[usize], passes: &[usize]) -> (Ran, Given) {
     let given = Given::even(x, passes, k, 7);
     let ran = run(passes, |s| {
         let x = given.share(s, "x")?;
-        Ok(vec![argmax(s, &Scope::new("head"), &x, radix, &mut |_| Ok(()))?])
+        Ok(vec![argmax(s, &Scope::new("head"), &x, radices, &mut |_| Ok(()))?])
     });
     let want: Vec<u64> = x.chunks(n).map(|x| first_max(x, k)).collect();
-    assert_eq!(ran.only(), want, "argmax of {n} at radix {radix}, {k} bits");
+    assert_eq!(ran.only(), want, "argmax of {n} at radices {radices:?}, {k} bits");
     assert_eq!(ran.k[0], argmax::INDEX_BITS);
     (ran, given)
 }
@@ -101,36 +102,42 @@ fn largest(x: &[u64], n: usize, k: u32, radix: usize, passes: &[usize]) -> (Ran,
 #[test]
 fn argmax_of_every_size() {
     let mut r = Random(4);
-    for radix in [2, 4, 8] {
+    for radices in [&[2][..], &[4], &[8], &[3, 5, 12], &[12, 2]] {
         for n in [1, 2, 3, 7, 8, 9, 17, 64, 65, 300] {
             let k = 6 + r.below(18) as u32;
             // From few distinct values (ties) to all of the range; the edges are among them.
             let spread = 2 + r.below(k as usize - 3) as u32;
             let x = r.signed(n * 4, spread, k);
-            largest(&x, n, k, radix, &[2, 1, 1]);
+            largest(&x, n, k, radices, &[2, 1, 1]);
         }
     }
 }
 
 #[test]
 fn ties_go_to_the_lower_index() {
-    for radix in [2, 3, 4, 5, 6, 7, 8] {
+    for radix in 2..=argmax::MOST_RADIX {
         let n = 2 * radix * radix + 1;
         let mut x = vec![ring::mask(18); 3 * n];
         // All equal; equal in the first and the last group; the last alone.
         (x[n + 1], x[2 * n - 1], x[3 * n - 1]) = (9, 9, 9);
-        let (ran, _) = largest(&x, n, 18, radix, &[3]);
+        let (ran, _) = largest(&x, n, 18, &[radix], &[3]);
         assert_eq!(ran.only(), [0, 1, n as u64 - 1]);
     }
 }
 
 #[test]
 fn argmax_of_a_vocabulary_and_its_cost() {
-    for (n, radix) in [(2048, 4), (2048, 8), (1000, 2)] {
+    let fastest = Radices::fastest(2048, 19, None);
+    for (n, radices) in [(2048, &[4][..]), (2048, &[8]), (1000, &[2]), (2048, fastest.each()), (300, &[3, 12])] {
         let x = Random(n as u64).signed(n, 18, 19);
-        let (ran, given) = largest(&x, n, 19, radix, &[1]);
-        assert_eq!(ran.depth, 1 + 2 + 8 * argmax::depth(n, radix));
-        assert_cost(&format!("argmax of {n} at radix {radix}, 19 bits"), &ran, &[&given], argmax::cost(n, 19, radix));
+        let (ran, given) = largest(&x, n, 19, radices, &[1]);
+        assert_eq!(ran.depth, 1 + 2 + 8 * argmax::depth(n, radices));
+        assert_cost(
+            &format!("argmax of {n} at radices {radices:?}, 19 bits"),
+            &ran,
+            &[&given],
+            argmax::cost(n, 19, radices),
+        );
     }
 }
 
@@ -138,11 +145,11 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(8))]
 
     #[test]
-    fn argmax_of_anything(seed: u64, n in 1usize..200, k in 3u32..=23, radix in 2usize..=8) {
+    fn argmax_of_anything(seed: u64, n in 1usize..200, k in 3u32..=23, radices in prop::collection::vec(2usize..=argmax::MOST_RADIX, 1..4)) {
         let mut r = Random(seed);
         let spread = 2 + r.below(k as usize - 2) as u32;
         let x = r.signed(n * 3, spread, k);
-        largest(&x, n, k, radix, &[1, 2]);
+        largest(&x, n, k, &radices, &[1, 2]);
     }
 }
 

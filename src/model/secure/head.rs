@@ -40,7 +40,7 @@ pub(super) fn head(
     };
     // The flags' reduction rides between the tournament's levels, whose replies it cannot delay.
     let flag_scope = Scope::new("range");
-    let token = argmax(s, &scope.at("argmax"), &logits, p.radix, &mut |s| flags.advance(s, &flag_scope))?;
+    let token = argmax(s, &scope.at("argmax"), &logits, p.radix.each(), &mut |s| flags.advance(s, &flag_scope))?;
     open::open(s, &scope.at("token"), &token, o.ports.map(|p| &p.token))?;
     if let Some(ports) = o.ports {
         *ports.names.lock().unwrap_or_else(PoisonError::into_inner) = flags.names();

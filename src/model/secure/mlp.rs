@@ -1,12 +1,15 @@
 //! SwiGLU: 4 messages. The activation of the gate is a line of its window, beside the lift of `up`; then their product. Of an MLP without a
-//! gate the activation is all there is: 2 messages.
+//! gate the activation is all there is: 2 messages. A bottleneck's neurons (AdaptFormer) are activated at the same time by a table of their own.
 
+use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::Context;
 use super::projection::projection;
 use crate::approx::{Activation, SignedTable};
 use crate::error::Result;
+use crate::model::config::{LayerShape, ModelConfig};
 use crate::model::prepare::PreparedLayer;
 use crate::plan::{F, MlpPlan};
 use crate::protocol::evaluate::{Lines, Table, line};
@@ -18,24 +21,42 @@ use crate::protocol::window::Window;
 use crate::ring::fixed;
 use crate::share::Masked;
 
-/// The activation's table.
+/// The tables of a layer's activations.
 pub(super) struct MlpTables {
-    activation: Lines,
-    hi_bits: u32,
-    /// Fraction bits of the table.
+    functions: Vec<Function>,
+    /// Fraction bits of the tables.
     f: u32,
-    /// Whether it is multiplied by `up`.
+    /// Whether what is activated is multiplied by `up`.
     gated: bool,
 }
 
+/// An activation of some neurons.
+struct Function {
+    neurons: Range<usize>,
+    scope: &'static str,
+    lines: Lines,
+    lo_bits: u32,
+    hi_bits: u32,
+}
+
+/// Of the MLP's own neurons and of a bottleneck's.
+const SCOPES: [&str; 2] = ["activation", "bottleneck"];
+
 impl MlpTables {
-    pub(super) fn new(p: &MlpPlan, activation: Activation, gated: bool) -> Self {
+    pub(super) fn new(p: &MlpPlan, c: &ModelConfig, shape: LayerShape) -> Self {
+        let gated = !c.encoder();
         // Without a product it is truncated to the activations' fraction itself.
         let f = if gated { p.f_table } else { p.f_table.max(F) };
-        let hi_bits = p.gate_k - p.gate_lo_bits;
-        let t = SignedTable::activation(activation, p.gate_k, F, 0, p.gate_lo_bits, hi_bits);
         let column = |v: &[f64]| Table::cyclic(&v.iter().map(|&v| fixed::encode(v, f, 64)).collect::<Vec<_>>());
-        MlpTables { activation: Lines::new(column(&t.a), column(&t.b), Vec::new()), hi_bits, f, gated }
+        let function = |((neurons, activation), scope)| {
+            let lo_bits = p.lo_bits(shape, activation);
+            let hi_bits = p.gate_k - lo_bits;
+            let t = SignedTable::activation(Activation::from(activation), p.gate_k, F, 0, lo_bits, hi_bits);
+            let lines = Lines::new(column(&t.a), column(&t.b), Vec::new());
+            Function { neurons, scope, lines, lo_bits, hi_bits }
+        };
+        let functions = shape.neurons(c.intermediate_size).zip(SCOPES).map(function).collect();
+        MlpTables { functions, f, gated }
     }
 }
 
@@ -52,25 +73,36 @@ pub(super) fn mlp(
     let gate = both.columns(0..m)?.narrow(p.gate_proven)?;
     let count_bits = c.flags.count_bits();
     let g = guard(c.s, &scope.at("guard"), &gate, p.gate_k, true, count_bits)?;
-    let w = Window::of(&gate.narrow(p.gate_k)?, 0, p.gate_lo_bits, t.hi_bits)?;
+    let gate = gate.narrow(p.gate_k)?;
     // What down reads is in ring 64 - f_table.
     let ring = if t.gated { 64 } else { 64 - p.f_table + (t.f - F) };
-    let activated = line(c.s, &scope.at("activation"), &w, &t.activation, t.f, ring)?;
+    let mut activated = Vec::new();
+    for function in &t.functions {
+        let gate = if t.functions.len() == 1 {
+            Cow::Borrowed(&gate)
+        } else {
+            Cow::Owned(gate.columns(function.neurons.clone())?)
+        };
+        let w = Window::of(&gate, 0, function.lo_bits, function.hi_bits)?;
+        activated.push(line(c.s, &scope.at(function.scope), &w, &function.lines, t.f, ring)?);
+    }
     let up = match t.gated {
         true => Some(lift(c.s, &scope.at("lift"), &both.columns(m..2 * m)?, 64)?),
         false => None,
     };
     c.flags.guard(c.layer, "gate", g);
-    let (activated, up) = (activated.finish(c.s)?, up.map(|up| up.finish(c.s)).transpose()?);
-    let [activated] = activated.as_slice() else {
-        return Err(crate::Error::Internal("one line for the activation".into()));
-    };
+    let mut columns = Vec::new();
+    for activated in activated {
+        columns.extend(activated.finish(c.s)?);
+    }
+    let activated = Masked::beside(columns)?;
+    let up = up.map(|up| up.finish(c.s)).transpose()?;
     let y = match up {
         Some(up) => {
-            let y = product(c.s, &scope.at("product"), activated, &up, Arc::new(Elementwise))?;
+            let y = product(c.s, &scope.at("product"), &activated, &up, Arc::new(Elementwise))?;
             truncate(&y.finish(c.s)?, p.f_table)?
         }
-        None => truncate(activated, t.f - F)?,
+        None => truncate(&activated, t.f - F)?,
     };
     projection(c.s, &scope.at("down"), &y, &parts.down)
 }

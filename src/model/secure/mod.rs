@@ -174,7 +174,7 @@ impl SecureModel {
                 input_norm: Norm::new(&l.input_norm, n, eps, tables),
                 attention: AttentionTables::new(&l.attention, shape, config.head_dim, eps, tables),
                 post_norm: Norm::new(&l.post_norm, n, eps, tables),
-                mlp: MlpTables::new(&l.mlp, shape.activation.into(), !config.encoder()),
+                mlp: MlpTables::new(&l.mlp, &config, shape),
             })
             .collect();
         let final_norm = Norm::new(&plan.head.norm, n, eps, tables);

@@ -1,0 +1,200 @@
+//! The radices of the tournament that picks a token, level by level: what takes least on a network.
+//!
+//! A level of radix `r` makes one candidate of `r`. A large radix takes fewer levels, of 8 messages each, but `r - 1` comparisons for every two candidates:
+//! so radices grow from level to level, as the candidates get fewer, and all are larger where messages take long.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::net::shape::Profile;
+use crate::plan::cost::Cost;
+use crate::protocol::argmax::{self, MOST_RADIX};
+
+/// What a plan is made for whose network nobody has named: parties in one region.
+const UNNAMED: Profile = Profile { rtt: Duration::from_millis(1), bits_per_second: 1e9 };
+
+/// Seconds of a message besides the network's: two threads take turns. This, and the two below, are of two cores of 2.5 GHz, by the tournaments of
+/// `cargo bench --bench protocols`; what counts is how they compare.
+const MESSAGE: f64 = 80e-6;
+/// Of a comparison at all parties, in one process.
+const COMPARISON: f64 = 0.75e-6;
+/// Of a byte.
+const BYTE: f64 = 1e-9;
+
+/// Levels at most, where radices up to [`MOST_RADIX`] allow: 42 messages with the lift.
+const LEVELS: usize = 5;
+
+/// A tournament's radices from its first level on; levels beyond have the last one. Plans of earlier versions have one for all, and are written
+/// as a number.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Written", into = "Written")]
+pub struct Radices(Vec<usize>);
+
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Written {
+    Same(usize),
+    Each(Vec<usize>),
+}
+
+impl From<Written> for Radices {
+    fn from(w: Written) -> Self {
+        match w {
+            Written::Same(r) => Radices(vec![r]),
+            Written::Each(r) => Radices(r),
+        }
+    }
+}
+
+impl From<Radices> for Written {
+    fn from(r: Radices) -> Self {
+        match *r.0 {
+            [one] => Written::Same(one),
+            _ => Written::Each(r.0),
+        }
+    }
+}
+
+impl fmt::Display for Radices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let each: Vec<String> = self.0.iter().map(usize::to_string).collect();
+        f.write_str(&each.join("-"))
+    }
+}
+
+impl Radices {
+    /// The same in all levels.
+    #[must_use]
+    pub fn same(radix: usize) -> Radices {
+        Radices(vec![radix])
+    }
+
+    /// Those of `n` values of `k` bits that take least on `net`, of which no more is known where there is none: time of messages, bytes and
+    /// comparisons together, in at most 42 messages for up to 248,832 candidates.
+    #[must_use]
+    pub fn fastest(n: usize, k: u32, net: Option<Profile>) -> Radices {
+        let mut search = Search { k, net: net.unwrap_or(UNNAMED), known: HashMap::new() };
+        let levels = (LEVELS..).find(|l| MOST_RADIX.saturating_pow(*l as u32) >= n).unwrap_or(LEVELS);
+        let (mut radices, mut left) = (Vec::new(), n);
+        while let Some((_, radix)) = search.best(left, levels - radices.len()).filter(|_| left > 1) {
+            radices.push(radix);
+            left = left.div_ceil(radix);
+        }
+        if radices.is_empty() {
+            // One candidate wins without a level.
+            radices.push(2);
+        }
+        Radices(radices)
+    }
+
+    /// What [`argmax::argmax`] takes.
+    #[must_use]
+    pub fn each(&self) -> &[usize] {
+        &self.0
+    }
+
+    /// Whether a tournament of `n` candidates can have them.
+    #[must_use]
+    pub fn sound(&self, n: usize) -> bool {
+        let levels = !self.0.is_empty() && self.0.iter().all(|r| (2..=MOST_RADIX).contains(r));
+        levels && self.0.len() <= (argmax::depth(n, &self.0) as usize).max(1)
+    }
+}
+
+struct Search {
+    k: u32,
+    net: Profile,
+    known: HashMap<(usize, usize), Option<(f64, usize)>>,
+}
+
+impl Search {
+    /// Seconds of the best tournament of `n` in at most `levels` levels, and its first radix (2 if it has no level).
+    fn best(&mut self, n: usize, levels: usize) -> Option<(f64, usize)> {
+        if n <= 1 {
+            return Some((0.0, 2));
+        }
+        if levels == 0 {
+            return None;
+        }
+        if let Some(known) = self.known.get(&(n, levels)) {
+            return *known;
+        }
+        let mut best: Option<(f64, usize)> = None;
+        for radix in 2..=MOST_RADIX.min(n) {
+            let Some((rest, _)) = self.best(n.div_ceil(radix), levels - 1) else { continue };
+            let all = self.level(n, radix) + rest;
+            if best.is_none_or(|(seconds, _)| all < seconds) {
+                best = Some((all, radix));
+            }
+        }
+        self.known.insert((n, levels), best);
+        best
+    }
+
+    fn level(&self, n: usize, radix: usize) -> f64 {
+        let c: Cost = argmax::level_cost(n, self.k, radix);
+        let bytes = (c.online_bytes() + c.ahead_bytes()) as f64;
+        let comparisons = n.div_ceil(radix) * radix * (radix - 1) / 2;
+        f64::from(c.depth) * (self.net.rtt.as_secs_f64() / 2.0 + MESSAGE)
+            + bytes * (8.0 / self.net.bits_per_second + BYTE)
+            + comparisons as f64 * COMPARISON
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn messages(n: usize, net: Option<Profile>) -> (u32, usize, Radices) {
+        let r = Radices::fastest(n, 19, net);
+        assert!(r.sound(n), "{n}: {r}");
+        let (mut left, mut comparisons) = (n, 0);
+        for radix in r.each() {
+            comparisons += left.div_ceil(*radix) * radix * (radix - 1) / 2;
+            left = left.div_ceil(*radix);
+        }
+        assert!(left <= 1, "{n}: {r}");
+        (argmax::cost(n, 19, r.each()).depth, comparisons, r)
+    }
+
+    #[test]
+    fn few_messages_and_fewer_comparisons_than_with_one_radix() {
+        for n in [1, 2, 3, 5, 8, 12, 13, 100, 1000, 2048, 32_000, 151_936, 248_832] {
+            for net in [None, Some(Profile::NONE), Some(Profile::LAN), Some(Profile::WAN)] {
+                let (depth, comparisons, r) = messages(n, net);
+                assert!(depth <= 42, "{n}: {depth} messages, {r}");
+                let eight = n.div_ceil(8) * 28;
+                assert!(n < 100 || comparisons < eight * 6 / 5, "{n}: {comparisons} comparisons, {r}");
+            }
+        }
+        assert!(messages(1 << 22, None).0 <= 2 + 8 * 7);
+    }
+
+    #[test]
+    fn a_slow_network_takes_fewer_messages() {
+        for n in [1000, 2048, 32_000] {
+            let depth = |net| messages(n, Some(net)).0;
+            assert!(depth(Profile::WAN) <= depth(Profile::NONE), "{n}");
+        }
+        assert!(messages(2048, Some(Profile::WAN)).0 < messages(2048, Some(Profile::NONE)).0);
+    }
+
+    #[test]
+    fn written_as_earlier_versions_did() {
+        assert_eq!(serde_json::to_string(&Radices::same(8)).unwrap(), "8");
+        assert_eq!(serde_json::from_str::<Radices>("8").unwrap(), Radices::same(8));
+        let each = Radices::fastest(2048, 19, None);
+        assert_eq!(serde_json::from_str::<Radices>(&serde_json::to_string(&each).unwrap()).unwrap(), each);
+    }
+
+    #[test]
+    fn what_no_tournament_has_is_not_sound() {
+        for bad in ["[]", "1", "13", "[4, 0]", "[2, 2, 2, 2, 2]"] {
+            assert!(!serde_json::from_str::<Radices>(bad).unwrap().sound(16), "{bad}");
+        }
+        assert!(Radices::same(2).sound(16) && Radices::same(2).sound(1));
+    }
+}
