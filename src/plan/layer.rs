@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::adapter::{AdapterFractions, AdapterPlan, Group, Grouped};
 use super::block;
-use super::tournament::Radices;
+use super::network::{MOST_VALUES, Radices, most_alone};
 use crate::model::{Activation, LayerShape, ModelConfig, Softmax};
 use crate::net::shape::Profile;
 
@@ -84,6 +84,23 @@ pub struct NormPlan {
     pub f_gain: u32,
     /// Bits dropped before the coarse square sum that proves `|h|`, where weights do not prove it.
     pub coarse: Option<u32>,
+    /// One window in the place of two for few values.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alone: Option<Alone>,
+}
+
+/// A window that covers a range by itself for which two are otherwise taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Alone {
+    /// Its row bits.
+    pub window: u32,
+    /// Values of a pass up to which it is taken; none for 0.
+    pub most: usize,
+}
+
+impl Alone {
+    /// Most row bits: beyond, its table is a burden whatever the network.
+    pub(crate) const WIDEST: u32 = 16;
 }
 
 /// Attention of one layer.
@@ -324,6 +341,13 @@ impl NormPlan {
         within(self.bits, 24, 62, "a norm's sum of squares")?;
         within(self.window, 12, 16, "a norm's window")?;
         within(self.windows, 1, 2, "a norm's windows")?;
+        if let Some(alone) = &self.alone {
+            within(alone.window, 12, Alone::WIDEST, "a norm's window for few values")?;
+            within(self.windows, 2, 2, "a norm's windows")?;
+            if alone.most > MOST_VALUES {
+                return Err("a norm's window for few values");
+            }
+        }
         let least = least_gain(n, self.bits);
         within(self.f_gain, gain.max(least), most_gain(least), "a norm's gain")?;
         match self.coarse {
@@ -477,11 +501,33 @@ impl Plan {
         Ok(())
     }
 
-    /// The same for this network: what is exact whatever the plan may depend on it.
+    /// The same for this network; for one that is not known where there is none.
     #[must_use]
     pub fn on_network(mut self, c: &ModelConfig, net: Option<Profile>) -> Plan {
         self.head.radix = Radices::fastest(c.vocab_size, self.head.logit_k, net);
+        for norm in self.norms_mut() {
+            if let Some(alone) = &mut norm.alone {
+                alone.most = most_alone(alone.window, norm.window, net);
+            }
+        }
         self
+    }
+
+    fn norms_mut(&mut self) -> impl Iterator<Item = &mut NormPlan> {
+        let of_layers = self.layers.iter_mut().flat_map(|l| {
+            let LayerPlan { input_norm, attention, post_norm, .. } = l;
+            [Some(input_norm), attention.qk_norm.as_mut(), Some(post_norm)]
+        });
+        of_layers.flatten().chain([&mut self.head.norm])
+    }
+
+    /// Its norms, layer by layer.
+    pub fn norms(&self) -> impl Iterator<Item = &NormPlan> + Clone {
+        let of_layers = self.layers.iter().flat_map(|l| {
+            let LayerPlan { input_norm, attention, post_norm, .. } = l;
+            [Some(input_norm), attention.qk_norm.as_ref(), Some(post_norm)]
+        });
+        of_layers.flatten().chain([&self.head.norm])
     }
 
     /// Fraction bits of the private matrices, layer by layer, and of the head.

@@ -10,6 +10,8 @@
 //!
 //! Exact but for the last two, which depend on who is faster: they are upper bounds up to allocator and rounding.
 
+use std::collections::BTreeSet;
+
 use serde::Serialize;
 
 use super::block;
@@ -86,13 +88,19 @@ fn windows(bits: u32, window: u32) -> u64 {
     WINDOW_ROW * ((1u64 << window) + (1u64 << window.min(bits - window + 6)))
 }
 
-fn norm_table(p: &NormPlan) -> u64 {
-    if p.windows == 1 { WINDOW_ROW << p.window } else { windows(p.bits, p.window) }
+/// Tables of norms: those that are alike are there once.
+fn norm_tables<'a>(norms: impl Iterator<Item = &'a NormPlan>) -> u64 {
+    let tables = norms.flat_map(|p| {
+        let alone = p.alone.filter(|a| a.most > 0).map(|a| (p.bits, a.window, 1, p.f_gain));
+        [Some((p.bits, p.window, p.windows, p.f_gain)), alone]
+    });
+    let tables: BTreeSet<(u32, u32, u32, u32)> = tables.flatten().collect();
+    tables.iter().map(|(bits, window, n, _)| if *n == 1 { WINDOW_ROW << window } else { windows(*bits, *window) }).sum()
 }
 
 fn attention_tables(p: &AttentionPlan) -> u64 {
     let exp = p.exp.map_or(0, |e| (16u64 << (p.score_k - e.exp_lo_bits)) + (4 << e.exp_lo_bits));
-    exp + windows(p.total_bits, p.total_window) + p.qk_norm.as_ref().map_or(0, norm_table)
+    exp + windows(p.total_bits, p.total_window)
 }
 
 /// Tables of functions of the whole plan.
@@ -100,9 +108,9 @@ fn attention_tables(p: &AttentionPlan) -> u64 {
 pub fn table_bytes(plan: &Plan) -> u64 {
     let layers = plan.layers.iter().map(|l| {
         let gate = 32u64 << (l.mlp.gate_k - l.mlp.gate_lo_bits);
-        norm_table(&l.input_norm) + attention_tables(&l.attention) + norm_table(&l.post_norm) + gate
+        attention_tables(&l.attention) + gate
     });
-    layers.sum::<u64>() + norm_table(&plan.head.norm)
+    layers.sum::<u64>() + norm_tables(plan.norms())
 }
 
 /// What `role` keeps of a model. Of the Owner's integers two bytes each are counted.

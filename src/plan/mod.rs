@@ -7,19 +7,21 @@ mod gate;
 pub mod headroom;
 mod layer;
 pub mod memory;
+mod network;
 mod ranges;
 mod softmax;
 #[cfg(test)]
 mod tests;
-mod tournament;
 pub mod work;
 
 pub use adapter::{AdapterBounds, AdapterFractions, AdapterPlan, F_A_MOST, F_B_MOST, Group, Grouped, Module};
 pub(crate) use gate::reach;
 pub(crate) use layer::ROTATION;
-pub use layer::{AttentionPlan, ExpPlan, Fractions, HeadPlan, LayerFractions, LayerPlan, MlpPlan, NormPlan, Plan};
+pub use layer::{
+    Alone, AttentionPlan, ExpPlan, Fractions, HeadPlan, LayerFractions, LayerPlan, MlpPlan, NormPlan, Plan,
+};
 pub use layer::{F, F_EXP, F_EXP_HI, F_EXP_LO, F_ROPE, FW_LEAST, FW_MOST};
+pub use network::Radices;
 pub use ranges::{
     Bounds, INPUT_LIMIT, LayerBounds, LayerRanges, MAX_TEMPERATURE, Misfit, Ranges, plan, propose, refused,
 };
-pub use tournament::Radices;

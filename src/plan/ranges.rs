@@ -15,11 +15,11 @@ use super::adapter::{AdapterBounds, AdapterPlan, Group, Grouped};
 use super::block;
 use super::gate::{f_table, gate_window, mlp, table_error};
 use super::layer::{
-    F, F_ROPE, FW_LEAST, GAIN_LEAST, GAIN_MOST, HeadPlan, LayerFractions, LayerPlan, NormPlan, Plan, ROTATION,
+    Alone, F, F_ROPE, FW_LEAST, GAIN_LEAST, GAIN_MOST, HeadPlan, LayerFractions, LayerPlan, NormPlan, Plan, ROTATION,
     f_inverse, least_gain, log2_ceil, most_gain, softmax_mass, widest_square,
 };
+use super::network::Radices;
 use super::softmax::{PositiveParts, Steps, attention, normalised};
-use super::tournament::Radices;
 use crate::error::{Error, Result};
 use crate::model::config::{LayerShape, ModelConfig, Softmax};
 use crate::protocol::gumbel;
@@ -222,7 +222,8 @@ impl Who<'_> {
         let output = behind.output * 1.002 + 0.01;
         let f_gain = (least..=most_gain(least)).rev().find(|&f| output < room(f)).unwrap_or(least);
         self.fits(&needing("a linear output after the norm", behind.f), output, room(f_gain));
-        NormPlan { k, bits, window, windows, f_gain, coarse }
+        let few = (windows == 2 && alone <= Alone::WIDEST).then_some(Alone { window: alone, most: 0 });
+        NormPlan { k, bits, window, windows, f_gain, coarse, alone: few }
     }
 }
 
@@ -313,15 +314,17 @@ pub fn propose(
     // Adapters are over a base that everybody has.
     let public_base = bounds.layers.iter().any(|b| !b.adapters.is_empty());
     let logit_k = whole + f_logit;
-    let radix = Radices::fastest(config.vocab_size, logit_k.min(23), None);
-    let head = HeadPlan { norm, public: public_base, f_weight: bounds.f_head, logit_k, f_logit, radix };
+    let head =
+        HeadPlan { norm, public: public_base, f_weight: bounds.f_head, logit_k, f_logit, radix: Radices::same(2) };
     let misfits = misfits.into_inner();
     if !misfits.is_empty() {
         return Err(misfits);
     }
     let max_positions = config.max_positions;
     let block_scores = block::MOST_SCORES;
-    Ok(Plan { first_private, private_embedding, residual_k, max_positions, public_base, block_scores, layers, head })
+    let plan =
+        Plan { first_private, private_embedding, residual_k, max_positions, public_base, block_scores, layers, head };
+    Ok(plan.on_network(config, None))
 }
 
 /// How much larger the rotation makes the ring's value of a query or key: [`F_ROPE`] fraction bits more, and at worst both of a pair in one.

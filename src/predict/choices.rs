@@ -6,7 +6,7 @@ use super::Source;
 use crate::model::secure::{F_QK, product_ring};
 use crate::net::shape::Profile;
 use crate::plan::cost::Cost;
-use crate::plan::{F, F_ROPE, FW_LEAST, LayerPlan, NormPlan, Plan, Radices};
+use crate::plan::{F, F_ROPE, FW_LEAST, LayerPlan, Plan, Radices};
 use crate::protocol::argmax;
 
 /// A choice of the plan.
@@ -45,18 +45,24 @@ fn weights(p: &Plan) -> Choice {
     }
 }
 
-fn norms(layers: &[LayerPlan], head: &NormPlan) -> Choice {
-    let all = || {
-        let of =
-            |l: &'_ LayerPlan| [Some(l.input_norm.clone()), l.attention.qk_norm.clone(), Some(l.post_norm.clone())];
-        layers.iter().flat_map(of).flatten().chain([head.clone()])
-    };
+fn norms(plan: &Plan) -> Choice {
+    let all = || plan.norms();
     let two = all().filter(|n| n.windows == 2).count();
-    let windows = span(all().map(|n| n.window).collect::<Vec<_>>().into_iter());
+    let windows = span(all().map(|n| n.window));
+    let few = || all().filter_map(|n| n.alone.filter(|a| a.most > 0));
+    let alone = match few().next() {
+        None => String::new(),
+        Some(_) => format!(
+            "; for up to {} values of a pass one of 2^{} rows in place of two, in {}",
+            span(few().map(|a| a.most as u32)),
+            span(few().map(|a| a.window)),
+            few().count()
+        ),
+    };
     Choice {
         function: "norm: 1 / rms",
-        chosen: format!("{} norms with one window, {two} with two, of 2^{windows} rows", all().count() - two),
-        why: "one window takes 6 messages, two take 8 and tables of the square root of its size: two where one would need more than 2^14 rows for the sums of squares that were seen, with a margin of 8 at both ends".into(),
+        chosen: format!("{} norms with one window, {two} with two, of 2^{windows} rows{alone}", all().count() - two),
+        why: "one window takes 6 messages, two take 8 and tables of the square root of its size: two where one would need more than 2^14 rows for the sums of squares that were seen, with a margin of 8 at both ends, but one of up to 2^16 where the values are so few that on the network two messages take longer".into(),
     }
 }
 
@@ -152,7 +158,7 @@ fn tournament(s: &Source, net: Profile) -> Choice {
 /// The choices of a plan, the tournament's beside its alternatives on `net`.
 pub(super) fn choices(s: &Source, net: Profile) -> Vec<Choice> {
     let layers = &s.plan.layers;
-    let mut out = vec![weights(&s.plan), norms(layers, &s.plan.head.norm)];
+    let mut out = vec![weights(&s.plan), norms(&s.plan)];
     if !layers.is_empty() {
         out.extend(softmax(layers));
         out.push(activation(layers, !s.config.encoder()));

@@ -183,7 +183,7 @@ fn argmax_of_noisy_logits_samples_softmax() {
     let ran = run(&[tokens], |s| {
         let pass = s.passes()[0].number - FIRST;
         let x = Gumbel::new(11 + pass, 1.0).add(given.share(s, "x")?);
-        Ok(vec![argmax(s, &Scope::new("head"), &x, 4, &mut |_| Ok(()))?])
+        Ok(vec![argmax(s, &Scope::new("head"), &x, &[4], &mut |_| Ok(()))?])
     });
     let sum: f64 = logits.iter().map(|v: &f64| v.exp()).sum();
     for (i, v) in logits.iter().enumerate() {

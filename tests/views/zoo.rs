@@ -112,7 +112,7 @@ fn program(s: &mut Session, parts: &Parts, caches: &[Mutex<Cached>; 3]) -> Resul
     }
     let t = Thermometer { step_bits: 12, base: -4, n: 6 };
     reference(s, &at("thermometer"), &a.narrow(17)?, &vec![4; s.tokens()], 3, &t, 16)?;
-    let token = argmax::argmax(s, &at("argmax"), &l, 2, &mut |_| Ok(()))?;
+    let token = argmax::argmax(s, &at("argmax"), &l, &[2], &mut |_| Ok(()))?;
     let (send, receive) = channel();
     for tokens in PASSES {
         send.send((0..tokens as u64).map(|i| 5 * i + 2).collect()).unwrap();

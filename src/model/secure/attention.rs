@@ -16,7 +16,7 @@
 
 use std::sync::Arc;
 
-use super::norm::Norm;
+use super::norm::{Norm, Roots};
 use super::projection::projection;
 use super::{Context, Tables, Wanted, last_row};
 use crate::approx::{PositiveTable, exp_tables};
@@ -58,7 +58,13 @@ pub(super) struct AttentionTables {
 }
 
 impl AttentionTables {
-    pub(super) fn new(p: &AttentionPlan, shape: LayerShape, head_dim: usize, eps: f64, tables: Tables) -> Self {
+    pub(super) fn new(
+        p: &AttentionPlan,
+        shape: LayerShape,
+        head_dim: usize,
+        tables: Tables,
+        roots: &mut Roots,
+    ) -> Self {
         let exp = p.exp.as_ref().map(|e| {
             let step = f64::from(e.step_bits).exp2() / f64::from(F).exp2();
             let tables = exp_tables(F, e.exp_lo_bits, p.score_k - e.exp_lo_bits, 2.0 * step);
@@ -71,12 +77,7 @@ impl AttentionTables {
             }
             Tables::Blank => Positive::blank(p.total_bits, p.total_window, false, p.f_inverse),
         };
-        AttentionTables {
-            shape,
-            exp,
-            inverse,
-            qk_norm: p.qk_norm.as_ref().map(|n| Norm::new(n, head_dim, eps, tables)),
-        }
+        AttentionTables { shape, exp, inverse, qk_norm: p.qk_norm.as_ref().map(|n| Norm::new(n, head_dim, roots)) }
     }
 }
 

@@ -26,7 +26,7 @@ use crate::share::{Masked, Rows};
 use attention::AttentionTables;
 pub(crate) use attention::{F_QK, product_ring};
 use mlp::MlpTables;
-use norm::Norm;
+use norm::{Norm, Roots};
 
 /// One party's model: its prepared part and the public tables of the plan.
 pub struct SecureModel {
@@ -165,19 +165,20 @@ impl SecureModel {
     fn with_tables(config: ModelConfig, plan: Plan, parts: Prepared, tables: Tables) -> Self {
         let eps = config.rms_norm_eps;
         let n = config.hidden_size;
+        let mut roots = Roots::new(tables, eps);
         let layers = plan
             .layers
             .iter()
             .enumerate()
             .map(|(i, l)| (config.layer(plan.first_private + i), l))
             .map(|(shape, l)| LayerTables {
-                input_norm: Norm::new(&l.input_norm, n, eps, tables),
-                attention: AttentionTables::new(&l.attention, shape, config.head_dim, eps, tables),
-                post_norm: Norm::new(&l.post_norm, n, eps, tables),
+                input_norm: Norm::new(&l.input_norm, n, &mut roots),
+                attention: AttentionTables::new(&l.attention, shape, config.head_dim, tables, &mut roots),
+                post_norm: Norm::new(&l.post_norm, n, &mut roots),
                 mlp: MlpTables::new(&l.mlp, &config, shape),
             })
             .collect();
-        let final_norm = Norm::new(&plan.head.norm, n, eps, tables);
+        let final_norm = Norm::new(&plan.head.norm, n, &mut roots);
         let frequencies = rope_frequencies(&config);
         SecureModel { config, plan, parts, layers, final_norm, frequencies }
     }

@@ -1,7 +1,9 @@
-//! RMSNorm, without its gain (folded into the next matrices): 6 messages, 8 where its range is wide.
+//! RMSNorm, without its gain (folded into the next matrices): 6 messages, 8 where its range is wide and the values are not few.
 //!
 //! square-sum with fused lift (2), reciprocal square root by a window (2), or by two and a selection (4), scaling with fused
 //! lift (2).
+
+use std::collections::HashMap;
 
 use super::{Context, Tables};
 use crate::approx::PositiveTable;
@@ -11,25 +13,70 @@ use crate::protocol::guard::guard;
 use crate::protocol::positive::{self, Positive};
 use crate::protocol::square::{scale, square_sum};
 use crate::protocol::truncate::truncate;
-use crate::share::Masked;
+use crate::session::{Pass, Session};
+use crate::share::{Masked, Rows};
 
 /// The tables of one norm over `n` elements.
 pub(super) struct Norm {
     n: usize,
     table: Positive,
+    /// Of a single window, and up to how many values it is taken.
+    alone: Option<(Positive, usize)>,
+}
+
+/// The tables of all norms of a model: those that are alike are there once.
+pub(super) struct Roots {
+    tables: Tables,
+    eps: f64,
+    made: HashMap<(usize, u32, u32, bool, u32), Positive>,
+}
+
+impl Roots {
+    pub(super) fn new(tables: Tables, eps: f64) -> Self {
+        Roots { tables, eps, made: HashMap::new() }
+    }
+
+    fn of(&mut self, p: &NormPlan, n: usize, window: u32, alone: bool) -> Positive {
+        let (tables, eps) = (self.tables, self.eps);
+        let make = || {
+            let units = n as f64 * f64::from(2 * F).exp2();
+            match (tables, alone) {
+                (Tables::Fitted, true) => {
+                    Positive::new(PositiveTable::rsqrt_alone(p.bits, window, units, eps, 1.0), p.f_gain)
+                }
+                (Tables::Fitted, false) => {
+                    Positive::new(PositiveTable::rsqrt(p.bits, window, units, eps, 1.0), p.f_gain)
+                }
+                (Tables::Blank, alone) => Positive::blank(p.bits, window, alone, p.f_gain),
+            }
+        };
+        self.made.entry((n, p.bits, window, alone, p.f_gain)).or_insert_with(make).clone()
+    }
 }
 
 impl Norm {
-    pub(super) fn new(p: &NormPlan, n: usize, eps: f64, tables: Tables) -> Self {
-        let units = n as f64 * f64::from(2 * F).exp2();
-        let table = match (tables, p.windows) {
-            (Tables::Fitted, 1) => {
-                Positive::new(PositiveTable::rsqrt_alone(p.bits, p.window, units, eps, 1.0), p.f_gain)
+    pub(super) fn new(p: &NormPlan, n: usize, roots: &mut Roots) -> Self {
+        let few = p.alone.filter(|a| a.most > 0);
+        let alone = few.map(|a| (roots.of(p, n, a.window, true), a.most));
+        Norm { n, table: roots.of(p, n, p.window, p.windows == 1), alone }
+    }
+
+    /// What the values are looked up in. All parties decide by what one pass has, since the Owner walks one at a time: those that are
+    /// walked together are as long as each other.
+    fn table(&self, s: &Session, values: &Rows) -> &Positive {
+        let of_pass = |p: &Pass| {
+            let (tokens, values) = (p.tokens.len(), values.range(&p.tokens).len());
+            match s.work().and_then(|w| w.tokens()) {
+                // A walk that counts may stand for a longer prompt, but for the one row that a head reads.
+                Some(longer) if values >= tokens => values / tokens.max(1) * longer,
+                _ => values,
             }
-            (Tables::Fitted, _) => Positive::new(PositiveTable::rsqrt(p.bits, p.window, units, eps, 1.0), p.f_gain),
-            (Tables::Blank, windows) => Positive::blank(p.bits, p.window, windows == 1, p.f_gain),
         };
-        Norm { n, table }
+        let values = s.passes().iter().map(of_pass).max().unwrap_or(0);
+        match &self.alone {
+            Some((table, most)) if values <= *most => table,
+            _ => &self.table,
+        }
     }
 
     /// `h / rms(h)` of every group of `n` elements, in ring `64 - f_gain` with `F` fraction bits.
@@ -60,7 +107,7 @@ impl Norm {
             c.flags.guard(c.layer, quantity, g);
         }
         let g = guard(c.s, &scope.at("guard"), &total, p.bits, false, count_bits)?;
-        let looked = positive::start(c.s, &scope.at("rsqrt"), &total, &self.table)?;
+        let looked = positive::start(c.s, &scope.at("rsqrt"), &total, self.table(c.s, total.rows()))?;
         c.flags.guard(c.layer, quantity, g);
         let value = looked.evaluate(c.s, &scope.at("rsqrt"), Some(count_bits))?;
         let inverse = value.value.finish(c.s)?;

@@ -1,7 +1,10 @@
-//! The radices of the tournament that picks a token, level by level: what takes least on a network.
+//! What a plan chooses for a network: messages against bytes and work. Every choice gives the same tokens, but for the rounding of a norm.
 //!
-//! A level of radix `r` makes one candidate of `r`. A large radix takes fewer levels, of 8 messages each, but `r - 1` comparisons for every two candidates:
+//! **The radices of the tournament** that picks a token, level by level. A level of radix `r` makes one candidate of `r`. A large radix takes fewer levels, of 8 messages each, but `r - 1` comparisons for every two candidates:
 //! so radices grow from level to level, as the candidates get fewer, and all are larger where messages take long.
+//!
+//! **A norm's windows.** A wide range takes two windows and a selection between them, or a single one with as many rows as the range is wide, and two
+//! messages fewer: worth it for few values at once, as in decode.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -23,6 +26,8 @@ const MESSAGE: f64 = 80e-6;
 const COMPARISON: f64 = 0.75e-6;
 /// Of a byte.
 const BYTE: f64 = 1e-9;
+/// Of a row of a norm's window, three words, at Client and Helper: from memory, since no cache holds all norms' tables.
+const ROW: f64 = 3.5e-9;
 
 /// Levels at most, where radices up to [`MOST_RADIX`] allow: 42 messages with the lift.
 const LEVELS: usize = 5;
@@ -104,6 +109,18 @@ impl Radices {
     }
 }
 
+/// Up to how many values of a pass a single window of `2^alone` rows takes less than two of `2^window` rows and a selection.
+pub(super) fn most_alone(alone: u32, window: u32, net: Option<Profile>) -> usize {
+    let net = net.unwrap_or(UNNAMED);
+    let rows = (1u64 << alone).saturating_sub(2 << window) as f64;
+    let saved = 2.0 * (net.rtt.as_secs_f64() / 2.0 + MESSAGE);
+    let each = rows * (ROW + (8.0 / net.bits_per_second + BYTE) / 8.0);
+    ((saved / each) as usize).min(MOST_VALUES)
+}
+
+/// Beyond so many values nobody gains by a single window.
+pub(super) const MOST_VALUES: usize = 1 << 10;
+
 struct Search {
     k: u32,
     net: Profile,
@@ -171,6 +188,16 @@ mod tests {
             }
         }
         assert!(messages(1 << 22, None).0 <= 2 + 8 * 7);
+    }
+
+    #[test]
+    fn few_values_take_a_window_alone() {
+        let most = |net| most_alone(16, 12, net);
+        assert_eq!(most(Some(Profile::NONE)), 0);
+        assert!(most(None) >= 1 && most(Some(Profile::WAN)) > 10 * most(None).max(2) / 2);
+        assert!(most_alone(15, 12, Some(Profile::NONE)) >= 1);
+        let endless = Profile { rtt: Duration::from_secs(60), ..Profile::WAN };
+        assert_eq!(most_alone(13, 12, Some(endless)), MOST_VALUES);
     }
 
     #[test]
