@@ -97,6 +97,23 @@ fn the_bundled_model() {
     exact(&w, Some(ids.clone()), None, &ids[..5], 45);
 }
 
+/// On a network norms of few values take one window in place of two: in decode, for the row that a head reads, and in short prompts; a long prompt,
+/// of which a shorter one is walked, does not.
+#[test]
+fn the_bundled_model_on_a_network() {
+    let mut w = models::load(&models::quill());
+    w.config.eos_ids = Vec::new();
+    let ids = models::default_ids();
+    let options = || LocalOptions::new(Some(2)).net("1,1".parse().unwrap());
+    let few = Local::start(w.clone(), Some(ids.clone()), options()).unwrap();
+    let most = few.plan().norms().filter_map(|n| n.alone).map(|a| a.most);
+    assert!(most.clone().any(|most| (1..90).contains(&most)), "{:?}", most.collect::<Vec<_>>());
+    few.finish().unwrap();
+    for (prompt, new) in [(2, 3), (90, 2)] {
+        exact_with(&w, Some(ids.clone()), options(), &ids[..prompt], new);
+    }
+}
+
 #[test]
 fn random_shapes() {
     let ids: Vec<u32> = (0..40).map(|i| i * 7 % 301).collect();

@@ -302,7 +302,7 @@ mod tests {
 
     #[test]
     fn one_window_alone() {
-        for (bits, window) in [(40, 12), (30, 14), (20, 12)] {
+        for (bits, window) in [(40, 12), (30, 14), (20, 12), (40, 16), (39, 17)] {
             let (n, eps) = (2048.0 * 64.0, 1e-5);
             let table = PositiveTable::rsqrt_alone(bits, window, n, eps, 8.0);
             let got = worst(&table, |v| 8.0 / (v / n + eps).sqrt());

@@ -100,7 +100,7 @@ pub struct Alone {
 
 impl Alone {
     /// Most row bits: beyond, its table is a burden whatever the network.
-    pub(crate) const WIDEST: u32 = 16;
+    pub(crate) const WIDEST: u32 = 17;
 }
 
 /// Attention of one layer.

@@ -62,7 +62,7 @@ fn norms(plan: &Plan) -> Choice {
     Choice {
         function: "norm: 1 / rms",
         chosen: format!("{} norms with one window, {two} with two, of 2^{windows} rows{alone}", all().count() - two),
-        why: "one window takes 6 messages, two take 8 and tables of the square root of its size: two where one would need more than 2^14 rows for the sums of squares that were seen, with a margin of 8 at both ends, but one of up to 2^16 where the values are so few that on the network two messages take longer".into(),
+        why: "one window takes 6 messages, two take 8 and tables of the square root of its size: two where one would need more than 2^14 rows for the sums of squares that were seen, with a margin of 8 at both ends, but one of up to 2^17 where the values are so few that on the network two messages take longer".into(),
     }
 }
 
