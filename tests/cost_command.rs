@@ -109,7 +109,7 @@ fn the_bundled_model_on_a_network() {
     let most = few.plan().norms().filter_map(|n| n.alone).map(|a| a.most);
     assert!(most.clone().any(|most| (1..90).contains(&most)), "{:?}", most.collect::<Vec<_>>());
     few.finish().unwrap();
-    for (prompt, new) in [(2, 3), (90, 2)] {
+    for (prompt, new) in [(2, 3), (41, 2), (90, 2)] {
         exact_with(&w, Some(ids.clone()), options(), &ids[..prompt], new);
     }
 }

@@ -13,7 +13,7 @@ pub struct Line {
 }
 
 /// Grid points beyond which a fit looks at a subset: halving the step again changes the error by less than 1e-4 of itself.
-const GRID: u64 = 129;
+pub(super) const GRID: u64 = 129;
 
 impl Line {
     /// The least-maximum-error line for `f` on the doubled interval at `x0` of `lo_bits` low bits, each worth `unit`.
@@ -22,11 +22,18 @@ impl Line {
     /// 0.1 % is added. `f` must be finite there and smooth at the scale of the interval.
     #[must_use]
     pub fn fit(f: impl Fn(f64) -> f64, x0: f64, unit: f64, lo_bits: u32) -> Line {
+        Line::fit_on(GRID, f, x0, unit, lo_bits)
+    }
+
+    /// [`Line::fit`] on so many points where there are more values: 17 do where the function is as good as a parabola, whose largest errors lie
+    /// at the ends and in the middle.
+    #[must_use]
+    pub fn fit_on(grid: u64, f: impl Fn(f64) -> f64, x0: f64, unit: f64, lo_bits: u32) -> Line {
         let last = (2u64 << lo_bits) - 2;
         if last == 0 {
             return Line { a: f(x0), b: 0.0, max_error: 0.0 };
         }
-        let points = GRID.min(last + 1);
+        let points = grid.min(last + 1);
         // No overflow: a grid has at most 129 points and a window at most 24 row bits.
         let lo = |i: u64| (i * last / (points - 1)) as f64;
         let grid: Vec<(f64, f64)> = (0..points).map(lo).map(|lo| (lo, f(x0 + lo * unit))).collect();

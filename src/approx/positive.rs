@@ -3,7 +3,7 @@
 //! the first alone, where the range is narrow enough for it.
 
 use super::dropped;
-use super::line::Line;
+use super::line::{self, Line};
 
 /// Bits of the interpolation variable, where the ring has them.
 const LO_BITS: u32 = 6;
@@ -211,6 +211,10 @@ fn low_part(bits: u32, window: u32) -> (u32, u32) {
     (below - lo_bits, lo_bits)
 }
 
+/// Row bits beyond which a table is fitted on fewer points from [`NARROW_ROW`] on.
+const WIDE: u32 = 14;
+const NARROW_ROW: u64 = 1 << 10;
+
 /// One window's lines.
 struct Rows {
     low: u32,
@@ -232,7 +236,9 @@ impl Rows {
         for i in 0..1u64 << window {
             let hi = if i + 1 == 1 << window && below > 0 { -1.0 } else { i as f64 };
             let start = hi * f64::from(below).exp2();
-            let line = Line::fit(clamped, start + centre, unit, lo_bits);
+            // Rows of the widest windows are so narrow, against the value, that the function is a parabola there.
+            let grid = if window > WIDE && i >= NARROW_ROW { 17 } else { line::GRID };
+            let line = Line::fit_on(grid, clamped, start + centre, unit, lo_bits);
             let last = start + f64::from(below + 1).exp2();
             // monotonic: the smallest value is at an end, and the dropped bits move it most where it is steepest
             let at = |v: f64| clamped(v);

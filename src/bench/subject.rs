@@ -40,7 +40,7 @@ pub struct Changes {
     pub reshaping: Reshaping,
     /// Rank of adapters on their queries and values (LoRA); all else of the model is public then.
     pub lora: Option<usize>,
-    /// Rank of a bottleneck with ReLU beside each one's MLP (AdaptFormer), of an encoder.
+    /// Rank of a bottleneck with ReLU beside each layer's MLP (AdaptFormer), of an encoder.
     pub bottleneck: Option<usize>,
 }
 

@@ -20,7 +20,7 @@ pub struct Args {
     /// Of a preset: adapters of this rank on queries and values of the private layers (LoRA, unmerged). All else is public then.
     #[arg(long, value_name = "R", conflicts_with = "adaptformer_rank")]
     lora_rank: Option<usize>,
-    /// Of vit-b16: a bottleneck of this rank with ReLU beside each private layer's MLP (AdaptFormer).
+    /// Of vit-b16: a bottleneck of this rank with ReLU beside each layer's MLP (AdaptFormer).
     #[arg(long, value_name = "R")]
     adaptformer_rank: Option<usize>,
 }

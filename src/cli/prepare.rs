@@ -31,7 +31,7 @@ pub struct Args {
     /// Text like the prompts to come: fixed-point ranges are calibrated on it, instead of on a built-in text.
     #[arg(long, value_name = "FILE")]
     calibration_text: Option<PathBuf>,
-    /// The network that the parties will be on: lan (0.1 ms, 16 Gbit/s), wan (20 ms, 0.4 Gbit/s), or RTT_MS,GBPS. On a slow one the plan takes fewer
+    /// The network that the parties will be on: none, lan (0.1 ms, 16 Gbit/s), wan (20 ms, 0.4 Gbit/s), or RTT_MS,GBPS. On a slow one the plan takes fewer
     /// messages. Default: 1 ms, 1 Gbit/s.
     #[arg(long, value_name = "PROFILE")]
     net: Option<Profile>,

@@ -60,7 +60,11 @@ fn mlp(l: &Layer, bottleneck: Option<&Bottleneck>) -> Result<(Affine, Affine)> {
         return Ok((l.mlp_1.clone(), l.mlp_2.clone()));
     };
     let (rank, hidden) = down.weight.dim();
-    if hidden != l.mlp_1.weight.ncols() || up.weight.dim() != (hidden, rank) || rank == 0 {
+    if hidden != l.mlp_1.weight.ncols()
+        || up.weight.dim() != (hidden, rank)
+        || (down.bias.len(), up.bias.len()) != (rank, hidden)
+        || rank == 0
+    {
         let lhs = format!("a bottleneck of {:?} and {:?}", down.weight.dim(), up.weight.dim());
         return Err(Error::Shape {
             op: "vision transformer",

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::adapter::{AdapterFractions, AdapterPlan, Group, Grouped};
 use super::block;
 use super::network::{MOST_VALUES, Radices, most_alone};
+use super::ranges::WIDEST_ALONE;
 use crate::model::{Activation, LayerShape, ModelConfig, Softmax};
 use crate::net::shape::Profile;
 
@@ -342,7 +343,7 @@ impl NormPlan {
         within(self.window, 12, 16, "a norm's window")?;
         within(self.windows, 1, 2, "a norm's windows")?;
         if let Some(alone) = &self.alone {
-            within(alone.window, 12, Alone::WIDEST, "a norm's window for few values")?;
+            within(alone.window, WIDEST_ALONE + 1, Alone::WIDEST, "a norm's window for few values")?;
             within(self.windows, 2, 2, "a norm's windows")?;
             if alone.most > MOST_VALUES {
                 return Err("a norm's window for few values");

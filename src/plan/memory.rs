@@ -20,6 +20,7 @@ use crate::generate::{MAX_BATCH, MAX_DRAFTS, MAX_WAITING, next_batch};
 use crate::model::sections::HalfLayout;
 use crate::model::{LayerShape, ModelConfig};
 use crate::party::Role;
+use crate::protocol::argmax;
 use crate::session::{BLOCKS_PER_LAYER, JOBS_AHEAD_LAYERS};
 
 /// What a party keeps of a model, whatever the sessions.
@@ -88,7 +89,7 @@ fn windows(bits: u32, window: u32) -> u64 {
     WINDOW_ROW * ((1u64 << window) + (1u64 << window.min(bits - window + 6)))
 }
 
-/// Tables of norms: those that are alike are there once.
+/// Tables of norms of the same number of elements: those that are alike are there once.
 fn norm_tables<'a>(norms: impl Iterator<Item = &'a NormPlan>) -> u64 {
     let tables = norms.flat_map(|p| {
         let alone = p.alone.filter(|a| a.most > 0).map(|a| (p.bits, a.window, 1, p.f_gain));
@@ -110,7 +111,9 @@ pub fn table_bytes(plan: &Plan) -> u64 {
         let gate = 32u64 << (l.mlp.gate_k - l.mlp.gate_lo_bits);
         attention_tables(&l.attention) + gate
     });
-    layers.sum::<u64>() + norm_tables(plan.norms())
+    let of_rows = plan.layers.iter().flat_map(|l| [&l.input_norm, &l.post_norm]).chain([&plan.head.norm]);
+    let of_heads = plan.layers.iter().filter_map(|l| l.attention.qk_norm.as_ref());
+    layers.sum::<u64>() + norm_tables(of_rows) + norm_tables(of_heads)
 }
 
 /// What `role` keeps of a model. Of the Owner's integers two bytes each are counted.
@@ -131,7 +134,9 @@ pub fn model_bytes(role: Role, c: &ModelConfig, plan: &Plan) -> ModelBytes {
             public + known + if plan.head.public { 4 * table } else { 0 }
         }
     };
-    ModelBytes { weights, tables: table_bytes(plan) }
+    // A bottleneck's table beside that of the layer's own activation: twice as many rows at most.
+    let bottleneck = |l: &LayerPlan| if c.bottleneck > 0 { 64u64 << (l.mlp.gate_k - l.mlp.gate_lo_bits) } else { 0 };
+    ModelBytes { weights, tables: table_bytes(plan) + plan.layers.iter().map(bottleneck).sum::<u64>() }
 }
 
 /// Vectors of a pass at one layer: the largest operation, and what the Helper's answers wait for.
@@ -163,7 +168,12 @@ fn layer(c: &ModelConfig, (shape, l): (LayerShape, &LayerPlan), first: usize, to
     let codes = scores * (code_rows + 8 * 3 * columns);
     let gate = t * m * (query(l.mlp.gate_k - l.mlp.gate_lo_bits) + 8 * 5);
     let exp = scores * (exp_rows + 8 * 8);
-    let norm = t * (2 * query(l.post_norm.window.max(l.input_norm.window)) + 8 * 4 * h);
+    // Two windows of as many rows, or one of more.
+    let rows = |p: &NormPlan| match p.alone.filter(|a| tokens <= a.most) {
+        Some(alone) => query(alone.window),
+        None => 2 * query(p.window),
+    };
+    let norm = t * (rows(&l.post_norm).max(rows(&l.input_norm)) + 8 * 4 * h);
     // Words that a job captures, per element: masks of the result and of the reply, copies of operands.
     let guard = |proven: u32, k: u32| if proven > k { 5 * u64::from((proven - k + 4).div_ceil(8)) } else { 0 };
     let words = 6 * h * t
@@ -236,10 +246,16 @@ fn most_held(layers: &[Layer], n: usize) -> u64 {
     held.iter().take(n).sum()
 }
 
-/// Of one position's tournament: its first level has, per candidate of a group of `radix`, half the group's comparisons; radices grow slower than candidates get fewer.
+/// Bytes of a tournament per comparison, and per candidate: its value and index, the query of its winner.
+const TOURNAMENT: (usize, usize) = (200, 120);
+
+/// Of one position's tournament: its largest level.
 fn head_bytes(c: &ModelConfig, plan: &Plan) -> u64 {
-    let first = plan.head.radix.each().first().map_or(0, |r| r.saturating_sub(1));
-    (c.vocab_size * first.div_ceil(2) * 200) as u64
+    let level = |(left, radix): (usize, usize)| {
+        let candidates = left.next_multiple_of(radix);
+        candidates * (radix - 1) / 2 * TOURNAMENT.0 + candidates * TOURNAMENT.1
+    };
+    argmax::levels(c.vocab_size, plan.head.radix.each()).map(level).max().unwrap_or(0) as u64
 }
 
 /// What `role` takes for a session whose longest request has `prefill` tokens and `decode` further ones, with buffers of

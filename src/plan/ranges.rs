@@ -120,7 +120,7 @@ pub struct Ranges {
 }
 
 /// Most row bits of a norm's only window: its table grows with the range, that of two windows with the range's root.
-const WIDEST_ALONE: u32 = 14;
+pub(super) const WIDEST_ALONE: u32 = 14;
 /// How far beyond its calibrated range a sum of squares may go.
 const SUM_MARGIN: f64 = 8.0;
 /// How far beyond its calibrated range a score or gate may go.

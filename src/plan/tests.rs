@@ -260,6 +260,10 @@ fn relations_that_do_not_hold_are_refused_by_name() {
     refused(&|p| (p.layers[1].mlp.f_down, p.layers[1].mlp.f_table) = (FW_LEAST + 1, 12), "activation's fraction");
     refused(&|p| p.layers[0].mlp.f_gate_up = 65 - p.layers[0].post_norm.f_gain - p.layers[0].mlp.gate_proven, "gate");
     refused(&|p| p.head.radix = Radices::same(13), "radix");
+    for (windows, window, most) in [(2, 18, 1), (2, 14, 1), (2, 16, 1 << 20), (1, 16, 1)] {
+        let alone = Some(Alone { window, most });
+        refused(&|p| (p.layers[0].input_norm.windows, p.layers[0].input_norm.alone) = (windows, alone), "window");
+    }
     refused(&|p| p.max_positions = 0, "context");
     refused(&|p| p.first_private = 9, "first private");
     assert_eq!(p.longest_answer(1), p.max_positions);

@@ -111,7 +111,7 @@ pub type Table = [[[Counts; 4]; 2]; 3];
 /// A pass that a shorter one is walked for.
 #[derive(Clone, Copy, Debug)]
 pub struct Longer {
-    /// Its length: what the program sizes by that (the range flags' counters) is sized for it.
+    /// Its length: what the program chooses by that (the range flags' counters, a norm's windows) is chosen for it.
     pub tokens: usize,
     /// Rows of the blocks that the short one is cut into, in place of what its own length says.
     pub block_rows: Option<usize>,

@@ -7,7 +7,7 @@
 //!   to the next: two such blocks say all.
 //! - A message of a prefill of `t` tokens carries `n = a + b t + c h t (t + 1) / 2` elements (of an encoder `c h t^2`), `h` the number of heads. From `t` to
 //!   `t + 8` (16 if `h` is odd) `n` grows by a multiple of 8, so its bytes are a polynomial of degree 2 along such steps: three
-//!   short prompts say all, once their range flags' counters are as wide as the long one's.
+//!   short prompts say all, once their range flags' counters are as wide as the long one's and their norms take its windows.
 //! - A prompt that goes through attention in blocks ([`crate::plan::block`]) carries the same elements, whole bytes of them in each block
 //!   but the last. So each further block adds the same: its messages' headers, their number, and what waits for them. The three
 //!   short prompts are cut into two blocks, and one of them into three as well.
@@ -213,8 +213,9 @@ pub(crate) fn prefill<T: Cells>(
         rest => rest,
     };
     let blocks = prompt.div_ceil(block::rows(c, plan, 0, prompt));
-    // Of one block, or of two with a last one as long as what the whole prompt has beyond its steps.
-    let shortest = if blocks == 1 { rest } else { rest + step };
+    // Of one block, or of two with a last one as long as what the whole prompt has beyond its steps. A single token would not tell a row of
+    // a long prompt from the one that a head reads.
+    let shortest = if blocks == 1 && rest > 1 { rest } else { rest + step };
     if prompt <= shortest + 3 * step {
         return run(prompt, Work::default());
     }

@@ -26,7 +26,7 @@ pub const MOST_RADIX: usize = 12;
 
 /// Of the levels, candidates and radix, for `n` candidates: they are cut into groups of the level's radix, of which one may be filled up.
 /// Levels beyond those of `radices` have the last one.
-fn levels(n: usize, radices: &[usize]) -> impl Iterator<Item = (usize, usize)> {
+pub(crate) fn levels(n: usize, radices: &[usize]) -> impl Iterator<Item = (usize, usize)> {
     let radix = |level: usize| radices.get(level).or(radices.last()).copied().unwrap_or(2).max(2);
     let (mut left, mut level) = (n, 0);
     std::iter::from_fn(move || {

@@ -94,11 +94,15 @@ impl Isa {
 
     /// The choice for one setting of `TREFOIL_ISA`, and what to tell the user about it.
     fn choose(asked: Option<&str>) -> (Isa, Option<String>) {
-        let best = Isa::available().last().unwrap_or(Isa::Portable);
-        let Some(asked) = asked.filter(|a| !a.is_empty()) else { return (best, None) };
+        let Some(asked) = asked.filter(|a| !a.is_empty()) else {
+            return (Isa::available().last().unwrap_or(Isa::Portable), None);
+        };
         match Isa::ALL.into_iter().find(|isa| isa.name() == asked) {
             Some(isa) if isa.supported() => (isa, None),
-            Some(_) => (Isa::Portable, Some(format!("TREFOIL_ISA={asked}: this processor lacks it; using portable"))),
+            Some(_) => (
+                Isa::Portable,
+                Some(format!("TREFOIL_ISA={asked}: this processor or its system lacks it; using portable")),
+            ),
             None => (
                 Isa::Portable,
                 Some(format!(

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use super::{Context, Tables};
 use crate::approx::PositiveTable;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::plan::{F, NormPlan};
 use crate::protocol::guard::guard;
 use crate::protocol::positive::{self, Positive};
@@ -61,9 +61,9 @@ impl Norm {
         Norm { n, table: roots.of(p, n, p.window, p.windows == 1), alone }
     }
 
-    /// What the values are looked up in. All parties decide by what one pass has, since the Owner walks one at a time: those that are
-    /// walked together are as long as each other.
-    fn table(&self, s: &Session, values: &Rows) -> &Positive {
+    /// What the values are looked up in. All parties decide by what a pass has, since the Owner walks one at a time.
+    fn table(&self, s: &Session, values: &Rows) -> Result<&Positive> {
+        let Some((alone, most)) = &self.alone else { return Ok(&self.table) };
         let of_pass = |p: &Pass| {
             let (tokens, values) = (p.tokens.len(), values.range(&p.tokens).len());
             match s.work().and_then(|w| w.tokens()) {
@@ -72,11 +72,14 @@ impl Norm {
                 _ => values,
             }
         };
-        let values = s.passes().iter().map(of_pass).max().unwrap_or(0);
-        match &self.alone {
-            Some((table, most)) if values <= *most => table,
-            _ => &self.table,
+        let mut few = s.passes().iter().map(|p| of_pass(p) <= *most);
+        let first = few.next().unwrap_or(false);
+        if few.any(|few| few != first) {
+            return Err(Error::Internal(
+                "passes that are walked together are of lengths that take different windows".into(),
+            ));
         }
+        Ok(if first { alone } else { &self.table })
     }
 
     /// `h / rms(h)` of every group of `n` elements, in ring `64 - f_gain` with `F` fraction bits.
@@ -107,7 +110,7 @@ impl Norm {
             c.flags.guard(c.layer, quantity, g);
         }
         let g = guard(c.s, &scope.at("guard"), &total, p.bits, false, count_bits)?;
-        let looked = positive::start(c.s, &scope.at("rsqrt"), &total, self.table(c.s, total.rows()))?;
+        let looked = positive::start(c.s, &scope.at("rsqrt"), &total, self.table(c.s, total.rows())?)?;
         c.flags.guard(c.layer, quantity, g);
         let value = looked.evaluate(c.s, &scope.at("rsqrt"), Some(count_bits))?;
         let inverse = value.value.finish(c.s)?;

@@ -245,6 +245,10 @@ pub(super) fn facts(c: &ModelConfig) -> Vec<(&'static str, String)> {
             format!("llama3 {factor:?} {low_freq_factor:?} {high_freq_factor:?} {original_max_position_embeddings}")
         }
     };
+    let hidden_act = match c.bottleneck {
+        0 => format!("{:?}", c.activation),
+        n => format!("{:?}, {n} of its neurons Relu", c.activation),
+    };
     vec![
         ("architectures", c.arch.name().into()),
         ("hidden_size", c.hidden_size.to_string()),
@@ -261,7 +265,7 @@ pub(super) fn facts(c: &ModelConfig) -> Vec<(&'static str, String)> {
         ("attention_bias", format!("{} {}", c.qkv_bias, c.o_bias)),
         ("mlp_bias", c.mlp_bias.to_string()),
         ("qk_norm", c.qk_norm.to_string()),
-        ("hidden_act", format!("{:?}", c.activation)),
+        ("hidden_act", hidden_act),
         ("variant", format!("{:?}", c.variant)),
     ]
 }

@@ -10,14 +10,21 @@ use crate::ring::mask;
 pub fn of_ifma() -> bool {
     static PROVEN: OnceLock<bool> = OnceLock::new();
     // SAFETY: the caller has asked for the processor's features.
-    *PROVEN.get_or_init(|| unsafe { by_ifma() })
+    *PROVEN.get_or_init(|| told("IFMA", unsafe { by_ifma() }))
 }
 
 /// Whether this processor, which has AMX and whose system permits it, multiplies as it should.
 pub fn of_amx() -> bool {
     static PROVEN: OnceLock<bool> = OnceLock::new();
     // SAFETY: as above.
-    *PROVEN.get_or_init(|| unsafe { by_amx() })
+    *PROVEN.get_or_init(|| told("AMX", unsafe { by_amx() }))
+}
+
+fn told(name: &str, proven: bool) -> bool {
+    if !proven {
+        eprintln!("trefoil: {name} gives wrong products on this machine and is not used; please report it");
+    }
+    proven
 }
 
 /// Rows of either operand that fill a block and begin another; columns that end within a register.
@@ -52,9 +59,12 @@ pub(super) unsafe fn by_amx() -> bool {
     let (x, w) = (words(t * n), words(m * n));
     let w16: Vec<i16> = w.iter().map(|v| *v as i16).collect();
     let w8: Vec<i8> = w.iter().map(|v| *v as i8).collect();
-    // SAFETY: the caller's.
-    let digits = unsafe { amx::Digits::cut(&x, n, 64) };
-    // SAFETY: as above.
-    agree(64, &x, &w16, |rows| unsafe { digits.tile(0, &w16, rows) })
-        && agree(64, &x, &w8, |rows| unsafe { digits.tile(0, &w8, rows) })
+    // Every number of bytes, since each has a loop of its own.
+    (8..=64).step_by(8).all(|k| {
+        // SAFETY: the caller's.
+        let digits = unsafe { amx::Digits::cut(&x, n, k) };
+        // SAFETY: as above.
+        agree(k, &x, &w16, |rows| unsafe { digits.tile(0, &w16, rows) })
+            && agree(k, &x, &w8, |rows| unsafe { digits.tile(0, &w8, rows) })
+    })
 }
