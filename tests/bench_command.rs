@@ -134,7 +134,7 @@ fn a_model_costs_what_its_benchmark_counts() {
         (reshaped, "merge 2, 2relu", 3),
         ("--model models/quill-4m --private-layers 0".into(), "none", 0),
         // On this network a norm of the decoded token, and of a prompt's last row, takes one window.
-        ("--model models/quill-4m --private-layers 2 --net 1,1".into(), "none", 2),
+        ("--model models/quill-4m --private-layers 2 --net 4,1".into(), "none", 2),
         ("--model models/quill-4m --base models/quill-4m --private-layers all --plan-context 40".into(), "none", 8),
         ("--model tests/fixtures/llama-plain --adapter tests/fixtures/lora-all".into(), "LoRA", 2),
     ] {

@@ -104,7 +104,7 @@ fn the_bundled_model_on_a_network() {
     let mut w = models::load(&models::quill());
     w.config.eos_ids = Vec::new();
     let ids = models::default_ids();
-    let options = || LocalOptions::new(Some(2)).net("1,1".parse().unwrap());
+    let options = || LocalOptions::new(Some(2)).net("4,1".parse().unwrap());
     let few = Local::start(w.clone(), Some(ids.clone()), options()).unwrap();
     let most: Vec<usize> = few.plan().norms().filter_map(|n| n.alone).map(|a| a.most).collect();
     assert!(most.iter().any(|most| (1..41).contains(most)), "{most:?}");
