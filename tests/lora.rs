@@ -360,7 +360,7 @@ fn every_command_takes_an_adapter() {
     assert_eq!(cost["messages_per_private_layer"], given["messages_per_private_layer"]);
     let prep = dir.path().join("prep");
     let prep = prep.to_str().unwrap();
-    trefoil(&["prepare", "--model", base, "--adapter", &adapter, "--context", "16", "--out", prep]);
+    trefoil(&["prepare", "--model", base, "--adapter", &adapter, "--context", "16", "--net", "none", "--out", prep]);
     let of_it = trefoil(&[&["cost", "--model", prep][..], &request].concat());
     assert_eq!(of_it["request_links"], cost["request_links"]);
     let text = dir.path().join("text");

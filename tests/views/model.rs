@@ -10,6 +10,7 @@ use trefoil::model::rounding::Choice;
 use trefoil::model::sections::{Section, sections};
 use trefoil::model::secure::{ClientPorts, PassOptions, SecureModel, logit_format};
 use trefoil::model::{Arch, ModelConfig, Weights};
+use trefoil::net::shape::Profile;
 use trefoil::party::Role;
 use trefoil::plan::{F, Fractions, Module, Plan};
 use trefoil::prf::{Address, AddressLog, PreparationSeed};
@@ -46,7 +47,10 @@ pub fn plan_of(w: &Weights, private_layers: Option<usize>) -> Plan {
     };
     let ranges = ranges(w, first, &inputs(&w.config, w.config.max_positions, None));
     let bounds = bounds(w, first, &fractions).unwrap();
-    trefoil::plan::plan(&w.config, first, private_embedding, &bounds, &ranges).unwrap()
+    // Here passes of different lengths are walked together, which no request does and norms that go by their length refuse.
+    trefoil::plan::plan(&w.config, first, private_embedding, &bounds, &ranges)
+        .unwrap()
+        .on_network(&w.config, Some(Profile::NONE))
 }
 
 /// What the Helper gets before any session.
