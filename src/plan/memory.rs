@@ -4,7 +4,7 @@
 //! |---|---|---|---|
 //! | weights | integers of 2 bytes (1 or 4 where that fits), `A` of a private embedding in the bits of its ring | public layers and embedding, f32; a public head, and the matrices under an adapter, at 4 | `A` in the bits of its ring; public matrices at 4 once more |
 //! | tables | the functions of every private layer, the same at all three | | |
-//! | cache | `d`: 8 per key or value element | `r` and a share: 16 | `r` and a share: 16 |
+//! | cache | `d` of each key and value element, in the bits of its ring | `r` and a share | `r` and a share |
 //! | run-ahead | what both peers have sent and no pass has used yet | none | none |
 //! | batch | vectors of the largest operation of a pass | the same, of a batch of passes | the same, and what answers to the Owner wait for: of 2 layers of the prefill (of 1 if it goes through attention in blocks, [`super::block`]), or of the decode passes walked ahead |
 //!
@@ -18,9 +18,11 @@ use super::block;
 use super::{AdapterPlan, AttentionPlan, LayerPlan, Module, NormPlan, Plan};
 use crate::generate::{MAX_BATCH, MAX_DRAFTS, MAX_WAITING, next_batch};
 use crate::model::sections::HalfLayout;
+use crate::model::secure::product_ring;
 use crate::model::{LayerShape, ModelConfig};
 use crate::party::Role;
 use crate::protocol::argmax;
+use crate::ring::pack::packed_len;
 use crate::session::{BLOCKS_PER_LAYER, JOBS_AHEAD_LAYERS};
 
 /// What a party keeps of a model, whatever the sessions.
@@ -270,8 +272,12 @@ pub fn session_bytes(
     run_ahead_capacity: u64,
 ) -> SessionBytes {
     let positions = (prefill + decode) as u64;
-    let each = if role == Role::Owner { 8 } else { 16 };
-    let cache = each * 2 * shaped(c, plan).map(|(shape, _)| shape.kv_size() as u64).sum::<u64>() * positions;
+    let parts = if role == Role::Owner { 1 } else { 2 };
+    let kept = |(shape, l): (LayerShape, &LayerPlan)| {
+        let [key, value] = [product_ring(&l.attention), l.attention.prob_k];
+        (packed_len(shape.kv_size(), key) + packed_len(shape.kv_size(), value)) as u64
+    };
+    let cache = parts * shaped(c, plan).map(kept).sum::<u64>() * positions;
     let last = prefill + decode.saturating_sub(1);
     // Batches of holders: passes walked together, and passes walked and not yet used.
     let (batch, waiting) = (largest_batch(decode), decode.min(MAX_WAITING));

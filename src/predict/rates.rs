@@ -15,9 +15,9 @@ use crate::par::in_blocks;
 use crate::plan::FW_LEAST;
 use crate::plan::work::Counts;
 use crate::prf::{Address, Pair, PairKey, Prf};
-use crate::protocol::cached::{CachedBilinear, Scores, Span};
+use crate::protocol::cached::{CachedBilinear, Context, Scores, Span};
 use crate::protocol::linear::{OwnerMatrix, local_masks};
-use crate::ring::{Isa, Packed, fold, gemm};
+use crate::ring::{Isa, Packed, PackedRows, fold, gemm};
 use crate::share::Rows;
 
 /// What a second of one core does. Kernels run on the whole pool where they are large; these are figures of the pool
@@ -104,25 +104,33 @@ impl Rates {
                 digits.times(m / 8, part, &mut y[..t * m / 8]);
             }))
         });
-        // Scores and context over cached positions of heads of 64: one head's again and again, as the tokens of a prompt read it,
-        // and one head after the other of a cache that fits no cache of the processor, as single tokens do.
-        let (dim, width) = (64, n);
-        let mut row_rate = |visible: usize, heads: usize| {
-            rate(2.0 * (visible * dim * heads) as f64, || {
-                for head in 0..heads {
-                    let cache = &wide[head * dim..visible * width];
-                    gemm::strided(Isa::current(), &x[..dim], cache, width, (1, visible, dim), &mut y[..visible]);
-                    gemm::weighted(Isa::current(), &x[..visible], cache, width, (1, dim, visible), &mut y[..dim]);
-                }
+        // Scores and context over cached positions of heads of 64: of some tokens, few positions that stay in the cache of the processor,
+        // and of a single token as many as do not.
+        let (dim, heads) = (64, n / 64);
+        let mut kept = PackedRows::new(n, USUAL, m);
+        kept.extend(&wide);
+        let scores = Scores { heads, kv_heads: heads, dim, all: None };
+        let context = Context { heads, kv_heads: heads, dim, all: None };
+        let mut row_rate = |tokens: usize, positions: usize| {
+            let queries = Rows::even(tokens, heads * dim);
+            let weights = Rows::ragged((positions - tokens..positions).map(|position| scores.outputs(position)));
+            let macs: usize = (positions - tokens..positions).map(|position| scores.macs(position)).sum();
+            rate(2.0 * macs as f64, || {
+                let span = |rows| Span::new(rows, 0..tokens, &x[..rows.len()]);
+                scores.each(&span(&queries), (&kept, positions), &mut y[..weights.len()]);
+                context.each(&span(&weights), (&kept, positions), &mut y[..queries.len()]);
             })
         };
-        let (row_macs, cold_row_macs) = (row_rate(256, 1), row_rate(m, width / dim));
-        let (tokens, positions, op) = (MAX_BATCH, 256, Scores { heads: 1, kv_heads: 1, dim, all: None });
-        let row = Rows::even(tokens, dim);
-        let mut scores = Vec::new();
+        let (row_macs, cold_row_macs) = (row_rate(4, 256), row_rate(1, m));
+        let (tokens, positions) = (MAX_BATCH, 256);
+        let op = Scores { heads: 1, kv_heads: 1, dim, all: None };
+        let (row, lengths) =
+            (Rows::even(tokens, dim), (positions - tokens..positions).map(|position| op.outputs(position)));
+        let mut one_head = PackedRows::new(dim, USUAL, positions);
+        one_head.extend(&wide[..positions * dim]);
+        let mut out = vec![0; lengths.sum()];
         let together_macs = rate((tokens * dim * (positions - tokens / 2)) as f64, || {
-            scores.clear();
-            op.together(USUAL, &Span::new(&row, 0..tokens, &x[..tokens * dim]), &wide[..positions * dim], &mut scores);
+            op.together(USUAL, &Span::new(&row, 0..tokens, &x[..tokens * dim]), (&one_head, positions), &mut out);
         });
         let (rows, elements) = (512usize, 1 << 13);
         let (offsets, queries) = (vec![7u32; elements], vec![0x5au8; elements * rows / 8]);

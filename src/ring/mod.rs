@@ -14,11 +14,13 @@ pub mod gemm;
 mod isa;
 pub mod pack;
 mod packed;
+mod packed_rows;
 
 pub(crate) use filled::{filled, try_filled};
 pub use isa::Isa;
 pub use packed::Packed;
 pub(crate) use packed::{Bytes, pack_range};
+pub use packed_rows::PackedRows;
 
 /// The low `k` bits set: the largest element of Z_2^k, for `1 <= k <= 64`.
 ///

@@ -26,20 +26,27 @@ use crate::party::Role;
 use crate::plan::cost::Cost;
 use crate::plan::work::{Counts, Work};
 use crate::prf::Pair;
-use crate::ring::{self, Isa, gemm, pack};
+use crate::ring::{self, Isa, PackedRows, gemm, pack};
 use crate::session::{Scope, Session, recv_words};
 use crate::share::{Masked, Rows, Side};
 
 /// Rows from which on they meet the cache together: see [`together`].
 const TOGETHER: usize = 8;
 
-type Store = Arc<RwLock<Vec<u64>>>;
+/// Words of the cache that are there unpacked at a time: they stay in the L2 cache.
+const UNPACKED: usize = 1 << 15;
 
-fn read(store: &Store) -> std::sync::RwLockReadGuard<'_, Vec<u64>> {
+type Store = Arc<RwLock<PackedRows>>;
+
+fn read(store: &Store) -> std::sync::RwLockReadGuard<'_, PackedRows> {
     store.read().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// One party's part of an operand that grows by a row of `width` elements per token.
+fn extend(store: &Store, words: &[u64]) {
+    store.write().unwrap_or_else(PoisonError::into_inner).extend(words);
+}
+
+/// One party's part of an operand that grows by a row of `width` elements per token; each takes its ring's `k` bits.
 pub struct Cached {
     width: usize,
     k: u32,
@@ -58,22 +65,22 @@ impl Cached {
     /// Empty, with room for `capacity` tokens, or for the first of them: a request may allow far more than it will use.
     #[must_use]
     pub fn new(width: usize, k: u32, f: u32, capacity: usize) -> Self {
-        let store = || Arc::new(RwLock::new(Vec::with_capacity(width * capacity.min(RESERVED))));
+        let store = || Arc::new(RwLock::new(PackedRows::new(width, k, capacity.min(RESERVED))));
         Cached { width, k, f, tokens: 0, own: store(), share: store() }
     }
 
     /// Fills the cache with values that all parties know, as if `tokens` tokens had been cached: for measuring what a
     /// decode step costs at a given context without computing that context. Nothing secret may follow from them.
     pub fn preload(&mut self, role: Role, tokens: usize, value: impl Fn(usize) -> i64) {
-        let words: Vec<u64> = (0..tokens * self.width).map(|i| value(i) as u64 & ring::mask(self.k)).collect();
-        let zero = vec![0; words.len()];
-        let (own, share) = match role {
-            Role::Owner => (words, Vec::new()),
-            Role::Client => (zero.clone(), zero),
-            Role::Helper => (zero, words),
-        };
-        self.own.write().unwrap_or_else(PoisonError::into_inner).extend(own);
-        self.share.write().unwrap_or_else(PoisonError::into_inner).extend(share);
+        let zero = vec![0; self.width];
+        for token in 0..tokens {
+            let words: Vec<u64> = (token * self.width..(token + 1) * self.width).map(|i| value(i) as u64).collect();
+            match role {
+                Role::Owner => extend(&self.own, &words),
+                Role::Client => [&self.own, &self.share].into_iter().for_each(|store| extend(store, &zero)),
+                Role::Helper => [(&self.own, &zero), (&self.share, &words)].iter().for_each(|(s, w)| extend(s, w)),
+            }
+        }
         self.tokens += tokens;
     }
 
@@ -82,7 +89,7 @@ impl Cached {
     pub fn truncate(&mut self, tokens: usize) {
         self.tokens = self.tokens.min(tokens);
         for store in [&self.own, &self.share] {
-            store.write().unwrap_or_else(PoisonError::into_inner).truncate(self.tokens * self.width);
+            store.write().unwrap_or_else(PoisonError::into_inner).truncate(self.tokens);
         }
     }
 
@@ -95,8 +102,17 @@ impl Cached {
     /// Bytes held.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        8 * (read(&self.own).len() + read(&self.share).len())
+        read(&self.own).bytes() + read(&self.share).bytes()
     }
+}
+
+/// Some rows of a cache, unpacked.
+#[derive(Clone, Copy)]
+pub struct Block<'a> {
+    /// Position of the first.
+    at: usize,
+    /// One after the other.
+    words: &'a [u64],
 }
 
 /// A bilinear map of new rows and the cached rows that each may see: token `i` of the batch, at position `first + i`,
@@ -111,12 +127,35 @@ pub trait CachedBilinear: Send + Sync {
     /// Multiply-adds for a token at `position`.
     fn macs(&self, position: usize) -> usize;
 
-    /// The map for one token: `x` its row, `cache` the rows of all positions that it sees; appends to `out`.
-    fn apply(&self, x: &[u64], cache: &[u64], out: &mut Vec<u64>);
+    /// What the cached rows of `block` add to the map for a token that sees `visible` positions: `x`
+    /// its row, `out` its outputs.
+    fn block(&self, x: &[u64], visible: usize, block: Block<'_>, out: &mut [u64]);
 
-    /// The map for tokens at successive positions up to the end of `cache`: `x` their rows one after the other. Modulo `2^k`;
-    /// bits above mean nothing.
-    fn together(&self, k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>);
+    /// The map for the tokens of `x`, the last of `positions` of the cache, added to `out`: each by itself, those without elements left out.
+    fn each(&self, x: &Span<'_>, (cache, positions): (&PackedRows, usize), out: &mut [u64]) {
+        let (before, width) = (positions - x.len(), cache.width());
+        let step = (UNPACKED / width).min(positions).max(1);
+        let mut unpacked = vec![0; step * width];
+        for at in (0..positions).step_by(step) {
+            let rows = at..positions.min(at + step);
+            let words = &mut unpacked[..rows.len() * width];
+            cache.read(rows, 0..width, words);
+            let mut left = &mut *out;
+            for i in (0..x.len()).filter(|i| x.asks(*i)) {
+                let (own, others) = left.split_at_mut(self.outputs(before + i));
+                let visible = self.visible(before + i);
+                if at < visible {
+                    let words = &words[..words.len().min((visible - at) * width)];
+                    self.block(x.row(i), visible, Block { at, words }, own);
+                }
+                left = others;
+            }
+        }
+    }
+
+    /// The map for the tokens of `x`, the last of `positions` of the cache, all of which have elements. Modulo `2^k`; bits above
+    /// mean nothing.
+    fn together(&self, k: u32, x: &Span<'_>, cache: (&PackedRows, usize), out: &mut [u64]);
 }
 
 /// Rows of some tokens of a value.
@@ -142,31 +181,25 @@ impl<'a> Span<'a> {
         let (row, from) = (self.rows.row(self.tokens.start + i), self.rows.row(self.tokens.start).start);
         &self.x[row.start - from..row.end - from]
     }
+
+    /// Whether its `i`th token has elements.
+    fn asks(&self, i: usize) -> bool {
+        !self.row(i).is_empty()
+    }
 }
 
-/// The map for the tokens of `x`, the last positions of `cache`, whose rows have `width` elements.
-fn apply_all(op: &dyn CachedBilinear, k: u32, x: &Span<'_>, (cache, width): (&[u64], usize)) -> Vec<u64> {
-    let mut out = Vec::new();
-    let asking = |i: &usize| !x.row(*i).is_empty();
-    if x.len() >= TOGETHER && (0..x.len()).all(|i| asking(&i)) {
+/// The map for the tokens of `x`, the last of the first `positions` of a store, which may have those of later passes already.
+fn apply(op: &dyn CachedBilinear, k: u32, x: &Span<'_>, store: &Store, positions: usize) -> Vec<u64> {
+    let before = positions - x.len();
+    let asking = (0..x.len()).filter(|i| x.asks(*i));
+    let mut out = vec![0; asking.map(|i| op.outputs(before + i)).sum()];
+    let cache = (&*read(store), positions);
+    if x.len() >= TOGETHER && (0..x.len()).all(|i| x.asks(i)) {
         op.together(k, x, cache, &mut out);
     } else {
-        let before = cache.len() / width - x.len();
-        let mut one = |i: usize| op.apply(x.row(i), &cache[..op.visible(before + i) * width], &mut out);
-        (0..x.len()).filter(asking).for_each(&mut one);
+        op.each(x, cache, &mut out);
     }
     out
-}
-
-/// [`apply_all`] with the first rows of a store, which may have those of later passes already.
-fn with_cache(
-    op: &dyn CachedBilinear,
-    k: u32,
-    x: &Span<'_>,
-    cache: &Store,
-    (positions, width): (usize, usize),
-) -> Vec<u64> {
-    apply_all(op, k, x, (&read(cache)[..positions * width], width))
 }
 
 /// Attention scores `q k^T`: per head, one per visible position. Grouped queries share a key head.
@@ -194,17 +227,20 @@ impl CachedBilinear for Scores {
         self.heads * self.dim * self.visible(position)
     }
 
-    fn apply(&self, x: &[u64], cache: &[u64], out: &mut Vec<u64>) {
+    fn block(&self, x: &[u64], visible: usize, Block { at, words }: Block<'_>, out: &mut [u64]) {
         let (width, dim, group) = (self.kv_heads * self.dim, self.dim, self.heads / self.kv_heads);
-        let (visible, from) = (cache.len() / width, out.len());
-        out.resize(from + self.heads * visible, 0);
-        let heads = x.chunks(group * dim).zip(out[from..].chunks_mut(group * visible));
-        for (g, (q, out)) in heads.enumerate() {
-            gemm::strided(Isa::current(), q, &cache[g * dim..], width, (group, visible, dim), out);
+        let positions = words.len() / width;
+        let mut scores = vec![0; group * positions];
+        for (g, (q, out)) in x.chunks(group * dim).zip(out.chunks_mut(group * visible)).enumerate() {
+            scores.fill(0);
+            gemm::strided(Isa::current(), q, &words[g * dim..], width, (group, positions, dim), &mut scores);
+            for (scores, out) in scores.chunks(positions).zip(out.chunks_mut(visible)) {
+                out[at..at + positions].copy_from_slice(scores);
+            }
         }
     }
 
-    fn together(&self, k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>) {
+    fn together(&self, k: u32, x: &Span<'_>, cache: (&PackedRows, usize), out: &mut [u64]) {
         together::scores(self, k, x, cache, out);
     }
 }
@@ -234,17 +270,18 @@ impl CachedBilinear for Context {
         self.heads * self.dim * self.visible(position)
     }
 
-    fn apply(&self, x: &[u64], cache: &[u64], out: &mut Vec<u64>) {
+    fn block(&self, x: &[u64], visible: usize, Block { at, words }: Block<'_>, out: &mut [u64]) {
         let (width, dim, group) = (self.kv_heads * self.dim, self.dim, self.heads / self.kv_heads);
-        let (visible, from) = (cache.len() / width, out.len());
-        out.resize(from + self.heads * dim, 0);
-        let heads = x.chunks(group * visible).zip(out[from..].chunks_mut(group * dim));
-        for (g, (p, out)) in heads.enumerate() {
-            gemm::weighted(Isa::current(), p, &cache[g * dim..], width, (group, dim, visible), out);
+        let positions = words.len() / width;
+        let mut weights = Vec::with_capacity(group * positions);
+        for (g, (p, out)) in x.chunks(group * visible).zip(out.chunks_mut(group * dim)).enumerate() {
+            weights.clear();
+            p.chunks(visible).for_each(|p| weights.extend_from_slice(&p[at..at + positions]));
+            gemm::weighted(Isa::current(), &weights, &words[g * dim..], width, (group, dim, positions), out);
         }
     }
 
-    fn together(&self, k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>) {
+    fn together(&self, k: u32, x: &Span<'_>, cache: (&PackedRows, usize), out: &mut [u64]) {
         together::context(self, k, x, cache, out);
     }
 }
@@ -252,7 +289,6 @@ impl CachedBilinear for Context {
 /// A map that gives zeros and counts: online at Owner and Helper, ahead at the Client.
 struct Counted {
     op: Arc<dyn CachedBilinear>,
-    width: usize,
     role: Role,
     /// Some tokens ask nothing: the others do not meet the cache together.
     alone: bool,
@@ -273,27 +309,26 @@ impl CachedBilinear for Counted {
         self.op.macs(position)
     }
 
-    fn apply(&self, _x: &[u64], cache: &[u64], out: &mut Vec<u64>) {
-        // Of an encoder the last one for all: they see as many.
-        let position = cache.len() / self.width - 1;
+    fn block(&self, _x: &[u64], _visible: usize, _block: Block<'_>, _out: &mut [u64]) {}
+
+    fn each(&self, x: &Span<'_>, (_, positions): (&PackedRows, usize), _out: &mut [u64]) {
         // As the request that is predicted will do it, not as the walk, whose prompts and batches are shorter.
         let together = !self.alone && (self.role == Role::Client || self.work.tokens().is_some());
-        self.count(position..position + 1, together, out);
+        let before = positions - x.len();
+        self.count((0..x.len()).filter(|i| x.asks(*i)).map(|i| before + i), together);
     }
 
-    fn together(&self, _k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>) {
-        let positions = cache.len() / self.width;
-        self.count(positions - x.len()..positions, true, out);
+    fn together(&self, _k: u32, x: &Span<'_>, (_, positions): (&PackedRows, usize), _out: &mut [u64]) {
+        self.count(positions - x.len()..positions, true);
     }
 }
 
 impl Counted {
-    fn count(&self, positions: Range<usize>, together: bool, out: &mut Vec<u64>) {
-        let macs = positions.clone().map(|position| self.op.macs(position)).sum::<usize>() as u64;
+    fn count(&self, positions: impl Iterator<Item = usize>, together: bool) {
+        let macs = positions.map(|position| self.op.macs(position)).sum::<usize>() as u64;
         let (row_macs, together_macs) = if together { (0, macs) } else { (macs, 0) };
         let lane = if self.role == Role::Client { Lane::Ahead } else { Lane::Online };
         self.work.add(self.role, lane, &self.scope, Counts { row_macs, together_macs, ..Counts::default() });
-        out.resize(out.len() + positions.map(|position| self.op.outputs(position)).sum::<usize>(), 0);
     }
 }
 
@@ -325,7 +360,7 @@ pub fn product_cached(
         Some(work) => {
             let alone = (0..tokens).any(|t| x.rows().row(t).is_empty());
             let (scope, work) = (scope.clone(), Arc::clone(work));
-            Arc::new(Counted { op, width, role: s.role(), alone, scope, work })
+            Arc::new(Counted { op, role: s.role(), alone, scope, work })
         }
     };
     let asking = |t: usize| !x.rows().row(t).is_empty();
@@ -333,7 +368,7 @@ pub fn product_cached(
     let f = x.f() + cache.f;
     let m = ring::mask(k);
     cache.tokens += tokens;
-    cache.own.write().unwrap_or_else(PoisonError::into_inner).extend_from_slice(new.raw());
+    extend(&cache.own, new.raw());
 
     if s.is_owner() {
         s.declare(cost(x.raw().len(), new.raw().len(), out.len(), k));
@@ -341,7 +376,7 @@ pub fn product_cached(
         shares.extend(s.words(Pair::OwnerClient, scope, "cached.y1", new.rows(), k)?);
         shares.iter_mut().zip(x.raw().iter().chain(new.raw())).for_each(|(p, d)| *p = d.wrapping_sub(*p) & m);
         s.send_online(Role::Helper, scope, "cached.shares", pack::pack(&shares, k))?;
-        let z = with_cache(&*op, k, &Span::new(x.rows(), 0..tokens, x.raw()), &cache.own, (first + tokens, width));
+        let z = apply(&*op, k, &Span::new(x.rows(), 0..tokens, x.raw()), &cache.own, first + tokens);
         return Ok(product::receive(scope, "cached.client", "cached.helper", z, k, f, out));
     }
 
@@ -350,11 +385,10 @@ pub fn product_cached(
     if s.role() == Role::Client {
         let mut x1 = s.words(Pair::OwnerClient, scope, "cached.x1", x.rows(), k)?;
         let y1 = s.words(Pair::OwnerClient, scope, "cached.y1", new.rows(), k)?;
-        cache.share.write().unwrap_or_else(PoisonError::into_inner).extend(y1);
+        extend(&cache.share, &y1);
         x1.iter_mut().zip(x.raw()).for_each(|(a, r)| *a = a.wrapping_add(*r));
-        let of = |part: &[u64], cache: &Store| {
-            with_cache(&*op, k, &Span::new(x.rows(), 0..tokens, part), cache, (first + tokens, width))
-        };
+        let of =
+            |part: &[u64], cache: &Store| apply(&*op, k, &Span::new(x.rows(), 0..tokens, part), cache, first + tokens);
         let (mut z, second) = (of(&x1, &cache.own), of(x.raw(), &cache.share));
         for (i, z) in z.iter_mut().enumerate() {
             *z = z.wrapping_add(second[i]).wrapping_sub(rz[i]).wrapping_add(rho[i]) & m;
@@ -372,10 +406,10 @@ pub fn product_cached(
                 Box::new(move |links| {
                     let new = tokens.len() * width;
                     let mut xy = recv_words(links, Role::Owner, Lane::Online, &from, xr.len() + new, k)?;
-                    share.write().unwrap_or_else(PoisonError::into_inner).extend(xy.drain(xr.len()..));
+                    extend(&share, &xy[xr.len()..]);
+                    xy.truncate(xr.len());
                     let of = |part: &[u64], cache: &Store| {
-                        let span = Span::new(x.rows(), tokens.clone(), part);
-                        with_cache(&*op, k, &span, cache, (first + tokens.end, width))
+                        apply(&*op, k, &Span::new(x.rows(), tokens.clone(), part), cache, first + tokens.end)
                     };
                     let (mut z, second) = (of(&xy, &own), of(&x.raw()[xr], &share));
                     for ((z, y), rho) in z.iter_mut().zip(second).zip(&rho[zr]) {

@@ -5,7 +5,7 @@
 use rayon::prelude::*;
 
 use super::{CachedBilinear, Context, Scores, Span};
-use crate::ring::gemm;
+use crate::ring::{PackedRows, gemm};
 
 /// Tokens of a tile.
 const TILE: usize = 64;
@@ -24,49 +24,38 @@ fn by_head<'a>(out: &'a mut [u64], lengths: &[usize], (heads, kv_heads): (usize,
     dealt
 }
 
-/// Room at the end of `out` for the tokens of `x`.
-fn room<'a>(op: &impl CachedBilinear, before: usize, tokens: usize, out: &'a mut Vec<u64>) -> &'a mut [u64] {
-    let from = out.len();
-    out.resize(from + (before..before + tokens).map(|position| op.outputs(position)).sum::<usize>(), 0);
-    &mut out[from..]
-}
-
 /// Tiles of `tokens` tokens.
 fn tiles(tokens: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
     (0..tokens).step_by(TILE).map(move |from| from..tokens.min(from + TILE))
 }
 
-pub(super) fn scores(op: &Scores, k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>) {
+pub(super) fn scores(op: &Scores, k: u32, x: &Span<'_>, (cache, positions): (&PackedRows, usize), out: &mut [u64]) {
     let &Scores { heads, kv_heads, dim, .. } = op;
-    let (width, group, tokens) = (kv_heads * dim, heads / kv_heads, x.len());
-    let before = cache.len() / width - tokens;
+    let (group, tokens) = (heads / kv_heads, x.len());
+    let before = positions - tokens;
     let lengths: Vec<usize> = (0..tokens).map(|i| op.visible(before + i)).collect();
     let head = |(g, mut out): (usize, Vec<&mut [u64]>)| {
+        let keys = columns(cache, positions, g * dim..(g + 1) * dim);
         for tile in tiles(tokens) {
             let queries: Vec<u64> =
                 tile.clone().flat_map(|i| &x.row(i)[g * group * dim..(g + 1) * group * dim]).copied().collect();
             let visible = op.visible(before + tile.end - 1);
-            let keys = |from: usize, words: &mut [u64]| {
-                for (i, key) in words.chunks_mut(dim).enumerate() {
-                    key.copy_from_slice(&cache[(from / dim + i) * width + g * dim..][..dim]);
-                }
-            };
+            let keys = |from: usize, words: &mut [u64]| words.copy_from_slice(&keys[from..][..words.len()]);
             let mut all = vec![0; tile.len() * group * visible];
             gemm::Rows::new(k, &queries, dim).times(visible, keys, &mut all);
             let out = &mut out[tile.start * group..tile.end * group];
             out.iter_mut().zip(all.chunks(visible)).for_each(|(out, all)| out.copy_from_slice(&all[..out.len()]));
         }
     };
-    by_head(room(op, before, tokens, out), &lengths, (heads, kv_heads)).into_par_iter().enumerate().for_each(head);
+    by_head(out, &lengths, (heads, kv_heads)).into_par_iter().enumerate().for_each(head);
 }
 
-pub(super) fn context(op: &Context, k: u32, x: &Span<'_>, cache: &[u64], out: &mut Vec<u64>) {
+pub(super) fn context(op: &Context, k: u32, x: &Span<'_>, (cache, positions): (&PackedRows, usize), out: &mut [u64]) {
     let &Context { heads, kv_heads, dim, .. } = op;
-    let (width, group, tokens) = (kv_heads * dim, heads / kv_heads, x.len());
-    let positions = cache.len() / width;
+    let (group, tokens) = (heads / kv_heads, x.len());
     let before = positions - tokens;
     let head = |(g, mut out): (usize, Vec<&mut [u64]>)| {
-        let values = transposed(cache, (g * dim, dim), width);
+        let values = transposed(&columns(cache, positions, g * dim..(g + 1) * dim), dim);
         for tile in tiles(tokens) {
             let visible = op.visible(before + tile.end - 1);
             let mut weights = vec![0; tile.len() * group * visible];
@@ -89,19 +78,26 @@ pub(super) fn context(op: &Context, k: u32, x: &Span<'_>, cache: &[u64], out: &m
         }
     };
     let lengths = vec![dim; tokens];
-    by_head(room(op, before, tokens, out), &lengths, (heads, kv_heads)).into_par_iter().enumerate().for_each(head);
+    by_head(out, &lengths, (heads, kv_heads)).into_par_iter().enumerate().for_each(head);
 }
 
-/// Some columns of the cache as rows.
-fn transposed(cache: &[u64], (first, columns): (usize, usize), width: usize) -> Vec<u64> {
-    let positions = cache.len() / width;
-    let mut out = vec![0; columns * positions];
-    // A few positions at a time: their words fill whole lines of the cache.
-    for from in (0..positions).step_by(8) {
-        let to = positions.min(from + 8);
+/// Some columns of the first positions: a head's.
+fn columns(cache: &PackedRows, positions: usize, columns: std::ops::Range<usize>) -> Vec<u64> {
+    let mut out = vec![0; positions * columns.len()];
+    cache.read(0..positions, columns, &mut out);
+    out
+}
+
+/// A matrix's columns as rows.
+fn transposed(words: &[u64], columns: usize) -> Vec<u64> {
+    let rows = words.len() / columns;
+    let mut out = vec![0; columns * rows];
+    // A few rows at a time: their words fill whole lines of the cache.
+    for from in (0..rows).step_by(8) {
+        let to = rows.min(from + 8);
         for column in 0..columns {
-            let row = &mut out[column * positions + from..column * positions + to];
-            row.iter_mut().zip(from..to).for_each(|(out, p)| *out = cache[p * width + first + column]);
+            let row = &mut out[column * rows + from..column * rows + to];
+            row.iter_mut().zip(from..to).for_each(|(out, r)| *out = words[r * columns + column]);
         }
     }
     out
@@ -130,20 +126,22 @@ mod tests {
         /// The same as token by token, over tiles and odd widths, in rings of all kernels.
         #[test]
         fn many_rows_are_each_by_itself(
-            (tokens, before) in (1usize..140, 0usize..60),
+            (tokens, before) in (1usize..140, prop_oneof![0usize..60, 500..900usize]),
             (kv_heads, group, dim) in (1usize..4, 1usize..4, 1usize..24),
             k in prop_oneof![Just(40u32), Just(44), Just(45), Just(48), Just(50), Just(58), Just(64)],
             seed: u8,
         ) {
             let (heads, width, m) = (kv_heads * group, kv_heads * dim, ring::mask(k));
-            let cache = words(seed, (before + tokens) * width, k);
+            let mut cache = PackedRows::new(width, k, 0);
+            cache.extend(&words(seed, (before + tokens) * width, k));
             let masked = |v: Vec<u64>| v.into_iter().map(|v| v & m).collect::<Vec<u64>>();
             let both = |op: &dyn CachedBilinear, rows: &Rows| {
                 let x = words(seed.wrapping_add(1), rows.len(), k);
                 let span = Span::new(rows, 0..tokens, &x);
-                let (mut all, mut each) = (vec![7], vec![7]);
-                op.together(k, &span, &cache, &mut all);
-                (0..tokens).for_each(|i| op.apply(span.row(i), &cache[..op.visible(before + i) * width], &mut each));
+                let mut all = vec![0; (before..before + tokens).map(|position| op.outputs(position)).sum()];
+                let mut each = all.clone();
+                op.together(k, &span, (&cache, before + tokens), &mut all);
+                op.each(&span, (&cache, before + tokens), &mut each);
                 (masked(all), masked(each))
             };
             for sees in [None, Some(before + tokens)] {
