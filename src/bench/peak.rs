@@ -85,6 +85,10 @@ fn multiply_adds(factor: f32) -> f32 {
             return unsafe { avx2(factor) };
         }
     }
+    // Every ARM processor of 64 bits has them.
+    if cfg!(target_arch = "aarch64") {
+        return fused(factor);
+    }
     let mut sums = [1.0f32; LANES];
     for _ in 0..ROUNDS {
         for s in &mut sums {

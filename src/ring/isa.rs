@@ -8,6 +8,8 @@ use std::sync::OnceLock;
 pub enum Isa {
     /// Plain Rust; on every machine.
     Portable,
+    /// On ARM: 128-bit vectors with dot products of bytes (NEON and its extension of ARMv8.2).
+    Neon,
     /// 256-bit vectors, 64-bit products from 32-bit ones.
     Avx2,
     /// 512-bit vectors with 64-bit products and mask registers (F, DQ, BW and VL).
@@ -22,9 +24,9 @@ pub enum Isa {
 
 impl Isa {
     /// All, from the plainest to the fastest.
-    pub const ALL: [Isa; 6] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Vnni, Isa::Ifma, Isa::Amx];
+    pub const ALL: [Isa; 7] = [Isa::Portable, Isa::Neon, Isa::Avx2, Isa::Avx512, Isa::Vnni, Isa::Ifma, Isa::Amx];
 
-    /// What this process uses: `TREFOIL_ISA` (`portable`, `avx2`, `avx512`, `vnni`, `ifma` or `amx`) where it is set, else the best that the
+    /// What this process uses: `TREFOIL_ISA` (`portable`, `neon`, `avx2`, `avx512`, `vnni`, `ifma` or `amx`) where it is set, else the best that the
     /// processor has. Read once. A name that is unknown or that the processor lacks is reported on standard error and
     /// means `portable`: someone who forces a path is looking for a defect, and must not get a third one silently.
     #[must_use]
@@ -46,6 +48,12 @@ impl Isa {
     pub fn supported(self) -> bool {
         match self {
             Isa::Portable => true,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => {
+                std::arch::is_aarch64_feature_detected!("neon") && std::arch::is_aarch64_feature_detected!("dotprod")
+            }
+            #[cfg(not(target_arch = "aarch64"))]
+            Isa::Neon => false,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => is_x86_feature_detected!("avx2"),
             #[cfg(target_arch = "x86_64")]
@@ -78,6 +86,7 @@ impl Isa {
     pub fn name(self) -> &'static str {
         match self {
             Isa::Portable => "portable",
+            Isa::Neon => "neon",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Vnni => "vnni",
@@ -106,7 +115,7 @@ impl Isa {
             None => (
                 Isa::Portable,
                 Some(format!(
-                    "TREFOIL_ISA={asked} is not one of portable, avx2, avx512, vnni, ifma, amx; using portable"
+                    "TREFOIL_ISA={asked} is not one of portable, neon, avx2, avx512, vnni, ifma, amx; using portable"
                 )),
             ),
         }

@@ -7,6 +7,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 
 use super::Isa;
@@ -75,6 +77,9 @@ fn folded<const ADD: bool>(isa: Isa, tables: &[&[u64]], n: usize, offset: &[u32]
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::shifted::<ADD>(tables, n, offset, queries, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => unsafe { neon::shifted::<ADD>(tables, n, offset, queries, out) },
         _ => portable::shifted::<ADD>(tables, n, offset, queries, out),
     }
 }
@@ -129,6 +134,9 @@ pub fn scaled_on(isa: Isa, s: &Scaled<'_>, n: usize, offset: &[u32], factor: &[u
         // SAFETY: as in `folded`.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::scaled(s, n, offset, factor, queries, out) },
+        // SAFETY: as in `folded`.
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => unsafe { neon::scaled(s, n, offset, factor, queries, out) },
         _ => portable::scaled(s, n, offset, factor, queries, out),
     }
 }

@@ -13,6 +13,8 @@ mod avx512;
 mod fma;
 #[cfg(target_arch = "x86_64")]
 mod ifma;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 #[cfg(target_arch = "x86_64")]
 mod planes;
 mod portable;
@@ -56,9 +58,13 @@ impl Weight for i8 {}
 trait Narrow: Weight + planes::Load + amx::Bytes {}
 #[cfg(target_arch = "x86_64")]
 impl<W: Weight + planes::Load + amx::Bytes> Narrow for W {}
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+trait Narrow: Weight + neon::Bytes {}
+#[cfg(target_arch = "aarch64")]
+impl<W: Weight + neon::Bytes> Narrow for W {}
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 trait Narrow: Weight {}
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 impl<W: Weight> Narrow for W {}
 
 mod lanes {
@@ -67,9 +73,13 @@ mod lanes {
     pub trait Lanes: super::portable::Widen + super::avx2::Load + super::avx512::Load {}
     #[cfg(target_arch = "x86_64")]
     impl<W: super::portable::Widen + super::avx2::Load + super::avx512::Load> Lanes for W {}
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    pub trait Lanes: super::portable::Widen + super::neon::Load {}
+    #[cfg(target_arch = "aarch64")]
+    impl<W: super::portable::Widen + super::neon::Load> Lanes for W {}
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     pub trait Lanes: super::portable::Widen {}
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     impl<W: super::portable::Widen> Lanes for W {}
 }
 
@@ -97,6 +107,7 @@ pub struct Rows<'a> {
 enum Digits {
     Fma(fma::Digits),
     Vnni(vnni::Words),
+    Ifma(ifma::Words),
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -104,9 +115,11 @@ impl Digits {
     /// Of rows of `n` words, where cutting them pays.
     fn cut(isa: Isa, x: &[u64], n: usize, k: u32) -> Option<Digits> {
         let rows = x.len().checked_div(n)?;
-        // 52-bit products do without, and are as fast.
         // SAFETY: the processor has what `or_portable` leaves.
         match isa.or_portable() {
+            isa if isa >= Isa::Ifma && k <= ifma::WIDEST && rows >= ifma::FEWEST => {
+                Some(Digits::Ifma(ifma::Words::new(x, n)))
+            }
             Isa::Vnni if k <= vnni::WIDEST && rows >= vnni::FEWEST => {
                 Some(Digits::Vnni(unsafe { vnni::Words::cut(x, n, k) }))
             }
@@ -176,11 +189,14 @@ impl<'a> Rows<'a> {
         let (n, columns) = (self.n, rows[0].len());
         // Of a few rows at a time that stay in the cache; of more where a long prompt would read its own rows again for each.
         let words = if rows.len() > LONG { MADE_LONG } else { MADE };
-        let apart = self.grain() != GRAIN;
+        let apart = self.apart();
         let step = words.div_ceil(n).next_multiple_of(if apart { 16 } else { 4 }).min(columns);
-        // Sixteen rows that begin a multiple of 4 KB apart would push each other out of the L1 cache.
+        // Rows that begin a multiple of 4 KB apart would push each other out of the L1 cache.
         let stride = if apart { n.next_multiple_of(8) + 8 } else { n };
-        let mut w = vec![0; step * stride];
+        let mut w = vec![0; step * stride + 7];
+        // Registers that straddle two lines of the cache are loaded at half the speed.
+        let aligned = w.as_ptr().align_offset(64).min(7);
+        let w = &mut w[aligned..];
         for from in (0..columns).step_by(step) {
             let to = columns.min(from + step);
             let w = &mut w[..(to - from) * stride];
@@ -196,13 +212,23 @@ impl<'a> Rows<'a> {
     /// What a tile has multiples of.
     fn grain(&self) -> (usize, usize) {
         #[cfg(target_arch = "x86_64")]
-        if let Some(Digits::Vnni(_)) = &self.digits {
-            return vnni::GRAIN;
+        match &self.digits {
+            Some(Digits::Vnni(_)) => return vnni::GRAIN,
+            Some(Digits::Ifma(_)) => return ifma::GRAIN,
+            _ => {}
         }
         GRAIN
     }
 
-    /// All rows by the rows `w`, which are `stride` apart: not more than they are long, but for VNNI.
+    /// Whether the rows that are made are better some words further apart than they are long.
+    fn apart(&self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return matches!(self.digits, Some(Digits::Vnni(_) | Digits::Ifma(_)));
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
+    /// All rows by the rows `w`, which are `stride` apart: not more than they are long, unless they are [`apart`](Self::apart).
     fn tile(&self, w: &[u64], stride: usize, rows: &mut [&mut [u64]]) {
         #[cfg(target_arch = "x86_64")]
         match &self.digits {
@@ -210,11 +236,9 @@ impl<'a> Rows<'a> {
             Some(Digits::Fma(x)) => return unsafe { x.tile(0, w, rows) },
             // SAFETY: as above.
             Some(Digits::Vnni(x)) => return unsafe { x.tile(w, stride, rows) },
-            // SAFETY: `or_portable` has checked that the processor has the instructions.
-            _ if self.isa >= Isa::Ifma && self.k <= ifma::WIDEST => {
-                return unsafe { ifma::tile(self.x, w, self.n, rows) };
-            }
-            _ => {}
+            // SAFETY: as above.
+            Some(Digits::Ifma(x)) => return unsafe { x.tile(w, stride, rows) },
+            None => {}
         }
         let _ = (stride, self.k);
         tile(self.isa, self.x, w, (self.n, self.n), rows);
@@ -284,6 +308,14 @@ fn multiply_narrow<W: Narrow>(isa: Isa, k: u32, x: &[u64], w: &[W], (t, m, n): (
         tiles(GRAIN, (t, m, n), c, |s, j, rows| unsafe { digits.tile(s, &w[j * n..][..rows[0].len() * n], rows) });
         return;
     }
+    #[cfg(target_arch = "aarch64")]
+    if isa.or_portable() >= Isa::Neon && n > 0 {
+        check(x, w, n, (t, m, n), c);
+        let digits = neon::Digits::cut(x, n, k);
+        // SAFETY: `or_portable` has checked that the processor has the instructions.
+        tiles(GRAIN, (t, m, n), c, |s, j, rows| unsafe { digits.tile(s, &w[j * n..][..rows[0].len() * n], rows) });
+        return;
+    }
     let _ = k;
     multiply(isa, x, w, t, m, n, c);
 }
@@ -338,6 +370,9 @@ fn tile<W: Weight>(isa: Isa, x: &[u64], w: &[W], (stride, n): (usize, usize), ro
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::tile(x, w, stride, n, rows) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => unsafe { neon::tile(x, w, stride, n, rows) },
         _ => portable::tile(x, w, stride, n, rows),
     }
 }
@@ -358,6 +393,9 @@ pub fn weighted(isa: Isa, x: &[u64], w: &[u64], stride: usize, (t, m, n): (usize
         // SAFETY: `or_portable` has checked that the processor has the instructions.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Vnni | Isa::Ifma | Isa::Amx => unsafe { avx512::weighted(x, w, stride, n, m, c) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => unsafe { neon::weighted(x, w, stride, n, m, c) },
         isa => {
             for (x, c) in x.chunks_exact(n).zip(c.chunks_exact_mut(m)) {
                 for (&s, w) in x.iter().zip(w.chunks(stride)) {

@@ -133,6 +133,9 @@ fn block<const P: usize, const M: usize, W: Load>(x: &[Register], w: &[W], n: us
         let mut i = from;
         while i < to {
             let lanes = if n - i >= LANES { u32::MAX } else { (1 << (n - i)) - 1 };
+            // The rows that come next, whole: the processor itself does not look beyond a page, and a row is about as long. A prefetch may
+            // have any address.
+            (M..2 * M).for_each(|q| _mm_prefetch::<_MM_HINT_T1>(w.as_ptr().wrapping_add(q * n + i).cast()));
             // SAFETY: digits i / LANES of all planes are there; of row q < M of w, lanes below n are read.
             let (xs, ws): ([__m512i; P], [__m512i; M]) = unsafe {
                 (

@@ -1,4 +1,4 @@
-//! Kernels that no machine of ours can run ([`ifma`], [`amx`]) prove themselves where they are: before a process uses one for the first time, the
+//! Kernels that few machines of ours can run ([`ifma`]), or none ([`amx`]), prove themselves where they are: before a process uses one for the first time, the
 //! processor multiplies something by it and by the portable form. One that differs is not used: a wrong product would be a wrong answer.
 
 use std::sync::OnceLock;
@@ -49,7 +49,7 @@ pub(super) unsafe fn by_ifma() -> bool {
     let (t, m, n) = SHAPE;
     let (x, w) = (words(t * n), words(m * n));
     // SAFETY: the caller's.
-    agree(ifma::WIDEST, &x, &w, |rows| unsafe { ifma::tile(&x, &w, n, rows) })
+    agree(ifma::WIDEST, &x, &w, |rows| unsafe { ifma::Words::new(&x, n).tile(&w, n, rows) })
 }
 
 /// # Safety

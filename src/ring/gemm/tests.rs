@@ -275,17 +275,17 @@ mod emulated {
         if !Isa::Avx512.supported() {
             return;
         }
-        for t in [1, 3, 4, 9] {
+        for t in [1, 2, 3, 4, 9, 70] {
             for m in [1, 4, 7] {
                 for n in [1, 8, 13, 600] {
                     let (x, w) = (words(5, t * n), words(6, m * n));
                     // SAFETY: what the processor lacks is emulated.
-                    agree(52, (t, m, n), &x, &w, |rows| unsafe { ifma::tile(&x, &w, n, rows) });
+                    agree(52, (t, m, n), &x, &w, |rows| unsafe { ifma::Words::new(&x, n).tile(&w, n, rows) });
                 }
             }
         }
         let (x, w) = (vec![mask(52); 4096], vec![u64::MAX; 4096]);
         // SAFETY: as above.
-        agree(52, (1, 1, 4096), &x, &w, |rows| unsafe { ifma::tile(&x, &w, 4096, rows) });
+        agree(52, (1, 1, 4096), &x, &w, |rows| unsafe { ifma::Words::new(&x, 4096).tile(&w, 4096, rows) });
     }
 }

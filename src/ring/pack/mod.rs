@@ -1,10 +1,12 @@
 //! Bit packing for the wire: `n` elements of Z_2^k in `ceil(n k / 8)` bytes, element `i` in bits `[i k, (i + 1) k)` of the
 //! stream, the lowest bit of a byte first. Widths of whole bytes take copy loops; in all
 //! others eight elements at a time, which end on a byte, take overlapping words. With AVX-512 eight elements are one
-//! register, whatever their width.
+//! register, whatever their width, and NEON unpacks two at a time.
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 
 use std::ops::Range;
 
@@ -130,6 +132,14 @@ pub fn unpack_on(isa: Isa, bytes: &[u8], k: u32, out: &mut [u64]) {
         // SAFETY: `or_portable` has checked that the processor has the instructions.
         return unsafe { avx512::unpack(bytes, k, out) };
     }
+    #[cfg(target_arch = "aarch64")]
+    let (bytes, out) = if isa.or_portable() >= Isa::Neon && k <= neon::WIDEST {
+        // SAFETY: `or_portable` has checked that the processor has the instructions.
+        let done = unsafe { neon::unpack(bytes, k, out) };
+        (&bytes[packed_len(done, k)..], &mut out[done..])
+    } else {
+        (bytes, out)
+    };
     let _ = isa;
     match k {
         8 => unpack_bytes::<1>(bytes, out),

@@ -1,0 +1,82 @@
+//! The NEON form of the folds: a query byte becomes eight lane masks.
+
+use std::arch::aarch64::*;
+
+use super::Scaled;
+
+/// See [`super::shifted`] (`ADD` false) and [`super::sums`].
+///
+/// # Safety
+/// The processor has NEON, and the lengths are as [`super::shifted`] asserts.
+#[target_feature(enable = "neon")]
+pub unsafe fn shifted<const ADD: bool>(tables: &[&[u64]], n: usize, offset: &[u32], queries: &[u8], out: &mut [u64]) {
+    let words = tables.len();
+    let elements = offset.iter().zip(queries.chunks_exact(n / 8));
+    for ((&offset, query), out) in elements.zip(out.chunks_exact_mut(words)) {
+        let start = |t: &[u64]| t[offset as usize..][..n].as_ptr();
+        for (tables, out) in tables.chunks(2).zip(out.chunks_mut(2)) {
+            // SAFETY: each pointer is the start of a slice of n rows.
+            unsafe {
+                if let [first, second] = *tables {
+                    out.copy_from_slice(&each::<ADD, 2>([start(first), start(second)], query, |v| v));
+                } else {
+                    out.copy_from_slice(&each::<ADD, 1>([start(tables[0])], query, |v| v));
+                }
+            }
+        }
+    }
+}
+
+/// See [`super::scaled`].
+///
+/// # Safety
+/// The processor has NEON, and the lengths are as [`super::scaled`] asserts.
+#[target_feature(enable = "neon")]
+pub unsafe fn scaled(s: &Scaled<'_>, n: usize, offset: &[u32], factor: &[u32], queries: &[u8], out: &mut [u64]) {
+    let half = vdupq_n_u64(s.half());
+    let right = vdupq_n_s64(32 - i64::from(s.shift));
+    let elements = offset.iter().zip(factor).zip(queries.chunks_exact(n / 8));
+    for (((&offset, &factor), query), out) in elements.zip(out) {
+        let factor = vdup_n_u32(factor);
+        let row = |v: uint64x2_t| {
+            let low = vshrq_n_u64::<32>(vmull_u32(vmovn_u64(v), factor));
+            let high = vmull_u32(vshrn_n_u64::<32>(v), factor);
+            vshlq_u64(vaddq_u64(vaddq_u64(high, low), half), right)
+        };
+        // SAFETY: the slice has n rows.
+        [*out] = unsafe { each::<true, 1>([s.table[offset as usize..][..n].as_ptr()], query, row) };
+    }
+}
+
+/// One element, `W` words, each row seen through `of`.
+///
+/// # Safety
+/// Every pointer is valid for reading `8 query.len()` words; the processor has NEON.
+#[target_feature(enable = "neon")]
+#[inline]
+unsafe fn each<const ADD: bool, const W: usize>(
+    start: [*const u64; W],
+    query: &[u8],
+    of: impl Fn(uint64x2_t) -> uint64x2_t,
+) -> [u64; W] {
+    let bits: [uint64x2_t; 4] =
+        std::array::from_fn(|i| vcombine_u64(vcreate_u64(1 << (2 * i)), vcreate_u64(2 << (2 * i))));
+    let join = |a, b| if ADD { vaddq_u64(a, b) } else { veorq_u64(a, b) };
+    let mut acc = [[vdupq_n_u64(0); 4]; W];
+    for (j, &byte) in query.iter().enumerate() {
+        let byte = vdupq_n_u64(byte.into());
+        let picked = bits.map(|bit| vtstq_u64(byte, bit));
+        for (start, acc) in start.iter().zip(&mut acc) {
+            for (i, (acc, picked)) in acc.iter_mut().zip(picked).enumerate() {
+                // SAFETY: 8 j + 2 i + 2 <= 8 query.len().
+                let rows = unsafe { vld1q_u64(start.add(8 * j + 2 * i)) };
+                *acc = join(*acc, vandq_u64(of(rows), picked));
+            }
+        }
+    }
+    acc.map(|[a, b, c, d]| {
+        let v = join(join(a, b), join(c, d));
+        let (low, high) = (vgetq_lane_u64::<0>(v), vgetq_lane_u64::<1>(v));
+        if ADD { low.wrapping_add(high) } else { low ^ high }
+    })
+}
