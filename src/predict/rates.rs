@@ -58,6 +58,9 @@ pub const ROWS: [usize; 2] = [MAX_BATCH, 128];
 /// Bits of the rings in which most products are, where a model leaves room for it.
 const USUAL: u32 = 40;
 
+/// Bytes of weights that come from memory.
+const FAR: usize = 64 << 20;
+
 /// Of every kernel.
 const EACH: Duration = Duration::from_millis(120);
 
@@ -86,8 +89,12 @@ impl Rates {
         let narrow: Vec<i16> = (0..m * n).map(|i| i as i16).collect();
         let wide: Vec<u64> = (0..(m * n) as u64).collect();
         let mut y = vec![0u64; t * m];
-        let one = (m * n) as f64;
-        let weight_bytes = per(rate(2.0 * one, || gemm::weights_i16(USUAL, &x[..n], &narrow, 1, m, n, &mut y[..m])));
+        // Of a matrix that no cache holds: a model is read once a token.
+        let (long, far) = (4096, vec![1i16; FAR / 2]);
+        let rows = far.len() / long;
+        let one_row = || gemm::weights_i16(USUAL, &x[..long], &far, 1, rows, long, &mut y[..rows]);
+        let weight_bytes = per(rate(FAR as f64, one_row));
+        drop(far);
         let weight_macs = ROWS.map(|t| {
             let product = || gemm::weights_i16(USUAL, &x[..t * n], &narrow, t, m, n, &mut y[..t * m]);
             per(rate((t * m * n) as f64, product))
@@ -107,8 +114,8 @@ impl Rates {
         // Scores and context over cached positions of heads of 64: of some tokens, few positions that stay in the cache of the processor,
         // and of a single token as many as do not.
         let (dim, heads) = (64, n / 64);
-        let mut kept = PackedRows::new(n, USUAL, m);
-        kept.extend(&wide);
+        let mut kept = PackedRows::new(n, USUAL, 4 * m);
+        (0..4).for_each(|_| kept.extend(&wide));
         let scores = Scores { heads, kv_heads: heads, dim, all: None };
         let context = Context { heads, kv_heads: heads, dim, all: None };
         let mut row_rate = |tokens: usize, positions: usize| {
@@ -121,7 +128,7 @@ impl Rates {
                 context.each(&span(&weights), (&kept, positions), &mut y[..queries.len()]);
             })
         };
-        let (row_macs, cold_row_macs) = (row_rate(4, 256), row_rate(1, m));
+        let (row_macs, cold_row_macs) = (row_rate(4, 256), row_rate(1, kept.rows()));
         let (tokens, positions) = (MAX_BATCH, 256);
         let op = Scores { heads: 1, kv_heads: 1, dim, all: None };
         let (row, lengths) =
@@ -142,11 +149,10 @@ impl Rates {
             };
             black_box(in_blocks(elements, 16, |n| n, part));
         }));
-        let floats = Array2::<f32>::ones((m, n));
-        let float_macs = [1, ROWS[1]].map(|t| {
-            let rows = Array2::<f32>::ones((t, n));
+        let float_macs = [(1, FAR / 4 / n), (ROWS[1], m)].map(|(t, m)| {
+            let (rows, weights) = (Array2::<f32>::ones((t, n)), Array2::<f32>::ones((m, n)));
             let mut product = Array2::<f32>::zeros((t, m));
-            rate(t as f64 * one, || product.assign(&matmul_transposed(rows.view(), floats.view())))
+            rate((t * m * n) as f64, || product.assign(&matmul_transposed(rows.view(), weights.view())))
         });
         let mut prf = Prf::new([(Pair::OwnerClient, PairKey::fresh()?)]);
         let address = Address { pass: 0, layer: 0, path: "rate".into(), label: "rate" };

@@ -51,7 +51,7 @@ impl Plan {
 
     /// Bits per element that each AND round of the tree sends.
     fn rounds(self) -> impl Iterator<Item = u32> {
-        std::iter::successors(Some(self.wide), |w| Some((w / 2).next_multiple_of(2)).filter(|_| *w > 2))
+        std::iter::successors(Some(self.wide), |w| (*w > 2).then(|| (w / 2).next_multiple_of(2)))
             .filter(|w| *w > 0)
             .map(|w| w - 1)
     }
