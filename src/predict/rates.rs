@@ -8,7 +8,7 @@ use ndarray::Array2;
 use serde::Serialize;
 
 use super::rehearsal::{Overheads, rehearse};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::generate::MAX_BATCH;
 use crate::model::matmul_transposed;
 use crate::par::in_blocks;
@@ -58,7 +58,7 @@ pub const ROWS: [usize; 2] = [MAX_BATCH, 128];
 /// Bits of the rings in which most products are, where a model leaves room for it.
 const USUAL: u32 = 40;
 
-/// Bytes of weights that come from memory.
+/// Bytes of a matrix that comes from memory.
 const FAR: usize = 64 << 20;
 
 /// Of every kernel.
@@ -89,7 +89,7 @@ impl Rates {
         let narrow: Vec<i16> = (0..m * n).map(|i| i as i16).collect();
         let wide: Vec<u64> = (0..(m * n) as u64).collect();
         let mut y = vec![0u64; t * m];
-        // Of a matrix that no cache holds: a model is read once a token.
+        // Of more than most processors' caches hold: a model is read once a token.
         let (long, far) = (4096, vec![1i16; FAR / 2]);
         let rows = far.len() / long;
         let one_row = || gemm::weights_i16(USUAL, &x[..long], &far, 1, rows, long, &mut y[..rows]);
@@ -99,9 +99,12 @@ impl Rates {
             let product = || gemm::weights_i16(USUAL, &x[..t * n], &narrow, t, m, n, &mut y[..t * m]);
             per(rate((t * m * n) as f64, product))
         });
-        let packed = OwnerMatrix::helper_packed(0, (m, n), FW_LEAST, Packed::new(&wide, USUAL))?;
-        let ring_bytes =
-            per(rate(packed.bytes() as f64, || y[..m].copy_from_slice(&local_masks(USUAL, &x[..n], &packed, 0..m))));
+        let rows = 8 * FAR / (USUAL as usize * n);
+        let packed = Packed::made(rows * n, USUAL, |part| Ok::<_, Error>(part.map(|i| i as u64).collect()))?;
+        let packed = OwnerMatrix::helper_packed(0, (rows, n), FW_LEAST, packed)?;
+        let one_row = || y[..rows].copy_from_slice(&local_masks(USUAL, &x[..n], &packed, 0..rows));
+        let ring_bytes = per(rate(packed.bytes() as f64, one_row));
+        drop(packed);
         // A part of a matrix that stays in the cache, as it is used.
         let part = &wide[..m / 8 * n];
         let part = |from: usize, out: &mut [u64]| out.copy_from_slice(&part[from..][..out.len()]);
@@ -122,11 +125,11 @@ impl Rates {
             let queries = Rows::even(tokens, heads * dim);
             let weights = Rows::ragged((positions - tokens..positions).map(|position| scores.outputs(position)));
             let macs: usize = (positions - tokens..positions).map(|position| scores.macs(position)).sum();
-            rate(2.0 * macs as f64, || {
+            per(rate(2.0 * macs as f64, || {
                 let span = |rows| Span::new(rows, 0..tokens, &x[..rows.len()]);
                 scores.each(&span(&queries), (&kept, positions), &mut y[..weights.len()]);
                 context.each(&span(&weights), (&kept, positions), &mut y[..queries.len()]);
-            })
+            }))
         };
         let (row_macs, cold_row_macs) = (row_rate(4, 256), row_rate(1, kept.rows()));
         let (tokens, positions) = (MAX_BATCH, 256);

@@ -1,7 +1,7 @@
 //! Words of the rings Z_2^k, `1 <= k <= 64`, and the kernels that do nearly all local work: fixed point, bit packing,
 //! matrix products and table folds. A ring element is a `u64` whose bits above `k` mean nothing unless a function says
 //! otherwise, so sums and products are plain wrapping arithmetic and reduction is left to the last moment, usually
-//! [`pack`](mod@pack). Every kernel has a portable form and, where the machine has them, AVX2 and AVX-512 forms chosen at run
+//! [`pack`](mod@pack). Every kernel has a portable form and, where the machine has them, AVX2, AVX-512 and NEON forms chosen at run
 //! time ([`Isa`]); property tests hold all forms equal bit for bit. Besides the memory map of
 //! checkpoints this is the only module with `unsafe` code.
 

@@ -85,12 +85,13 @@ pub(super) fn processor() -> Vec<Finding> {
         let found = format!("kernels use {}, although this processor has {}", used.name(), best.name());
         Finding::warn("processor", found, "unset TREFOIL_ISA, which is for tests")
     } else if best == Isa::Portable {
-        let found = "neither AVX2 nor AVX-512: kernels run several times slower";
-        Finding::warn(
-            "processor",
-            found,
-            "use a processor with AVX2 (2013 and later); in a virtual machine, pass its features through",
-        )
+        let (lacks, with) = if cfg!(target_arch = "aarch64") {
+            ("no dot products of bytes", "them (ARMv8.2 and later)")
+        } else {
+            ("neither AVX2 nor AVX-512", "AVX2 (2013 and later)")
+        };
+        let mend = format!("use a processor with {with}; in a virtual machine, pass its features through");
+        Finding::warn("processor", format!("{lacks}: kernels run several times slower"), mend)
     } else {
         Finding::ok("processor", format!("kernels use {}", used.name()))
     };

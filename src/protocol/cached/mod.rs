@@ -19,6 +19,8 @@ mod together;
 use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock};
 
+use rayon::prelude::*;
+
 use super::{Pending, product};
 use crate::error::{Error, Result};
 use crate::net::Lane;
@@ -35,6 +37,9 @@ const TOGETHER: usize = 8;
 
 /// Words of the cache that are there unpacked at a time: they stay in the L2 cache.
 const UNPACKED: usize = 1 << 15;
+
+/// Multiply-adds of single rows below which one thread is faster than several.
+const PARALLEL_FROM: usize = 1 << 20;
 
 type Store = Arc<RwLock<PackedRows>>;
 
@@ -127,23 +132,45 @@ pub trait CachedBilinear: Send + Sync {
     /// Multiply-adds for a token at `position`.
     fn macs(&self, position: usize) -> usize;
 
-    /// What the cached rows of `block` add to the map for a token that sees `visible` positions: `x`
-    /// its row, `out` its outputs.
+    /// What the cached rows of `block` give for a token that sees `visible` positions: `x` its row; added to `out`, its outputs, or put
+    /// where they alone give something.
     fn block(&self, x: &[u64], visible: usize, block: Block<'_>, out: &mut [u64]);
 
-    /// The map for the tokens of `x`, the last of `positions` of the cache, added to `out`: each by itself, those without elements left out.
+    /// The map for the tokens of `x`, the last of `positions` of the cache: each by itself, those without elements left out. `out` is zeros.
     fn each(&self, x: &Span<'_>, (cache, positions): (&PackedRows, usize), out: &mut [u64]) {
+        let before = positions - x.len();
+        let macs: usize = (0..x.len()).filter(|i| x.asks(*i)).map(|i| self.macs(before + i)).sum();
+        let threads = if macs < PARALLEL_FROM { 1 } else { rayon::current_num_threads() };
+        if threads == 1 {
+            return self.part(x, (cache, positions), 0..positions, out);
+        }
+        // Scores of a part are of its own positions, of which the others' are zero; contexts add up.
+        let size = positions.div_ceil(threads);
+        let part = |at: usize| {
+            let mut part = vec![0; out.len()];
+            self.part(x, (cache, positions), at..positions.min(at + size), &mut part);
+            part
+        };
+        let parts: Vec<Vec<u64>> = (0..positions.div_ceil(size)).into_par_iter().map(|i| part(i * size)).collect();
+        for part in parts {
+            out.iter_mut().zip(part).for_each(|(out, part)| *out = out.wrapping_add(part));
+        }
+    }
+
+    /// [`Self::each`] of some of the cached rows.
+    fn part(&self, x: &Span<'_>, (cache, positions): (&PackedRows, usize), part: Range<usize>, out: &mut [u64]) {
         let (before, width) = (positions - x.len(), cache.width());
-        let step = (UNPACKED / width).min(positions).max(1);
+        let step = (UNPACKED / width).min(part.len()).max(1);
         let mut unpacked = vec![0; step * width];
-        for at in (0..positions).step_by(step) {
-            let rows = at..positions.min(at + step);
+        for at in part.clone().step_by(step) {
+            let rows = at..part.end.min(at + step);
             let words = &mut unpacked[..rows.len() * width];
             cache.read(rows, 0..width, words);
             let mut left = &mut *out;
             for i in (0..x.len()).filter(|i| x.asks(*i)) {
                 let (own, others) = left.split_at_mut(self.outputs(before + i));
                 let visible = self.visible(before + i);
+                assert!(visible <= positions, "a token sees what is cached");
                 if at < visible {
                     let words = &words[..words.len().min((visible - at) * width)];
                     self.block(x.row(i), visible, Block { at, words }, own);
@@ -154,7 +181,7 @@ pub trait CachedBilinear: Send + Sync {
     }
 
     /// The map for the tokens of `x`, the last of `positions` of the cache, all of which have elements. Modulo `2^k`; bits above
-    /// mean nothing.
+    /// mean nothing. `out` is zeros.
     fn together(&self, k: u32, x: &Span<'_>, cache: (&PackedRows, usize), out: &mut [u64]);
 }
 

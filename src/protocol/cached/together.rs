@@ -120,6 +120,30 @@ mod tests {
         out
     }
 
+    /// Of so many positions that threads share them.
+    #[test]
+    fn a_long_cache_in_parts() {
+        let (heads, dim, positions, k) = (12, 40, 2301, 45);
+        let width = heads * dim;
+        let mut cache = PackedRows::new(width, k, 0);
+        cache.extend(&words(1, positions * width, k));
+        let alone = |op: &dyn CachedBilinear, rows: &Rows| {
+            let tokens = rows.tokens();
+            let x = words(2, rows.len(), k);
+            let (span, of) = (Span::new(rows, 0..tokens, &x), (&cache, positions));
+            let mut shared = vec![0; (positions - tokens..positions).map(|position| op.outputs(position)).sum()];
+            let mut one = shared.clone();
+            op.each(&span, of, &mut shared);
+            op.part(&span, of, 0..positions, &mut one);
+            assert_eq!(shared, one);
+        };
+        for tokens in [1, 3] {
+            alone(&Scores { heads, kv_heads: heads, dim, all: None }, &Rows::even(tokens, width));
+            let seen = Rows::ragged((0..tokens).map(|i| heads * (positions - tokens + i + 1)));
+            alone(&Context { heads, kv_heads: heads, dim, all: None }, &seen);
+        }
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(48))]
 

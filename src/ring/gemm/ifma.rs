@@ -65,7 +65,7 @@ impl Words {
     /// The processor has AVX-512 F and IFMA.
     ///
     /// # Panics
-    /// If `w` has not `rows[_].len()` rows, or `x` not so many.
+    /// If there are not as many rows as of `x`, all of the same length, or `w` has not that many rows, or they are closer than they are long.
     #[target_feature(enable = "avx512f,avx512ifma")]
     pub unsafe fn tile(&self, w: &[u64], stride: usize, rows: &mut [&mut [u64]]) {
         let (m, n) = (rows.first().map_or(0, |r| r.len()), self.n);

@@ -95,7 +95,6 @@ pub fn ring(x: &[u64], w: &[u64], t: usize, m: usize, n: usize, c: &mut [u64]) {
 /// Ring words made ready for products modulo `2^k` with a matrix that is made part by part.
 pub struct Rows<'a> {
     isa: Isa,
-    k: u32,
     x: &'a [u64],
     n: usize,
     #[cfg(target_arch = "x86_64")]
@@ -151,7 +150,6 @@ impl<'a> Rows<'a> {
         let isa = isa.or_portable();
         Rows {
             isa,
-            k,
             x,
             n,
             #[cfg(target_arch = "x86_64")]
@@ -240,7 +238,7 @@ impl<'a> Rows<'a> {
             Some(Digits::Ifma(x)) => return unsafe { x.tile(w, stride, rows) },
             None => {}
         }
-        let _ = (stride, self.k);
+        let _ = stride;
         tile(self.isa, self.x, w, (self.n, self.n), rows);
     }
 }

@@ -115,16 +115,20 @@ impl Digits {
             let w = &w[j * n..][..wide * n];
             for (s, row) in rows.iter_mut().enumerate() {
                 let (x, out) = (self.row(first + s), &mut row[j..j + wide]);
-                if wide == 4 { block::<P, 4, W>(x, w, n, out) } else { block::<P, 1, W>(x, w, n, out) }
+                if wide == 4 {
+                    block::<P, 4, W>(x, w, (n, s == 0), out)
+                } else {
+                    block::<P, 1, W>(x, w, (n, false), out)
+                }
             }
             j += wide;
         }
     }
 }
 
-/// One row of digits by `M` rows of weights.
+/// One row of digits by `M` rows of weights. `ahead` asks for the `M` that come next.
 #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
-fn block<const P: usize, const M: usize, W: Load>(x: &[Register], w: &[W], n: usize, out: &mut [u64]) {
+fn block<const P: usize, const M: usize, W: Load>(x: &[Register], w: &[W], (n, ahead): (usize, bool), out: &mut [u64]) {
     assert!(x.len() == n.div_ceil(LANES) * P && w.len() == M * n && out.len() == M);
     let mut from = 0;
     while from < n {
@@ -133,9 +137,10 @@ fn block<const P: usize, const M: usize, W: Load>(x: &[Register], w: &[W], n: us
         let mut i = from;
         while i < to {
             let lanes = if n - i >= LANES { u32::MAX } else { (1 << (n - i)) - 1 };
-            // The rows that come next, whole: the processor itself does not look beyond a page, and a row is about as long. A prefetch may
-            // have any address.
-            (M..2 * M).for_each(|q| _mm_prefetch::<_MM_HINT_T1>(w.as_ptr().wrapping_add(q * n + i).cast()));
+            // Whole rows: the processor itself does not look beyond a page, and a row is about as long. A prefetch may have any address.
+            if ahead {
+                (M..2 * M).for_each(|q| _mm_prefetch::<_MM_HINT_T1>(w.as_ptr().wrapping_add(q * n + i).cast()));
+            }
             // SAFETY: digits i / LANES of all planes are there; of row q < M of w, lanes below n are read.
             let (xs, ws): ([__m512i; P], [__m512i; M]) = unsafe {
                 (

@@ -29,14 +29,21 @@ fn told(name: &str, proven: bool) -> bool {
 
 /// Rows of either operand that fill a block and begin another; columns that end within a register.
 const SHAPE: (usize, usize, usize) = (18, 19, 70);
+/// The same of IFMA, whose blocks are larger.
+const IFMA: (usize, usize, usize) = (70, 5, 525);
 
 fn words(n: usize) -> Vec<u64> {
     (1..=n as u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(i as u32)).collect()
 }
 
 /// Modulo `2^k` the portable product of `x` by `w` and what `run` makes of them.
-fn agree<W: super::Weight>(k: u32, x: &[u64], w: &[W], run: impl FnOnce(&mut [&mut [u64]])) -> bool {
-    let (t, m, n) = SHAPE;
+fn agree<W: super::Weight>(
+    k: u32,
+    (t, m, n): (usize, usize, usize),
+    x: &[u64],
+    w: &[W],
+    run: impl FnOnce(&mut [&mut [u64]]),
+) -> bool {
     let (mut want, mut got) = (vec![0; t * m], vec![0; t * m]);
     portable::tile(x, w, n, n, &mut want.chunks_mut(m).collect::<Vec<_>>());
     run(&mut got.chunks_mut(m).collect::<Vec<_>>());
@@ -46,10 +53,10 @@ fn agree<W: super::Weight>(k: u32, x: &[u64], w: &[W], run: impl FnOnce(&mut [&m
 /// # Safety
 /// The processor has AVX-512 F and IFMA.
 pub(super) unsafe fn by_ifma() -> bool {
-    let (t, m, n) = SHAPE;
+    let (t, m, n) = IFMA;
     let (x, w) = (words(t * n), words(m * n));
     // SAFETY: the caller's.
-    agree(ifma::WIDEST, &x, &w, |rows| unsafe { ifma::Words::new(&x, n).tile(&w, n, rows) })
+    agree(ifma::WIDEST, IFMA, &x, &w, |rows| unsafe { ifma::Words::new(&x, n).tile(&w, n, rows) })
 }
 
 /// # Safety
@@ -64,7 +71,7 @@ pub(super) unsafe fn by_amx() -> bool {
         // SAFETY: the caller's.
         let digits = unsafe { amx::Digits::cut(&x, n, k) };
         // SAFETY: as above.
-        agree(k, &x, &w16, |rows| unsafe { digits.tile(0, &w16, rows) })
-            && agree(k, &x, &w8, |rows| unsafe { digits.tile(0, &w8, rows) })
+        agree(k, SHAPE, &x, &w16, |rows| unsafe { digits.tile(0, &w16, rows) })
+            && agree(k, SHAPE, &x, &w8, |rows| unsafe { digits.tile(0, &w8, rows) })
     })
 }
