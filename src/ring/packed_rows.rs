@@ -10,17 +10,19 @@ pub struct PackedRows {
     k: u32,
     rows: usize,
     bytes: Vec<u8>,
+    /// Rows for which room is made at once.
+    room: usize,
 }
 
 impl PackedRows {
-    /// None yet, with room for `capacity`.
+    /// None yet, with room for `room`, and for as many more whenever it is full: no more than that is ever unused.
     ///
     /// # Panics
     /// If `width` is 0, or `k` 0 or above 64.
     #[must_use]
-    pub fn new(width: usize, k: u32, capacity: usize) -> Self {
+    pub fn new(width: usize, k: u32, room: usize) -> Self {
         assert!(width >= 1 && (1..=64).contains(&k), "rows of words, of rings of 1 to 64 bits");
-        PackedRows { width, k, rows: 0, bytes: Vec::with_capacity(capacity * pack::packed_len(width, k)) }
+        PackedRows { width, k, rows: 0, bytes: Vec::with_capacity(room * pack::packed_len(width, k)), room }
     }
 
     /// How many there are.
@@ -49,6 +51,9 @@ impl PackedRows {
         assert!(words.len().is_multiple_of(self.width), "whole rows");
         let (at, size) = (self.bytes.len(), pack::packed_len(self.width, self.k));
         let rows = words.len() / self.width;
+        if self.bytes.capacity() - at < rows * size {
+            self.bytes.reserve_exact(rows.max(self.room) * size);
+        }
         self.bytes.resize(at + rows * size, 0);
         for (row, out) in words.chunks_exact(self.width).zip(self.bytes[at..].chunks_exact_mut(size)) {
             pack::pack_on(Isa::current(), row, self.k, out);
