@@ -212,8 +212,12 @@ impl Session {
         self.passes = whole;
     }
 
-    /// Ends the batch: its addresses can never be taken again.
-    pub fn end_batch(&mut self) {
+    /// Ends the batch: its addresses can never be taken again, and all that was gathered leaves.
+    ///
+    /// # Errors
+    /// [`Error::Peer`] if it can't.
+    pub fn end_batch(&mut self) -> Result<()> {
+        let left = self.links.flush(Lane::Ahead).and_then(|()| self.links.flush(Lane::Online));
         ledger::stop();
         if self.role != Role::Owner {
             for pass in &self.passes {
@@ -224,6 +228,7 @@ impl Session {
             self.prf.close_below(last.number + 1);
         }
         self.passes.clear();
+        left
     }
 
     /// The passes being walked.
@@ -335,7 +340,7 @@ impl Session {
         for pass in &self.passes {
             let r = rows.range(&pass.tokens);
             let payload = pack::pack(&values[r.start * each..r.end * each], k);
-            self.links.send(Role::Owner, Lane::Ahead, &scope.address(pass.number, label), payload)?;
+            self.links.gather(Role::Owner, Lane::Ahead, &scope.address(pass.number, label), payload)?;
         }
         Ok(())
     }
@@ -357,7 +362,7 @@ impl Session {
     /// [`Error::Peer`].
     pub fn send_online(&self, to: Role, scope: &Scope, label: &'static str, payload: Vec<u8>) -> Result<()> {
         self.enter(scope);
-        self.links.send(to, Lane::Online, &scope.address(self.the_pass()?, label), payload)
+        self.links.gather(to, Lane::Online, &scope.address(self.the_pass()?, label), payload)
     }
 
     /// The Owner's receive of `n` packed words of `k` bits.
@@ -401,12 +406,19 @@ impl Session {
 
     /// Leaves a job for pass `index` of the batch; of a single pass, not more than two layers ahead of the jobs done, or one layer where
     /// a layer is as long as to be cut into blocks.
-    pub fn leave(&self, index: usize, job: Job) {
+    ///
+    /// # Errors
+    /// [`Error::Peer`] if what was gathered, which leaves before this waits, can't.
+    pub fn leave(&self, index: usize, job: Job) -> Result<()> {
         let pass = self.passes[index].number;
         // Of several passes walked together, the first cannot be answered before the walk has come to its end.
         if self.passes.len() == 1 && !self.far_ahead {
             let layers = if self.in_blocks { 1 } else { JOBS_AHEAD_LAYERS };
-            ledger::during(Doing::Wait, || self.jobs.wait_room(pass, layers * JOBS_PER_LAYER));
+            let limit = layers * JOBS_PER_LAYER;
+            if !self.jobs.has_room(pass, limit) {
+                self.links.flush(Lane::Ahead)?;
+                ledger::during(Doing::Wait, || self.jobs.wait_room(pass, limit));
+            }
         }
         let (ledger, kind) = (Arc::clone(self.meter.ledger()), ledger::current());
         let accounted = move |links: &Links| {
@@ -416,6 +428,7 @@ impl Session {
             out
         };
         self.jobs.push(pass, Box::new(accounted));
+        Ok(())
     }
 
     /// An operation states what it costs; summed up for comparison with the meter.

@@ -71,6 +71,8 @@ impl Keys {
 pub struct Setup {
     /// Simulated network.
     pub profile: Profile,
+    /// Messages are gathered, as over TLS.
+    pub gather: bool,
     /// Bytes that the Owner buffers of each peer's run-ahead.
     pub ahead_capacity: usize,
     /// How long a receive waits.
@@ -87,6 +89,7 @@ impl Default for Setup {
     fn default() -> Self {
         Setup {
             profile: Profile::NONE,
+            gather: false,
             ahead_capacity: 64 << 20,
             timeout: Duration::from_secs(120),
             views: [None, None, None],
@@ -150,7 +153,8 @@ fn walk<T>(
         batch = (batches.next)(session.role(), batch).max(1).min(tokens.len() - walked);
         session.begin(first_pass + walked as u64, &tokens[walked..walked + batch]);
         let out = program(session);
-        session.end_batch();
+        let left = session.end_batch();
+        let out = out.and_then(|out| left.map(|()| out));
         walked += batch;
         if out.is_err() || walked == tokens.len() {
             return out;
@@ -180,8 +184,8 @@ impl World {
         let mut ends: Vec<(Role, Role, MemoryChannel)> = Vec::new();
         for (a, b) in [(Role::Owner, Role::Client), (Role::Client, Role::Helper), (Role::Helper, Role::Owner)] {
             let (x, y) = memory::link(setup.ahead_capacity);
-            ends.push((a, b, x));
-            ends.push((b, a, y));
+            ends.push((a, b, x.gathering(setup.gather)));
+            ends.push((b, a, y.gathering(setup.gather)));
         }
         let mut channels: [Vec<(Role, Arc<dyn Channel>)>; 3] = Default::default();
         for (me, peer, end) in ends {
@@ -314,8 +318,8 @@ impl World {
                 .map(|(i, &n)| {
                     session.begin(first_pass + i as u64, &[n]);
                     let out = program(&mut session);
-                    session.end_batch();
-                    out
+                    let left = session.end_batch();
+                    out.and_then(|out| left.map(|()| out))
                 })
                 .collect()
         };

@@ -14,7 +14,7 @@ use ndarray::Array2;
 use support::Random;
 use trefoil::error::{Error, PeerFault, Result};
 use trefoil::net::tamper::Rewrite;
-use trefoil::net::{Frame, Lane};
+use trefoil::net::{Lane, Message};
 use trefoil::party::Role;
 use trefoil::prf::PreparationSeed;
 use trefoil::protocol::argmax::argmax;
@@ -139,11 +139,11 @@ fn misbehave(
 }
 
 /// Changes the `n`-th frame of a party only.
-fn nth(n: usize, change: impl Fn(Frame) -> Option<Frame> + Send + Sync + 'static) -> (Rewrite, Arc<AtomicUsize>) {
+fn nth(n: usize, change: impl Fn(Message) -> Option<Message> + Send + Sync + 'static) -> (Rewrite, Arc<AtomicUsize>) {
     let count = Arc::new(AtomicUsize::new(0));
     let counter = Arc::clone(&count);
     let rewrite = Arc::new(
-        move |_: Lane, f: Frame| if counter.fetch_add(1, Ordering::SeqCst) == n { change(f) } else { Some(f) },
+        move |_: Lane, f: Message| if counter.fetch_add(1, Ordering::SeqCst) == n { change(f) } else { Some(f) },
     );
     (rewrite, count)
 }

@@ -14,7 +14,7 @@ use trefoil::error::PeerFault;
 use trefoil::generate::{Local, LocalOptions};
 use trefoil::model::Weights;
 use trefoil::net::tamper::Rewrite;
-use trefoil::net::{Frame, Lane};
+use trefoil::net::{Lane, Message};
 use trefoil::{Error, Role};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -28,7 +28,7 @@ enum Fault {
 /// Does `fault` to the `nth` frame that a party sends on `lane`; frames are counted from the first.
 fn rewrite(lane: Lane, nth: usize, fault: Fault) -> Rewrite {
     let seen = AtomicUsize::new(0);
-    Arc::new(move |l, mut frame: Frame| {
+    Arc::new(move |l, mut frame: Message| {
         if l != lane || seen.fetch_add(1, Ordering::Relaxed) != nth {
             return Some(frame);
         }

@@ -7,7 +7,7 @@ use adapters::adapt;
 use trefoil::Role;
 use trefoil::bench::{Harness, Measured, Pace, Part, Preset, count};
 use trefoil::model::{Arch, ModelConfig, Weights};
-use trefoil::net::FRAME_HEADER;
+use trefoil::net::MESSAGE_HEADER;
 use trefoil::net::shape::Profile;
 use trefoil::plan::{Module, Radices};
 use trefoil::world::Setup;
@@ -49,7 +49,7 @@ fn declared_is_metered(m: &Measured, inputs: &[(usize, u32)]) {
             let mut sent = m.sent[from.index()][to.index()];
             if from == Role::Client && to == Role::Owner {
                 for &(n, k) in inputs {
-                    sent.online_bytes -= (trefoil::ring::pack::packed_len(n, k) + FRAME_HEADER) as u64;
+                    sent.online_bytes -= (trefoil::ring::pack::packed_len(n, k) + MESSAGE_HEADER) as u64;
                     sent.messages -= 1;
                 }
             }
@@ -193,6 +193,36 @@ fn a_pass_that_verifies_drafts_costs_what_it_declares() {
         assert!(m.ahead_bytes() <= apart.ahead_bytes());
         let messages = |m: &Measured| m.sent.iter().flatten().map(|l| l.messages).sum::<u64>();
         assert_eq!(messages(&m), messages(&one), "{tokens} positions, {k} bits each");
+    }
+}
+
+/// Over a network a party's turn is one frame to a peer, whatever it sends, but for what is longer than a record; and the results and
+/// the counts are those of messages by themselves.
+#[test]
+fn a_turn_is_a_frame() {
+    let setup = |gather| Setup { gather, ahead_capacity: 1 << 30, ..Setup::default() };
+    let [apart, together] = [false, true].map(|gather| Harness::new(tiny(), setup(gather)).unwrap());
+    for passes in [vec![1], vec![1; 3], vec![5]] {
+        let of = |layer: &Harness| layer.measure(Part::Whole, Pace::Ready, 20, &passes).unwrap();
+        let (a, b) = (of(&apart), of(&together));
+        assert_eq!((a.sent, a.depth), (b.sent, b.depth), "{passes:?}");
+        let count = |m: &Measured, from: Role, to: Role| m.frames[from.index()][to.index()];
+        for (from, to) in [(Role::Owner, Role::Helper), (Role::Helper, Role::Owner), (Role::Client, Role::Owner)] {
+            let sent = a.sent[from.index()][to.index()];
+            assert_eq!(count(&a, from, to), [sent.messages, sent.ahead_messages], "{from}->{to}, nothing gathered");
+        }
+        // Of two messages in sequence one is the Owner's.
+        let turns = u64::from(b.depth) * passes.len() as u64 / 2;
+        let (asked, answered) = (count(&b, Role::Owner, Role::Helper)[0], count(&b, Role::Helper, Role::Owner)[0]);
+        let ahead = (b.sent[1][0].ahead_messages, count(&b, Role::Client, Role::Owner)[1]);
+        let messages = b.sent[0][2].messages;
+        eprintln!("{passes:?}: {messages} messages, {turns} turns, {asked} frames, {answered} back; ahead {ahead:?}");
+        if passes[0] == 1 {
+            assert!(asked <= turns, "{asked} frames in {turns} turns");
+            // Ready, but for what the Helper's walk has not left yet.
+            assert!(answered <= turns + turns / 4, "{answered} frames back in {turns} turns");
+        }
+        assert!(messages * 5 > asked * 6 && ahead.0 > 4 * ahead.1);
     }
 }
 

@@ -18,7 +18,7 @@ use trefoil::model::prepare::{Prepared, PreparedLayer};
 use trefoil::model::secure::{ClientPorts, PassOptions, SecureModel};
 use trefoil::model::{ModelConfig, Weights};
 use trefoil::net::meter::Meter;
-use trefoil::net::{Abort, Channel, Frame, Lane, Links};
+use trefoil::net::{Abort, Channel, Lane, Links, Message};
 use trefoil::plan::memory::{model_bytes, session_bytes};
 use trefoil::plan::{FW_LEAST, Plan};
 use trefoil::predict::Source;
@@ -52,11 +52,11 @@ struct Zeros {
 }
 
 impl Channel for Zeros {
-    fn send(&self, _: Lane, _: Frame) -> Result<(), PeerFault> {
+    fn send_frame(&self, _: Lane, _: Vec<Message>) -> Result<(), PeerFault> {
         Ok(())
     }
 
-    fn recv(&self, lane: Lane, tag: u64, len: usize, _: Duration) -> Result<Frame, PeerFault> {
+    fn recv(&self, lane: Lane, tag: u64, len: usize, _: Duration) -> Result<Message, PeerFault> {
         let payload = if tag == self.tag {
             self.request.clone()
         } else if len == 1 && lane == Lane::Online {
@@ -67,11 +67,11 @@ impl Channel for Zeros {
         if lane == Lane::Online && !self.delay.is_zero() {
             std::thread::sleep(self.delay);
         }
-        Ok(Frame { tag, depth: 1, not_before: None, payload })
+        Ok(Message { tag, depth: 1, not_before: None, payload })
     }
 
-    fn drain(&self, _: Lane, tag: u64, len: usize, _: Duration) -> Result<(Frame, u64), PeerFault> {
-        Ok((Frame { tag, depth: 1, not_before: None, payload: vec![0; len] }, 0))
+    fn drain(&self, _: Lane, tag: u64, len: usize, _: Duration) -> Result<(Message, u64), PeerFault> {
+        Ok((Message { tag, depth: 1, not_before: None, payload: vec![0; len] }, 0))
     }
 
     fn end(&self, _: Option<&Abort>) {}
@@ -162,7 +162,7 @@ fn client(s: &mut Session, model: &SecureModel, c: &ModelConfig, plan: &Plan, pr
                 PassOptions { ports: Some(&ports), noise: None, open_logits: false, every: false, depths: None },
             )
             .unwrap();
-        s.end_batch();
+        s.end_batch().unwrap();
         for i in 0..batch.len() {
             jobs.run_pass(pass + i as u64, &links).unwrap();
         }

@@ -97,6 +97,8 @@ pub struct Measured {
     pub wall: Duration,
     /// Traffic by link: `[from][to]`.
     pub sent: [[LinkTotals; 3]; 3],
+    /// Frames in which it left, online and ahead; as many as messages where nothing is gathered ([`crate::world::Setup`]).
+    pub frames: [[[u64; 2]; 3]; 3],
     /// Time and bytes by kind of operation, by party; with [`Pace::Ready`] those since the start of the clock.
     pub spent: [Spent; 3],
     /// Online messages in sequence in a pass; of [`Part::Layers`] those of the layers alone.
@@ -309,11 +311,19 @@ impl Run<'_> {
         check_flags(&ports, &outputs)?;
         let sent = Role::ALL
             .map(|from| Role::ALL.map(|to| if from == to { LinkTotals::default() } else { self.world.sent(from, to) }));
+        let frames = Role::ALL.map(|from| Role::ALL.map(|to| self.world.meter(from).frames(to)));
         let depth = match self.part {
             Part::Layers => out.owner.last().map_or(0, |(_, depth)| *depth),
             Part::Whole | Part::Verified => self.world.meter(Role::Client).depth() / passes.len().max(1) as u32,
         };
-        Ok(Measured { wall, sent, spent, depth, declared: out.owner.into_iter().map(|(cost, _)| cost).collect() })
+        Ok(Measured {
+            wall,
+            sent,
+            frames,
+            spent,
+            depth,
+            declared: out.owner.into_iter().map(|(cost, _)| cost).collect(),
+        })
     }
 
     /// One batch at one party: what it declared, and messages in sequence.

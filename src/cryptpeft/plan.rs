@@ -224,7 +224,7 @@ fn norm(place: &str, n: usize, element: f64, sum: (f64, f64)) -> Result<NormPlan
     if f_gain > 26 {
         return refuse(format!("rows are {rms:.0} long on average, too much for a norm's 26 fraction bits"));
     }
-    Ok(NormPlan { k, bits, window, windows, f_gain, coarse: None, alone: None })
+    Ok(NormPlan { k, bits, window, windows, f_gain, coarse: None, alone: None, joint: 0 })
 }
 
 /// Calibrates on what the backbone computed for some inputs, and plans.

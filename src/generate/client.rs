@@ -235,8 +235,12 @@ impl Client {
                         if answer.out.tokens.len() < max_new {
                             let step = request_scope().address(pass + 1, "request.control");
                             let go = vec![u8::from(ended.is_none())];
-                            links.send(Role::Owner, Lane::Online, &step, go.clone())?;
-                            links.send(Role::Helper, Lane::Online, &step, go)?;
+                            // With the next input, if there is one.
+                            links.gather(Role::Owner, Lane::Online, &step, go.clone())?;
+                            links.gather(Role::Helper, Lane::Online, &step, go)?;
+                            if ended.is_some() {
+                                links.flush(Lane::Online)?;
+                            }
                         }
                         if ended.is_none() {
                             let keep = answer.text.len() - 1;

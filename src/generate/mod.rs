@@ -179,7 +179,7 @@ fn walk(
         let options = PassOptions { ports, noise: None, open_logits: r.open_logits, every: false, depths: None };
         let before = s.ahead_sent();
         model.pass(s, &mut cache, options)?;
-        s.end_batch();
+        s.end_batch()?;
         // A batch arrives operation by operation and is consumed pass by pass, so all of it must fit the Owner's buffer
         // (half of it: contexts grow), or Owner and walker would wait for each other.
         let each = (s.ahead_sent() - before) / batch.len() as u64;

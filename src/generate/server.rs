@@ -80,7 +80,7 @@ pub fn owner(s: &mut Session, model: &SecureModel, grant: &Grant) -> Result<Owne
                 depths: Some(&mut depths),
             };
             model.pass(s, &mut cache, options)?;
-            s.end_batch();
+            s.end_batch()?;
             report.layer_messages = depths.windows(2).map(|d| d[1] - d[0]).collect();
             used += 1;
             let pass = r.first_pass + used;

@@ -151,7 +151,7 @@ pub(super) fn walk(
         let every = walked > 0;
         let options = PassOptions { ports, noise: None, open_logits: r.open_logits, every, depths: None };
         model.pass(s, &mut cache, options)?;
-        s.end_batch();
+        s.end_batch()?;
         walked += 1;
         // The online thread lets go of its end when the request is over, well or not.
         match decided.recv() {

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::{Abort, Channel, Frame, Lane};
+use super::{Abort, Channel, Lane, Message};
 use crate::error::PeerFault;
 
 /// Bytes of a length.
@@ -18,25 +18,37 @@ impl<C: Channel> Hollow<C> {
     }
 }
 
-fn fill(frame: Frame, len: usize) -> Result<Frame, PeerFault> {
+fn fill(frame: Message, len: usize) -> Result<Message, PeerFault> {
     let got = frame.payload.as_slice().try_into().map_or(0, u64::from_le_bytes) as usize;
     if got != len {
         return Err(PeerFault::Length { want: len, got });
     }
-    Ok(Frame { payload: vec![0; len], ..frame })
+    Ok(Message { payload: vec![0; len], ..frame })
 }
 
 impl<C: Channel> Channel for Hollow<C> {
-    fn send(&self, lane: Lane, frame: Frame) -> Result<(), PeerFault> {
-        let payload = (frame.payload.len() as u64).to_le_bytes().to_vec();
-        self.0.send(lane, Frame { payload, ..frame })
+    fn stamp(&self, lane: Lane, message: &mut Message) {
+        self.0.stamp(lane, message);
     }
 
-    fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Frame, PeerFault> {
+    fn send_frame(&self, lane: Lane, frame: Vec<Message>) -> Result<(), PeerFault> {
+        let length = |m: Message| Message { payload: (m.payload.len() as u64).to_le_bytes().to_vec(), ..m };
+        self.0.send_frame(lane, frame.into_iter().map(length).collect())
+    }
+
+    fn gathers(&self) -> bool {
+        self.0.gathers()
+    }
+
+    fn ready(&self, lane: Lane, tag: u64) -> bool {
+        self.0.ready(lane, tag)
+    }
+
+    fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Message, PeerFault> {
         fill(self.0.recv(lane, tag, LENGTH, timeout)?, len)
     }
 
-    fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Frame, u64), PeerFault> {
+    fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Message, u64), PeerFault> {
         let (frame, dropped) = self.0.drain(lane, tag, LENGTH, timeout)?;
         Ok((fill(frame, len)?, dropped))
     }
@@ -55,7 +67,7 @@ mod tests {
     fn lengths_arrive_and_are_checked() {
         let (a, b) = memory::link(1 << 10);
         let (a, b) = (Hollow::new(a), Hollow::new(b));
-        let frame = |tag, n| Frame { tag, depth: 3, not_before: None, payload: vec![7; n] };
+        let frame = |tag, n| Message { tag, depth: 3, not_before: None, payload: vec![7; n] };
         a.send(Lane::Ahead, frame(1, 100_000)).unwrap();
         a.send(Lane::Ahead, frame(2, 5)).unwrap();
         let second = Duration::from_secs(1);

@@ -6,20 +6,20 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{FRAME_HEADER, Frame, Lane};
+use super::{Lane, MESSAGE_HEADER, Message};
 use crate::error::PeerFault;
 
 /// What a message takes in memory beyond its payload: empty ones must fill a lane, too.
-const OVERHEAD: usize = size_of::<Frame>() + FRAME_HEADER;
+const OVERHEAD: usize = size_of::<Message>() + MESSAGE_HEADER;
 /// The same for one that is kept out of turn, under a tag of its own.
 const EARLY_OVERHEAD: usize = 384;
 
 #[derive(Default)]
 struct Queue {
-    frames: VecDeque<Frame>,
+    messages: VecDeque<Message>,
     bytes: usize,
     written: u64,
-    messages: u64,
+    count: u64,
     ended: Option<PeerFault>,
 }
 
@@ -40,10 +40,11 @@ impl Pipe {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn push(&self, frame: Frame) -> Result<(), PeerFault> {
+    fn push(&self, frame: Vec<Message>) -> Result<(), PeerFault> {
         let mut q = self.lock();
         // A frame larger than the whole buffer goes through alone: holding it back would be a deadlock.
-        let size = frame.payload.len() + OVERHEAD;
+        let payload: usize = frame.iter().map(|m| m.payload.len()).sum();
+        let size = payload + frame.len() * OVERHEAD;
         while q.ended.is_none() && q.bytes > 0 && q.bytes + size > self.capacity {
             q = self.changed.wait(q).unwrap_or_else(PoisonError::into_inner);
         }
@@ -51,22 +52,23 @@ impl Pipe {
             return Err(fault.clone());
         }
         q.bytes += size;
-        q.written += (frame.payload.len() + FRAME_HEADER) as u64;
-        q.messages += 1;
-        q.frames.push_back(frame);
+        q.written += (payload + frame.len() * MESSAGE_HEADER) as u64;
+        q.count += frame.len() as u64;
+        // Together: who answers one finds the others there as well, and answers them in the same frame.
+        q.messages.extend(frame);
         drop(q);
         self.changed.notify_all();
         Ok(())
     }
 
-    fn pop(&self, until: Deadline) -> Result<Frame, PeerFault> {
+    fn pop(&self, until: Deadline) -> Result<Message, PeerFault> {
         let mut q = self.lock();
         loop {
-            if let Some(frame) = q.frames.pop_front() {
-                q.bytes -= frame.payload.len() + OVERHEAD;
+            if let Some(message) = q.messages.pop_front() {
+                q.bytes -= message.payload.len() + OVERHEAD;
                 drop(q);
                 self.changed.notify_all();
-                return Ok(frame);
+                return Ok(message);
             }
             if let Some(fault) = &q.ended {
                 return Err(fault.clone());
@@ -99,10 +101,10 @@ impl Deadline {
     }
 }
 
-/// Frames that came before their turn, by tag.
+/// Messages that came before their turn, by tag.
 #[derive(Default)]
 struct Early {
-    frames: HashMap<u64, VecDeque<Frame>>,
+    messages: HashMap<u64, VecDeque<Message>>,
     bytes: usize,
     count: usize,
 }
@@ -141,77 +143,89 @@ impl Inbox {
     ///
     /// # Errors
     /// Why the inbox has ended.
-    pub fn push(&self, lane: Lane, frame: Frame) -> Result<(), PeerFault> {
+    pub fn push(&self, lane: Lane, frame: Vec<Message>) -> Result<(), PeerFault> {
         self.pipes[index(lane)].push(frame)
+    }
+
+    /// See [`super::Channel::ready`].
+    #[must_use]
+    pub fn ready(&self, lane: Lane, tag: u64) -> bool {
+        let here = |m: &Message| m.not_before.is_none_or(|at| at <= Instant::now());
+        let i = index(lane);
+        let early = self.early[i].lock().unwrap_or_else(PoisonError::into_inner);
+        match early.messages.get(&tag).and_then(VecDeque::front) {
+            Some(message) => here(message),
+            None => self.pipes[i].lock().messages.iter().find(|m| m.tag == tag).is_some_and(here),
+        }
     }
 
     /// See [`super::Channel::recv`].
     ///
     /// # Errors
     /// Those of [`super::Channel::recv`].
-    pub fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Frame, PeerFault> {
+    pub fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Message, PeerFault> {
         let i = index(lane);
         let mut early = self.early[i].lock().unwrap_or_else(PoisonError::into_inner);
-        let found = early.frames.get_mut(&tag).and_then(VecDeque::pop_front);
-        let frame = if let Some(frame) = found {
-            early.bytes -= frame.payload.len();
+        let found = early.messages.get_mut(&tag).and_then(VecDeque::pop_front);
+        let message = if let Some(message) = found {
+            early.bytes -= message.payload.len();
             early.count -= 1;
-            if early.frames.get(&tag).is_some_and(VecDeque::is_empty) {
-                early.frames.remove(&tag);
+            if early.messages.get(&tag).is_some_and(VecDeque::is_empty) {
+                early.messages.remove(&tag);
             }
-            frame
+            message
         } else {
             let deadline = Deadline::after(timeout);
             loop {
-                let frame = self.pipes[i].pop(deadline)?;
-                if frame.tag == tag {
-                    break frame;
+                let message = self.pipes[i].pop(deadline)?;
+                if message.tag == tag {
+                    break message;
                 }
-                early.bytes += frame.payload.len();
+                early.bytes += message.payload.len();
                 early.count += 1;
                 // Empty messages take memory as well.
                 if early.bytes + early.count * EARLY_OVERHEAD > self.early_limit {
                     return Err(PeerFault::Flood(self.early_limit));
                 }
-                early.frames.entry(frame.tag).or_default().push_back(frame);
+                early.messages.entry(message.tag).or_default().push_back(message);
             }
         };
-        if frame.payload.len() != len {
-            return Err(PeerFault::Length { want: len, got: frame.payload.len() });
+        if message.payload.len() != len {
+            return Err(PeerFault::Length { want: len, got: message.payload.len() });
         }
         if lane == Lane::Ahead {
-            self.ahead_taken.fetch_add((len + FRAME_HEADER) as u64, Relaxed);
+            self.ahead_taken.fetch_add((len + MESSAGE_HEADER) as u64, Relaxed);
         }
-        Ok(frame)
+        Ok(message)
     }
 
     /// See [`super::Channel::drain`].
     ///
     /// # Errors
     /// Those of [`super::Channel::drain`].
-    pub fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Frame, u64), PeerFault> {
+    pub fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Message, u64), PeerFault> {
         let i = index(lane);
         let mut early = self.early[i].lock().unwrap_or_else(PoisonError::into_inner);
-        let mut found = early.frames.remove(&tag).and_then(|mut q| q.pop_front());
+        let mut found = early.messages.remove(&tag).and_then(|mut q| q.pop_front());
         let mut dropped = (early.bytes - found.as_ref().map_or(0, |f| f.payload.len())) as u64;
-        let mut taken = early.bytes + early.count * FRAME_HEADER;
+        let mut taken = early.bytes + early.count * MESSAGE_HEADER;
         *early = Early::default();
         let deadline = Deadline::after(timeout);
         while found.is_none() {
-            let frame = self.pipes[i].pop(deadline)?;
-            taken += frame.payload.len() + FRAME_HEADER;
-            if frame.tag == tag {
-                found = Some(frame);
+            let message = self.pipes[i].pop(deadline)?;
+            taken += message.payload.len() + MESSAGE_HEADER;
+            if message.tag == tag {
+                found = Some(message);
             } else {
-                dropped += frame.payload.len() as u64;
+                dropped += message.payload.len() as u64;
             }
         }
         if lane == Lane::Ahead {
             self.ahead_taken.fetch_add(taken as u64, Relaxed);
         }
         match found {
-            Some(frame) if frame.payload.len() == len => Ok((frame, dropped)),
-            Some(frame) => Err(PeerFault::Length { want: len, got: frame.payload.len() }),
+            Some(message) if message.payload.len() == len => Ok((message, dropped)),
+            Some(message) => Err(PeerFault::Length { want: len, got: message.payload.len() }),
             None => Err(PeerFault::Closed),
         }
     }
@@ -224,7 +238,7 @@ impl Inbox {
     /// Messages that were ever pushed, both lanes.
     #[must_use]
     pub fn messages(&self) -> u64 {
-        self.pipes.iter().map(|p| p.lock().messages).sum()
+        self.pipes.iter().map(|p| p.lock().count).sum()
     }
 
     /// Why the online lane has ended, waiting up to `limit` for it to end.
@@ -259,8 +273,8 @@ pub fn early_limit(ahead_capacity: usize) -> usize {
 mod tests {
     use super::*;
 
-    fn empty(tag: u64) -> Frame {
-        Frame { tag, depth: 0, not_before: None, payload: Vec::new() }
+    fn empty(tag: u64) -> Message {
+        Message { tag, depth: 0, not_before: None, payload: Vec::new() }
     }
 
     #[test]
@@ -268,14 +282,14 @@ mod tests {
         let inbox = std::sync::Arc::new(Inbox::new(1 << 20, 10_000));
         let sender = std::thread::spawn({
             let inbox = std::sync::Arc::clone(&inbox);
-            move || (0..100_000).take_while(|&i| inbox.push(Lane::Ahead, empty(i)).is_ok()).count()
+            move || (0..100_000).take_while(|&i| inbox.push(Lane::Ahead, vec![empty(i)]).is_ok()).count()
         });
         std::thread::sleep(Duration::from_millis(100));
         inbox.end(&PeerFault::Closed);
-        assert!(sender.join().unwrap() < 10_000 / FRAME_HEADER);
+        assert!(sender.join().unwrap() < 10_000 / MESSAGE_HEADER);
         // Out of turn they are a flood long before they take much memory.
         let inbox = Inbox::new(usize::MAX, 1);
-        (0..10_000).for_each(|i| inbox.push(Lane::Online, empty(i)).unwrap());
+        (0..10_000).for_each(|i| inbox.push(Lane::Online, vec![empty(i)]).unwrap());
         assert!(matches!(inbox.recv(Lane::Online, 1 << 40, 0, Duration::from_secs(1)), Err(PeerFault::Flood(_))));
     }
 }

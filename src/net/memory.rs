@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::inbox::Inbox;
-use super::{Abort, Channel, Frame, Lane};
+use super::{Abort, Channel, Lane, Message};
 use crate::error::PeerFault;
 
 /// One end of an in-memory link.
 pub struct MemoryChannel {
     mine: Arc<Inbox>,
     peers: Arc<Inbox>,
+    gathers: bool,
 }
 
 /// A link: two ends whose ahead lanes hold at most `ahead_capacity` bytes each way, see [`Inbox::new`].
@@ -19,10 +20,22 @@ pub struct MemoryChannel {
 pub fn link(ahead_capacity: usize) -> (MemoryChannel, MemoryChannel) {
     let inbox = || Arc::new(Inbox::new(usize::MAX, ahead_capacity));
     let (a, b) = (inbox(), inbox());
-    (MemoryChannel { mine: Arc::clone(&a), peers: Arc::clone(&b) }, MemoryChannel { mine: b, peers: a })
+    let end = |mine: &Arc<Inbox>, peers: &Arc<Inbox>| MemoryChannel {
+        mine: Arc::clone(mine),
+        peers: Arc::clone(peers),
+        gathers: false,
+    };
+    (end(&a, &b), end(&b, &a))
 }
 
 impl MemoryChannel {
+    /// With messages gathered as on a network: here that saves nothing.
+    #[must_use]
+    pub fn gathering(mut self, gathers: bool) -> Self {
+        self.gathers = gathers;
+        self
+    }
+
     /// Bytes that this end has written so far, frame headers included, per lane (online, ahead).
     #[must_use]
     pub fn written(&self) -> [u64; 2] {
@@ -31,15 +44,23 @@ impl MemoryChannel {
 }
 
 impl Channel for MemoryChannel {
-    fn send(&self, lane: Lane, frame: Frame) -> Result<(), PeerFault> {
+    fn send_frame(&self, lane: Lane, frame: Vec<Message>) -> Result<(), PeerFault> {
         self.peers.push(lane, frame)
     }
 
-    fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Frame, PeerFault> {
+    fn gathers(&self) -> bool {
+        self.gathers
+    }
+
+    fn ready(&self, lane: Lane, tag: u64) -> bool {
+        self.mine.ready(lane, tag)
+    }
+
+    fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Message, PeerFault> {
         self.mine.recv(lane, tag, len, timeout)
     }
 
-    fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Frame, u64), PeerFault> {
+    fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Message, u64), PeerFault> {
         self.mine.drain(lane, tag, len, timeout)
     }
 
@@ -60,8 +81,8 @@ impl Drop for MemoryChannel {
 mod tests {
     use super::*;
 
-    fn frame(tag: u64, n: usize) -> Frame {
-        Frame { tag, depth: 0, not_before: None, payload: vec![0; n] }
+    fn frame(tag: u64, n: usize) -> Message {
+        Message { tag, depth: 0, not_before: None, payload: vec![0; n] }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Counts what a party sends: bytes and messages per directed link and lane, and the causal depth of online messages.
 //!
-//! Depth makes "messages in sequence" exact instead of estimated: every online frame carries one more than the largest
+//! Depth makes "messages in sequence" exact instead of estimated: every online message carries one more than the largest
 //! depth that its sender had received, so the growth of the Owner's clock over a stretch of work is the length of the
 //! longest chain of messages in it.
 
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::{Abort, Channel, FRAME_HEADER, Frame, Lane};
+use super::{Abort, Channel, Lane, MESSAGE_HEADER, Message};
 use crate::error::PeerFault;
 use crate::ledger::{self, Doing, Ledger};
 use crate::party::Role;
@@ -52,6 +52,7 @@ impl std::ops::Sub for LinkTotals {
 struct Counter {
     bytes: [AtomicU64; 2],
     messages: [AtomicU64; 2],
+    frames: [AtomicU64; 2],
 }
 
 /// One party's counters, shared by the wrappers of its links.
@@ -108,6 +109,12 @@ impl Meter {
             messages: c.messages[0].load(Relaxed),
             ahead_messages: c.messages[1].load(Relaxed),
         }
+    }
+
+    /// Frames in which its messages to `to` left: online, ahead. How many there are is a matter of time, too.
+    #[must_use]
+    pub fn frames(&self, to: Role) -> [u64; 2] {
+        self.sent[to.index()].frames.each_ref().map(|n| n.load(Relaxed))
     }
 
     /// Length of the longest chain of online messages that ended at this party so far.
@@ -168,10 +175,10 @@ impl<C: Channel> Metered<C> {
 }
 
 impl<C: Channel> Channel for Metered<C> {
-    fn send(&self, lane: Lane, mut frame: Frame) -> Result<(), PeerFault> {
-        let bytes = (frame.payload.len() + FRAME_HEADER) as u64;
+    fn stamp(&self, lane: Lane, message: &mut Message) {
+        let bytes = (message.payload.len() + MESSAGE_HEADER) as u64;
         if lane == Lane::Online {
-            frame.depth = self.meter.depth() + 1;
+            message.depth = self.meter.depth() + 1;
         }
         // Counted first: who has received a message must find it counted.
         let c = &self.meter.sent[self.peer.index()];
@@ -179,27 +186,39 @@ impl<C: Channel> Channel for Metered<C> {
         c.bytes[i].fetch_add(bytes, Relaxed);
         c.messages[i].fetch_add(1, Relaxed);
         ledger::sent(lane, bytes);
-        self.meter.samples[self.peer.index()][0].offer(&frame.payload);
+        self.meter.samples[self.peer.index()][0].offer(&message.payload);
+    }
+
+    fn send_frame(&self, lane: Lane, frame: Vec<Message>) -> Result<(), PeerFault> {
+        self.meter.sent[self.peer.index()].frames[usize::from(lane == Lane::Ahead)].fetch_add(1, Relaxed);
         match lane {
-            Lane::Online => self.inner.send(lane, frame),
+            Lane::Online => self.inner.send_frame(lane, frame),
             // It may have to wait for room.
-            Lane::Ahead => ledger::during(Doing::Wait, || self.inner.send(lane, frame)),
+            Lane::Ahead => ledger::during(Doing::Wait, || self.inner.send_frame(lane, frame)),
         }
     }
 
-    fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Frame, PeerFault> {
+    fn gathers(&self) -> bool {
+        self.inner.gathers()
+    }
+
+    fn ready(&self, lane: Lane, tag: u64) -> bool {
+        self.inner.ready(lane, tag)
+    }
+
+    fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Message, PeerFault> {
         let start = Instant::now();
-        let frame = ledger::during(Doing::Wait, || self.inner.recv(lane, tag, len, timeout));
+        let message = ledger::during(Doing::Wait, || self.inner.recv(lane, tag, len, timeout));
         self.meter.waited_ns[self.peer.index()].fetch_add(start.elapsed().as_nanos() as u64, Relaxed);
-        let frame = frame?;
-        self.meter.samples[self.peer.index()][1].offer(&frame.payload);
+        let message = message?;
+        self.meter.samples[self.peer.index()][1].offer(&message.payload);
         if lane == Lane::Online {
-            self.meter.clock.fetch_max(frame.depth, Relaxed);
+            self.meter.clock.fetch_max(message.depth, Relaxed);
         }
-        Ok(frame)
+        Ok(message)
     }
 
-    fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Frame, u64), PeerFault> {
+    fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Message, u64), PeerFault> {
         self.inner.drain(lane, tag, len, timeout)
     }
 
@@ -224,7 +243,7 @@ mod tests {
         let a = Metered::new(a, Role::Helper, Arc::clone(&meter));
         for (i, n) in [0usize, 1, 7, 100, 65_536].into_iter().enumerate() {
             for lane in [Lane::Online, Lane::Ahead] {
-                a.send(lane, Frame { tag: i as u64, depth: 0, not_before: None, payload: vec![0; n] }).unwrap();
+                a.send(lane, Message { tag: i as u64, depth: 0, not_before: None, payload: vec![0; n] }).unwrap();
                 b.recv(lane, i as u64, n, Duration::from_secs(1)).unwrap();
             }
         }
@@ -240,7 +259,7 @@ mod tests {
             Metered::new(a, Role::Helper, Arc::clone(&meters[0])),
             Metered::new(b, Role::Owner, Arc::clone(&meters[1])),
         );
-        let frame = |tag| Frame { tag, depth: 0, not_before: None, payload: Vec::new() };
+        let frame = |tag| Message { tag, depth: 0, not_before: None, payload: Vec::new() };
         let second = Duration::from_secs(1);
         for round in 0..3 {
             // Two messages side by side count once.

@@ -4,6 +4,9 @@
 //! in bytes, so that a party that runs ahead is held back by its peer's buffer. Each lane keeps its order; a receiver
 //! names the tag that it waits for, and messages of other tags that came first are kept for later. Wrappers compose:
 //! [`meter`] counts, [`shape`] simulates a network, [`tamper`] plays the adversary in tests.
+//!
+//! What operations send over a network is gathered: the messages of a party's turn to one peer leave in one *frame*, when the party begins to
+//! wait or [`GATHERED`] bytes have come together. So a long message leaves at once, and travels while the next one is computed.
 
 pub(crate) mod hollow;
 pub mod inbox;
@@ -13,15 +16,20 @@ pub mod shape;
 pub mod tamper;
 pub mod tls;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, PeerFault, Result};
 use crate::party::Role;
 use crate::prf::Address;
 
-/// What a frame adds to its payload on the wire: tag (8), length (4), causal depth (4).
-pub const FRAME_HEADER: usize = 16;
+/// What a message adds to its payload on the wire: tag (8), length (4; its highest bit says that another message of the frame follows),
+/// causal depth (4). A frame adds nothing to its messages.
+pub const MESSAGE_HEADER: usize = 16;
+
+/// Messages wait for each other, and for the end of their sender's turn, until they are as many bytes as this, headers included: a full TLS
+/// record. In longer frames the peer would wait for what it could answer meanwhile.
+pub const GATHERED: usize = 16 << 10;
 
 /// The two lanes of a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -33,7 +41,7 @@ pub enum Lane {
 }
 
 /// A message in flight.
-pub struct Frame {
+pub struct Message {
     /// Which step it belongs to, see [`Address::tag`].
     pub tag: u64,
     /// 1 + the largest depth of any online message that its sender had received: the length of the causal chain.
@@ -46,24 +54,46 @@ pub struct Frame {
 
 /// One end of a link to one peer. Errors are [`PeerFault`]s; the caller adds who and where.
 pub trait Channel: Send + Sync {
-    /// Queues a frame; blocks while the ahead lane is full.
+    /// A message is about to be sent: what is counted is counted now, for the operation that it belongs to.
+    fn stamp(&self, _lane: Lane, _message: &mut Message) {}
+
+    /// Sends messages as one frame; blocks while the ahead lane is full.
     ///
     /// # Errors
     /// [`PeerFault::Closed`] when the peer is gone.
-    fn send(&self, lane: Lane, frame: Frame) -> Result<(), PeerFault>;
+    fn send_frame(&self, lane: Lane, frame: Vec<Message>) -> Result<(), PeerFault>;
 
-    /// Waits for the frame with this tag, of exactly `len` bytes.
+    /// A message that is a frame by itself.
+    ///
+    /// # Errors
+    /// As [`Channel::send_frame`].
+    fn send(&self, lane: Lane, mut message: Message) -> Result<(), PeerFault> {
+        self.stamp(lane, &mut message);
+        self.send_frame(lane, vec![message])
+    }
+
+    /// Whether frames of several messages are worth waiting for: a network's are, each is a write, a record and a packet.
+    fn gathers(&self) -> bool {
+        true
+    }
+
+    /// Whether the message with this tag is known to be there: receiving it would not wait.
+    fn ready(&self, _lane: Lane, _tag: u64) -> bool {
+        false
+    }
+
+    /// Waits for the message with this tag, of exactly `len` bytes.
     ///
     /// # Errors
     /// [`PeerFault::Closed`], [`PeerFault::Timeout`] or [`PeerFault::Length`].
-    fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Frame, PeerFault>;
+    fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Message, PeerFault>;
 
-    /// Drops frames until the one with this tag comes, which must have exactly `len` bytes; says how many bytes were
+    /// Drops messages until the one with this tag comes, which must have exactly `len` bytes; says how many bytes were
     /// dropped.
     ///
     /// # Errors
     /// As [`Channel::recv`].
-    fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Frame, u64), PeerFault>;
+    fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Message, u64), PeerFault>;
 
     /// Whether the peer has ended the link, as far as this channel can tell without waiting.
     fn ended(&self) -> bool {
@@ -76,15 +106,27 @@ pub trait Channel: Send + Sync {
 }
 
 impl<C: Channel + ?Sized> Channel for Arc<C> {
-    fn send(&self, lane: Lane, frame: Frame) -> Result<(), PeerFault> {
-        (**self).send(lane, frame)
+    fn stamp(&self, lane: Lane, message: &mut Message) {
+        (**self).stamp(lane, message);
     }
 
-    fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Frame, PeerFault> {
+    fn send_frame(&self, lane: Lane, frame: Vec<Message>) -> Result<(), PeerFault> {
+        (**self).send_frame(lane, frame)
+    }
+
+    fn gathers(&self) -> bool {
+        (**self).gathers()
+    }
+
+    fn ready(&self, lane: Lane, tag: u64) -> bool {
+        (**self).ready(lane, tag)
+    }
+
+    fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Message, PeerFault> {
         (**self).recv(lane, tag, len, timeout)
     }
 
-    fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Frame, u64), PeerFault> {
+    fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Message, u64), PeerFault> {
         (**self).drain(lane, tag, len, timeout)
     }
 
@@ -152,11 +194,27 @@ impl Abort {
     }
 }
 
+impl Outbox {
+    fn leave(&mut self, channel: &Arc<dyn Channel>, lane: Lane) -> Result<(), PeerFault> {
+        self.bytes = 0;
+        channel.send_frame(lane, std::mem::take(&mut self.messages))
+    }
+}
+
+/// Messages to one peer on one lane that wait for their frame to be full, or for their sender to wait.
+#[derive(Default)]
+struct Outbox {
+    messages: Vec<Message>,
+    bytes: usize,
+}
+
 /// One party's links to its two peers. Cheap to clone.
 #[derive(Clone)]
 pub struct Links {
     role: Role,
     peers: [Option<Arc<dyn Channel>>; 3],
+    /// By lane and peer.
+    outboxes: Arc<[[Mutex<Outbox>; 3]; 2]>,
     timeout: Duration,
     ahead_capacity: usize,
 }
@@ -174,7 +232,7 @@ impl Links {
         for (peer, channel) in peers {
             table[peer.index()] = Some(channel);
         }
-        Links { role, peers: table, timeout, ahead_capacity }
+        Links { role, peers: table, outboxes: Arc::default(), timeout, ahead_capacity }
     }
 
     /// Whose links these are.
@@ -193,13 +251,64 @@ impl Links {
         self.peers[peer.index()].as_ref().ok_or_else(|| Error::Internal(format!("{} has no link to {peer}", self.role)))
     }
 
-    /// Sends `payload` under the name `step`.
+    /// Sends `payload` under the name `step`, at once, behind what was gathered for `to` on this lane.
     ///
     /// # Errors
     /// [`Error::Peer`] naming the peer and the step.
     pub fn send(&self, to: Role, lane: Lane, step: &Address, payload: Vec<u8>) -> Result<()> {
-        let frame = Frame { tag: step.tag(), depth: 0, not_before: None, payload };
-        self.channel(to)?.send(lane, frame).map_err(|kind| blame(to, step, kind))
+        self.put(to, lane, step, payload, 0)
+    }
+
+    /// Sends `payload` under the name `step` with what else this thread sends to `to` in its turn: when it waits for a message, or calls
+    /// [`Links::flush`], at the latest.
+    ///
+    /// # Errors
+    /// [`Error::Peer`] naming the peer and the step.
+    pub fn gather(&self, to: Role, lane: Lane, step: &Address, payload: Vec<u8>) -> Result<()> {
+        self.put(to, lane, step, payload, GATHERED)
+    }
+
+    fn put(&self, to: Role, lane: Lane, step: &Address, payload: Vec<u8>, full: usize) -> Result<()> {
+        let channel = self.channel(to)?;
+        let mut message = Message { tag: step.tag(), depth: 0, not_before: None, payload };
+        let mut outbox = self.outbox(lane, to);
+        channel.stamp(lane, &mut message);
+        outbox.bytes += message.payload.len() + MESSAGE_HEADER;
+        outbox.messages.push(message);
+        if outbox.bytes < full && channel.gathers() {
+            return Ok(());
+        }
+        outbox.leave(channel, lane).map_err(|kind| blame(to, step, kind))
+    }
+
+    fn outbox(&self, lane: Lane, to: Role) -> MutexGuard<'_, Outbox> {
+        // A poisoned lock means that a thread died between two whole messages.
+        self.outboxes[usize::from(lane == Lane::Ahead)][to.index()].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What was gathered on `lane` leaves. Every thread does so for its own lane before it waits: for a message it need not be told.
+    ///
+    /// # Errors
+    /// [`Error::Peer`] naming the peer.
+    pub fn flush(&self, lane: Lane) -> Result<()> {
+        self.leave(lane, || "the end of a turn".into())
+    }
+
+    fn leave(&self, lane: Lane, step: impl Fn() -> String) -> Result<()> {
+        for to in Role::ALL {
+            let mut outbox = self.outbox(lane, to);
+            if !outbox.messages.is_empty() {
+                let left = outbox.leave(self.channel(to)?, lane);
+                left.map_err(|kind| Error::Peer { role: to, step: step(), kind })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Online messages leave before this thread waits for one named `step`. Not those that run ahead: they may have to wait for room, which
+    /// the walk's own thread can afford.
+    fn before_waiting(&self, step: &Address) -> Result<()> {
+        self.leave(Lane::Online, || step.to_string())
     }
 
     /// Receives exactly `len` bytes under the name `step`.
@@ -207,9 +316,12 @@ impl Links {
     /// # Errors
     /// [`Error::Peer`] naming the peer and the step.
     pub fn recv(&self, from: Role, lane: Lane, step: &Address, len: usize) -> Result<Vec<u8>> {
-        let frame =
-            self.channel(from)?.recv(lane, step.tag(), len, self.timeout).map_err(|kind| blame(from, step, kind))?;
-        Ok(frame.payload)
+        let (channel, tag) = (self.channel(from)?, step.tag());
+        if lane == Lane::Ahead || !channel.ready(lane, tag) {
+            self.before_waiting(step)?;
+        }
+        let message = channel.recv(lane, tag, len, self.timeout).map_err(|kind| blame(from, step, kind))?;
+        Ok(message.payload)
     }
 
     /// Drops what `from` has sent on `lane` before the message named `step`; returns that one and the bytes dropped.
@@ -217,9 +329,10 @@ impl Links {
     /// # Errors
     /// [`Error::Peer`] naming the peer and the step.
     pub fn drain(&self, from: Role, lane: Lane, step: &Address, len: usize) -> Result<(Vec<u8>, u64)> {
+        self.before_waiting(step)?;
         let got = self.channel(from)?.drain(lane, step.tag(), len, self.timeout);
-        let (frame, dropped) = got.map_err(|kind| blame(from, step, kind))?;
-        Ok((frame.payload, dropped))
+        let (message, dropped) = got.map_err(|kind| blame(from, step, kind))?;
+        Ok((message.payload, dropped))
     }
 
     /// Whether a peer has ended its link.
@@ -263,6 +376,75 @@ pub fn blame(role: Role, step: &Address, kind: PeerFault) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The Client's links to the Owner, with what is gathered on them, and the Owner's end.
+    fn gathering(gathers: bool) -> (Links, Arc<meter::Meter>, memory::MemoryChannel) {
+        let (a, b) = memory::link(1 << 20);
+        let meter = Arc::new(meter::Meter::default());
+        let channel = meter::Metered::new(a.gathering(gathers), Role::Owner, Arc::clone(&meter));
+        let links =
+            Links::new(Role::Client, [(Role::Owner, Arc::new(channel) as _)], Duration::from_millis(20), 1 << 20);
+        (links, meter, b)
+    }
+
+    fn step(n: u64) -> Address {
+        Address { pass: n, layer: 0, path: "test".into(), label: "step" }
+    }
+
+    #[test]
+    fn messages_of_a_turn_are_a_frame() {
+        let (links, meter, owner) = gathering(true);
+        let arrived = |n| owner.ready(Lane::Online, step(n).tag());
+        let say = |n, bytes| links.gather(Role::Owner, Lane::Online, &step(n), vec![1; bytes]).unwrap();
+        let frames = || meter.frames(Role::Owner)[0];
+        (0..3).for_each(|n| say(n, 100));
+        assert!(!(0..3).any(arrived));
+        assert_eq!(meter.sent(Role::Owner).messages, 3, "counted for the operation that sends");
+        // A message that is there does not make it wait; one that is not does.
+        owner.send(Lane::Online, Message { tag: step(9).tag(), depth: 4, not_before: None, payload: vec![] }).unwrap();
+        links.recv(Role::Owner, Lane::Online, &step(9), 0).unwrap();
+        assert!(!(0..3).any(arrived) && frames() == 0);
+        assert!(links.recv(Role::Owner, Lane::Online, &step(10), 0).is_err());
+        assert!((0..3).all(arrived) && frames() == 1);
+        // What the others were told before it had that message says so.
+        let got = |n, len| owner.recv(Lane::Online, step(n).tag(), len, Duration::from_secs(1)).unwrap();
+        assert_eq!([got(0, 100).depth, got(2, 100).depth], [1, 1]);
+        // A long one leaves with those before it, and one that is sent at once as well.
+        say(3, 10);
+        assert!(!arrived(3));
+        say(4, GATHERED);
+        assert!(arrived(3) && arrived(4) && frames() == 2);
+        say(5, 10);
+        links.send(Role::Owner, Lane::Online, &step(6), vec![]).unwrap();
+        assert!(arrived(5) && arrived(6) && frames() == 3);
+        assert_eq!(got(6, 0).depth, 5);
+        say(7, 10);
+        links.flush(Lane::Ahead).unwrap();
+        assert!(!arrived(7));
+        links.flush(Lane::Online).unwrap();
+        assert!(arrived(7) && frames() == 4);
+        links.flush(Lane::Online).unwrap();
+        assert_eq!(frames(), 4, "nothing is no frame");
+    }
+
+    #[test]
+    fn where_nothing_is_gained_nothing_waits() {
+        let (links, meter, owner) = gathering(false);
+        for n in 0..3 {
+            links.gather(Role::Owner, Lane::Online, &step(n), vec![1; 100]).unwrap();
+            assert!(owner.ready(Lane::Online, step(n).tag()));
+        }
+        assert_eq!(meter.frames(Role::Owner), [3, 0]);
+    }
+
+    #[test]
+    fn what_was_gathered_for_a_peer_that_has_gone_is_its_fault() {
+        let (links, _, owner) = gathering(true);
+        links.gather(Role::Owner, Lane::Online, &step(0), vec![1; 100]).unwrap();
+        drop(owner);
+        let error = links.flush(Lane::Online).unwrap_err();
+        assert!(matches!(error, Error::Peer { role: Role::Owner, kind: PeerFault::Closed, .. }), "{error}");
+    }
 
     #[test]
     fn what_is_said_at_the_end() {

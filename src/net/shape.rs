@@ -9,7 +9,7 @@ use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Abort, Channel, FRAME_HEADER, Frame, Lane};
+use super::{Abort, Channel, Lane, MESSAGE_HEADER, Message};
 use crate::error::{Error, PeerFault};
 use crate::ledger::{self, Doing};
 
@@ -105,9 +105,13 @@ impl<C: Channel> Shaped<C> {
 }
 
 impl<C: Channel> Channel for Shaped<C> {
-    fn send(&self, lane: Lane, mut frame: Frame) -> Result<(), PeerFault> {
+    fn stamp(&self, lane: Lane, message: &mut Message) {
+        self.inner.stamp(lane, message);
+    }
+
+    fn send_frame(&self, lane: Lane, mut frame: Vec<Message>) -> Result<(), PeerFault> {
         if !self.profile.is_none() {
-            let bits = 8.0 * (frame.payload.len() + FRAME_HEADER) as f64;
+            let bits = 8.0 * frame.iter().map(|m| m.payload.len() + MESSAGE_HEADER).sum::<usize>() as f64;
             // The fields are public: a profile may have any numbers in them.
             let transfer = Duration::try_from_secs_f64(bits / self.profile.bits_per_second).unwrap_or(FOREVER);
             let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
@@ -123,12 +127,21 @@ impl<C: Channel> Channel for Shaped<C> {
                     busy.ahead
                 }
             };
-            frame.not_before = Some(later(done, self.profile.rtt / 2));
+            let arrives = later(done, self.profile.rtt / 2);
+            frame.iter_mut().for_each(|m| m.not_before = Some(arrives));
         }
-        self.inner.send(lane, frame)
+        self.inner.send_frame(lane, frame)
     }
 
-    fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Frame, PeerFault> {
+    fn gathers(&self) -> bool {
+        self.inner.gathers()
+    }
+
+    fn ready(&self, lane: Lane, tag: u64) -> bool {
+        self.inner.ready(lane, tag)
+    }
+
+    fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Message, PeerFault> {
         let frame = self.inner.recv(lane, tag, len, timeout)?;
         if let Some(at) = frame.not_before {
             let wait = at.saturating_duration_since(Instant::now());
@@ -139,7 +152,7 @@ impl<C: Channel> Channel for Shaped<C> {
         Ok(frame)
     }
 
-    fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Frame, u64), PeerFault> {
+    fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Message, u64), PeerFault> {
         self.inner.drain(lane, tag, len, timeout)
     }
 
@@ -173,7 +186,7 @@ mod tests {
                 let (a, _b) = super::super::memory::link(1 << 20);
                 let a = Shaped::new(a, Profile { rtt, bits_per_second });
                 for lane in [Lane::Online, Lane::Ahead, Lane::Online] {
-                    a.send(lane, Frame { tag: 1, depth: 0, not_before: None, payload: vec![0; 10] }).unwrap();
+                    a.send(lane, Message { tag: 1, depth: 0, not_before: None, payload: vec![0; 10] }).unwrap();
                 }
             }
         }
@@ -188,7 +201,7 @@ mod tests {
         let b = Shaped::new(b, Profile::NONE);
         let start = Instant::now();
         // 1 MB at 100 MB/s is 10 ms, and 10 ms for half the round trip.
-        a.send(Lane::Online, Frame { tag: 1, depth: 0, not_before: None, payload: vec![0; 1_000_000] }).unwrap();
+        a.send(Lane::Online, Message { tag: 1, depth: 0, not_before: None, payload: vec![0; 1_000_000] }).unwrap();
         b.recv(Lane::Online, 1, 1_000_000, Duration::from_secs(5)).unwrap();
         assert!(start.elapsed() >= Duration::from_millis(20), "{:?}", start.elapsed());
     }

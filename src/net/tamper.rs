@@ -3,15 +3,15 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::{Abort, Channel, Frame, Lane};
+use super::{Abort, Channel, Lane, Message};
 use crate::error::PeerFault;
 use crate::party::Role;
 
 /// What a receiver saw: lane, tag and bytes, in order of reception.
 pub type View = Arc<Mutex<Vec<(Lane, u64, Vec<u8>)>>>;
 
-/// What happens to a frame on its way out; `None` drops it.
-pub type Rewrite = Arc<dyn Fn(Lane, Frame) -> Option<Frame> + Send + Sync>;
+/// What happens to a message on its way out; `None` drops it.
+pub type Rewrite = Arc<dyn Fn(Lane, Message) -> Option<Message> + Send + Sync>;
 
 /// What is put between a party and its link to a peer.
 pub type Wrap = Arc<dyn Fn(Role, Arc<dyn Channel>) -> Arc<dyn Channel> + Send + Sync>;
@@ -24,29 +24,41 @@ pub struct Tampered<C> {
 }
 
 impl<C: Channel> Tampered<C> {
-    /// Changes nothing, records into `view` if there is one, rewrites outgoing frames if told how.
+    /// Changes nothing, records into `view` if there is one, rewrites outgoing messages if told how.
     pub fn new(inner: C, view: Option<View>, rewrite: Option<Rewrite>) -> Self {
         Tampered { inner, view, rewrite }
     }
 }
 
 impl<C: Channel> Channel for Tampered<C> {
-    fn send(&self, lane: Lane, frame: Frame) -> Result<(), PeerFault> {
-        match &self.rewrite {
-            None => self.inner.send(lane, frame),
-            Some(rewrite) => rewrite(lane, frame).map_or(Ok(()), |f| self.inner.send(lane, f)),
-        }
+    fn stamp(&self, lane: Lane, message: &mut Message) {
+        self.inner.stamp(lane, message);
     }
 
-    fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Frame, PeerFault> {
-        let frame = self.inner.recv(lane, tag, len, timeout)?;
+    fn send_frame(&self, lane: Lane, mut frame: Vec<Message>) -> Result<(), PeerFault> {
+        if let Some(rewrite) = &self.rewrite {
+            frame = frame.into_iter().filter_map(|message| rewrite(lane, message)).collect();
+        }
+        if frame.is_empty() { Ok(()) } else { self.inner.send_frame(lane, frame) }
+    }
+
+    fn gathers(&self) -> bool {
+        self.inner.gathers()
+    }
+
+    fn ready(&self, lane: Lane, tag: u64) -> bool {
+        self.inner.ready(lane, tag)
+    }
+
+    fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Message, PeerFault> {
+        let message = self.inner.recv(lane, tag, len, timeout)?;
         if let Some(view) = &self.view {
-            view.lock().unwrap_or_else(PoisonError::into_inner).push((lane, tag, frame.payload.clone()));
+            view.lock().unwrap_or_else(PoisonError::into_inner).push((lane, tag, message.payload.clone()));
         }
-        Ok(frame)
+        Ok(message)
     }
 
-    fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Frame, u64), PeerFault> {
+    fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Message, u64), PeerFault> {
         self.inner.drain(lane, tag, len, timeout)
     }
 

@@ -8,14 +8,14 @@
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustls::Connection;
 
 use super::inbox::{Inbox, early_limit};
-use super::{Abort, Channel, FRAME_HEADER, Frame, Lane};
+use super::{Abort, Channel, GATHERED, Lane, MESSAGE_HEADER, Message};
 use crate::error::{PeerFault, Result};
 
 /// Plaintext handed to TLS at a time: four full records.
@@ -48,30 +48,35 @@ impl Stream {
         Ok(Stream { tcp, tls: Mutex::new(tls), out: Mutex::new(Vec::new()) })
     }
 
-    fn tls(&self) -> std::sync::MutexGuard<'_, Connection> {
+    fn tls(&self) -> MutexGuard<'_, Connection> {
         self.tls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self, header: &[u8], payload: &[u8]) -> io::Result<()> {
-        let out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
-        self.write_locked(out, header, payload)
-    }
-
-    fn write_locked(
-        &self,
-        mut out: std::sync::MutexGuard<'_, Vec<u8>>,
-        header: &[u8],
-        payload: &[u8],
-    ) -> io::Result<()> {
-        let (first, rest) = payload.split_at(payload.len().min(CHUNK - FRAME_HEADER));
-        for (head, chunk) in std::iter::once((header, first)).chain(rest.chunks(CHUNK).map(|c| (&[] as &[u8], c))) {
+    /// Hands `parts` to TLS and the network, [`CHUNK`] bytes at a time.
+    fn write(&self, mut out: MutexGuard<'_, Vec<u8>>, parts: &[&[u8]]) -> io::Result<()> {
+        let mut rest = parts.iter().copied();
+        let mut next: &[u8] = &[];
+        loop {
+            // In one go: two writes would be two records.
+            let (mut slices, mut room) = (Vec::with_capacity(2 * parts.len()), CHUNK);
+            while room > 0 {
+                if next.is_empty() {
+                    let Some(part) = rest.next() else { break };
+                    next = part;
+                }
+                let (now, later) = next.split_at(next.len().min(room));
+                slices.push(IoSlice::new(now));
+                room -= now.len();
+                next = later;
+            }
+            if room == CHUNK {
+                return Ok(());
+            }
             out.clear();
             {
                 // Encryption holds the connection; the socket does not, so that reading goes on meanwhile.
                 let mut tls = self.tls();
-                // In one go: two writes would be two records.
-                let both = [IoSlice::new(head), IoSlice::new(chunk)];
-                if tls.writer().write_vectored(&both)? != head.len() + chunk.len() {
+                if tls.writer().write_vectored(&slices)? != CHUNK - room {
                     return Err(io::Error::other("TLS took part of a frame, though its buffer has no limit"));
                 }
                 while tls.wants_write() {
@@ -80,7 +85,6 @@ impl Stream {
             }
             (&self.tcp).write_all(&out)?;
         }
-        Ok(())
     }
 
     /// Reads into `sink` until the connection ends, and says why it did.
@@ -139,7 +143,7 @@ impl Stream {
         if let Ok(out) = self.out.try_lock() {
             let _ = self.tcp.set_write_timeout(Some(LAST_WORD));
             let sent = match last_word {
-                Some(payload) => self.write_locked(out, &header(ABORT_TAG, payload.len(), 0), payload),
+                Some(payload) => self.write(out, &[&header(ABORT_TAG, payload.len(), 0, false), payload]),
                 None => {
                     drop(out);
                     Ok(())
@@ -164,19 +168,25 @@ impl Stream {
     }
 }
 
-fn header(tag: u64, len: usize, depth: u32) -> [u8; FRAME_HEADER] {
-    let mut h = [0; FRAME_HEADER];
+/// In a message's length: another message of the same frame follows.
+const MORE: u32 = 1 << 31;
+
+fn header(tag: u64, len: usize, depth: u32, more: bool) -> [u8; MESSAGE_HEADER] {
+    let mut h = [0; MESSAGE_HEADER];
     h[..8].copy_from_slice(&tag.to_le_bytes());
-    h[8..12].copy_from_slice(&(len as u32).to_le_bytes());
+    h[8..12].copy_from_slice(&(len as u32 | if more { MORE } else { 0 }).to_le_bytes());
     h[12..].copy_from_slice(&depth.to_le_bytes());
     h
 }
 
 /// Cuts a byte stream into frames. Memory grows with what has arrived, not with what was announced.
 pub struct Decoder {
-    header: [u8; FRAME_HEADER],
+    header: [u8; MESSAGE_HEADER],
     have: usize,
     payload: Vec<u8>,
+    /// Messages of a frame that is not complete, and their bytes.
+    frame: Vec<Message>,
+    gathered: usize,
     limit: usize,
 }
 
@@ -184,42 +194,49 @@ pub struct Decoder {
 const FIRST_PIECE: usize = 256 << 10;
 
 impl Decoder {
-    /// Takes frames of up to `limit` bytes of payload.
+    /// Takes messages of up to `limit` bytes of payload.
     #[must_use]
     pub fn new(limit: usize) -> Self {
-        Decoder { header: [0; FRAME_HEADER], have: 0, payload: Vec::new(), limit }
+        let (payload, frame) = (Vec::new(), Vec::new());
+        Decoder { header: [0; MESSAGE_HEADER], have: 0, payload, frame, gathered: 0, limit }
     }
 
-    fn length(&self) -> usize {
+    /// Of the message at hand: its length, and whether another one of its frame follows.
+    fn length(&self) -> (usize, bool) {
         let [_, _, _, _, _, _, _, _, a, b, c, d, ..] = self.header;
-        u32::from_le_bytes([a, b, c, d]) as usize
+        let word = u32::from_le_bytes([a, b, c, d]);
+        ((word & !MORE) as usize, word & MORE != 0)
     }
 
     /// Takes more of the stream; `sink` gets each frame that is complete.
     ///
     /// # Errors
-    /// [`PeerFault::Oversize`] as soon as a header announces it, and what `sink` says.
+    /// [`PeerFault::Oversize`] as soon as a header announces it, [`PeerFault::Malformed`] for a frame that goes on after [`GATHERED`]
+    /// bytes, and what `sink` says.
     pub fn feed(
         &mut self,
         mut bytes: &[u8],
-        sink: &mut dyn FnMut(Frame) -> Result<(), PeerFault>,
+        sink: &mut dyn FnMut(Vec<Message>) -> Result<(), PeerFault>,
     ) -> Result<(), PeerFault> {
         loop {
-            if self.have < FRAME_HEADER {
-                let n = bytes.len().min(FRAME_HEADER - self.have);
+            if self.have < MESSAGE_HEADER {
+                let n = bytes.len().min(MESSAGE_HEADER - self.have);
                 self.header[self.have..self.have + n].copy_from_slice(&bytes[..n]);
                 self.have += n;
                 bytes = &bytes[n..];
-                if self.have < FRAME_HEADER {
+                if self.have < MESSAGE_HEADER {
                     return Ok(());
                 }
-                let len = self.length();
+                let (len, _) = self.length();
                 if len > self.limit {
                     return Err(PeerFault::Oversize { limit: self.limit, got: len });
                 }
+                if self.gathered >= GATHERED {
+                    return Err(PeerFault::Malformed("a frame that does not end"));
+                }
                 self.payload = Vec::with_capacity(len.min(FIRST_PIECE));
             }
-            let len = self.length();
+            let (len, more) = self.length();
             let n = bytes.len().min(len - self.payload.len());
             if self.payload.capacity() - self.payload.len() < n {
                 // Not doubled, as a vector does by itself: an eighth at a time is cheap as well, and hardly ahead of what came.
@@ -232,14 +249,18 @@ impl Decoder {
                 return Ok(());
             }
             let [a, b, c, d, e, f, g, h, _, _, _, _, w, x, y, z] = self.header;
-            let frame = Frame {
+            self.frame.push(Message {
                 tag: u64::from_le_bytes([a, b, c, d, e, f, g, h]),
                 depth: u32::from_le_bytes([w, x, y, z]),
                 not_before: None,
                 payload: std::mem::take(&mut self.payload),
-            };
+            });
+            self.gathered += len + MESSAGE_HEADER;
             self.have = 0;
-            sink(frame)?;
+            if !more {
+                self.gathered = 0;
+                sink(std::mem::take(&mut self.frame))?;
+            }
         }
     }
 }
@@ -272,8 +293,8 @@ impl TlsChannel {
                 let mut decoder = Decoder::new(early_limit(ahead_capacity));
                 let fault = stream.read(&mut |bytes| {
                     decoder.feed(bytes, &mut |frame| {
-                        if frame.tag == ABORT_TAG {
-                            let abort = Abort::decode(&frame.payload);
+                        if let Some(word) = frame.iter().find(|m| m.tag == ABORT_TAG) {
+                            let abort = Abort::decode(&word.payload);
                             return Err(abort.map_or(PeerFault::Malformed("an abort that is none"), |a| a.fault()));
                         }
                         // After the end of our side what still comes is read, so that our last word gets through.
@@ -331,16 +352,21 @@ impl TlsChannel {
 }
 
 impl Channel for TlsChannel {
-    fn send(&self, lane: Lane, frame: Frame) -> Result<(), PeerFault> {
+    fn send_frame(&self, lane: Lane, frame: Vec<Message>) -> Result<(), PeerFault> {
         let stream = match (lane, &self.ahead) {
             (Lane::Ahead, Some(ahead)) => ahead,
             _ => &self.online,
         };
-        if u32::try_from(frame.payload.len()).is_err() {
-            return Err(PeerFault::Oversize { limit: u32::MAX as usize, got: frame.payload.len() });
+        let limit = MORE as usize - 1;
+        if let Some(long) = frame.iter().find(|m| m.payload.len() > limit) {
+            return Err(PeerFault::Oversize { limit, got: long.payload.len() });
         }
-        let head = header(frame.tag, frame.payload.len(), frame.depth);
-        stream.write(&head, &frame.payload).map_err(|e| match e.kind() {
+        let more = |i| i + 1 < frame.len();
+        let heads: Vec<_> =
+            frame.iter().enumerate().map(|(i, m)| header(m.tag, m.payload.len(), m.depth, more(i))).collect();
+        let parts: Vec<&[u8]> = heads.iter().zip(&frame).flat_map(|(h, m)| [h.as_slice(), &m.payload]).collect();
+        let out = stream.out.lock().unwrap_or_else(PoisonError::into_inner);
+        stream.write(out, &parts).map_err(|e| match e.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
                 // Half a frame may be out: the connection is of no more use.
                 stream.abandon();
@@ -351,11 +377,15 @@ impl Channel for TlsChannel {
         })
     }
 
-    fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Frame, PeerFault> {
+    fn ready(&self, lane: Lane, tag: u64) -> bool {
+        self.inbox.ready(lane, tag)
+    }
+
+    fn recv(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<Message, PeerFault> {
         self.inbox.recv(lane, tag, len, timeout)
     }
 
-    fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Frame, u64), PeerFault> {
+    fn drain(&self, lane: Lane, tag: u64, len: usize, timeout: Duration) -> Result<(Message, u64), PeerFault> {
         self.inbox.drain(lane, tag, len, timeout)
     }
 

@@ -1,6 +1,6 @@
 //! The cost of an operation, declared in code beside it and compared with the meter by tests.
 
-use crate::net::FRAME_HEADER;
+use crate::net::MESSAGE_HEADER;
 use crate::party::Role;
 use crate::ring::pack::packed_len;
 
@@ -51,7 +51,7 @@ impl Cost {
     #[must_use]
     pub fn send(mut self, from: Role, to: Role, n: usize, k: u32) -> Cost {
         let t = &mut self.online[from.index()][to.index()];
-        t.bytes += (packed_len(n, k) + FRAME_HEADER) as u64;
+        t.bytes += (packed_len(n, k) + MESSAGE_HEADER) as u64;
         t.messages += 1;
         self
     }
@@ -60,7 +60,7 @@ impl Cost {
     #[must_use]
     pub fn run_ahead(mut self, from: Role, n: usize, k: u32) -> Cost {
         let t = &mut self.ahead[from.index()][Role::Owner.index()];
-        t.bytes += (packed_len(n, k) + FRAME_HEADER) as u64;
+        t.bytes += (packed_len(n, k) + MESSAGE_HEADER) as u64;
         t.messages += 1;
         self
     }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::adapter::{AdapterFractions, AdapterPlan, Group, Grouped};
 use super::block;
-use super::network::{MOST_VALUES, Radices, most_alone};
+use super::network::{MOST_VALUES, Radices, most_alone, most_joint};
 use super::ranges::WIDEST_ALONE;
 use crate::model::{Activation, LayerShape, ModelConfig, Softmax};
 use crate::net::shape::Profile;
@@ -88,6 +88,14 @@ pub struct NormPlan {
     /// One window in the place of two for few values.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alone: Option<Alone>,
+    /// Values of a pass up to which a single window and the scaling behind it are one exchange; none for 0.
+    #[serde(default, skip_serializing_if = "none")]
+    pub joint: usize,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn none(values: &usize) -> bool {
+    *values == 0
 }
 
 /// A window that covers a range by itself for which two are otherwise taken.
@@ -349,6 +357,9 @@ impl NormPlan {
                 return Err("a norm's window for few values");
             }
         }
+        if self.joint > MOST_VALUES || (self.joint > 0 && self.windows == 2 && self.alone.is_none()) {
+            return Err("a norm's joint step");
+        }
         let least = least_gain(n, self.bits);
         within(self.f_gain, gain.max(least), most_gain(least), "a norm's gain")?;
         match self.coarse {
@@ -506,20 +517,28 @@ impl Plan {
     #[must_use]
     pub fn on_network(mut self, c: &ModelConfig, net: Option<Profile>) -> Plan {
         self.head.radix = Radices::fastest(c.vocab_size, self.head.logit_k, net);
-        for norm in self.norms_mut() {
+        for (norm, n) in self.norms_mut(c) {
+            let mut window = norm.window;
             if let Some(alone) = &mut norm.alone {
                 alone.most = most_alone(alone.window, norm.window, net);
+                window = alone.window;
             }
+            // Where two windows serve the range, only what one alone is taken for can be scaled with it.
+            let single = norm.alone.map_or(if norm.windows == 1 { MOST_VALUES } else { 0 }, |a| a.most);
+            norm.joint = most_joint(n, norm.k, window, net).min(single);
         }
         self
     }
 
-    fn norms_mut(&mut self) -> impl Iterator<Item = &mut NormPlan> {
-        let of_layers = self.layers.iter_mut().flat_map(|l| {
+    /// With the elements of each one's groups.
+    fn norms_mut(&mut self, c: &ModelConfig) -> impl Iterator<Item = (&mut NormPlan, usize)> {
+        let (hidden, head) = (c.hidden_size, c.head_dim);
+        let of_layers = self.layers.iter_mut().flat_map(move |l| {
             let LayerPlan { input_norm, attention, post_norm, .. } = l;
-            [Some(input_norm), attention.qk_norm.as_mut(), Some(post_norm)]
+            let qk_norm = attention.qk_norm.as_mut().map(|norm| (norm, head));
+            [Some((input_norm, hidden)), qk_norm, Some((post_norm, hidden))]
         });
-        of_layers.flatten().chain([&mut self.head.norm])
+        of_layers.flatten().chain([(&mut self.head.norm, hidden)])
     }
 
     /// Its norms, layer by layer.

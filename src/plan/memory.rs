@@ -175,7 +175,10 @@ fn layer(c: &ModelConfig, (shape, l): (LayerShape, &LayerPlan), first: usize, to
         Some(alone) => query(alone.window),
         None => 2 * query(p.window),
     };
-    let norm = t * (rows(&l.post_norm).max(rows(&l.input_norm)) + 8 * 4 * h);
+    // Scaled with the root, an element has three times the words.
+    let words = |p: &NormPlan| if tokens <= p.joint { 12 } else { 4 };
+    let norm =
+        t * (rows(&l.post_norm).max(rows(&l.input_norm)) + 8 * h * words(&l.input_norm).max(words(&l.post_norm)));
     // Words that a job captures, per element: masks of the result and of the reply, copies of operands.
     let guard = |proven: u32, k: u32| if proven > k { 5 * u64::from((proven - k + 4).div_ceil(8)) } else { 0 };
     let words = 6 * h * t

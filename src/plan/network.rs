@@ -5,6 +5,9 @@
 //!
 //! **A norm's windows.** A wide range takes two windows and a selection between them, or a single one with as many rows as the range is wide, and two
 //! messages fewer: worth it for few values at once, as in decode.
+//!
+//! **A norm's scaling.** One window and the scaling behind it take an exchange each, or one for both with more than twice the bytes
+//! ([`crate::protocol::normalise`]).
 
 use std::collections::HashMap;
 use std::fmt;
@@ -15,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::net::shape::Profile;
 use crate::plan::cost::Cost;
 use crate::protocol::argmax::{self, MOST_RADIX};
+use crate::protocol::{lift, normalise, square};
 
 /// What a plan is made for whose network nobody has named: parties in one region.
 const UNNAMED: Profile = Profile { rtt: Duration::from_millis(1), bits_per_second: 1e9 };
@@ -28,6 +32,12 @@ const COMPARISON: f64 = 0.75e-6;
 const BYTE: f64 = 1e-9;
 /// Of a row of a norm's window, three words, at Client and Helper: from memory, since no cache holds all norms' tables.
 const ROW: f64 = 3.5e-9;
+
+/// Of an element that is scaled in the same exchange as its root is looked up, beyond what it takes by itself: words drawn, multiplied and packed at
+/// all parties (`trefoil bench --preset deep-256 --layers 2`, with and without).
+const ELEMENT: f64 = 0.3e-6;
+/// Of a message that this saves, in one process.
+const TURN: f64 = 10e-6;
 
 /// Levels that a tournament may always have: 42 messages with the lift. More only where radix 8 would take more.
 const LEVELS: usize = 5;
@@ -121,6 +131,18 @@ pub(super) fn most_alone(alone: u32, window: u32, net: Option<Profile>) -> usize
     ((saved / each) as usize).min(MOST_VALUES)
 }
 
+/// Up to how many values of a pass, each of a group of `n` elements in ring `k`, one exchange for root and scaling takes less than one for
+/// each: two messages fewer, but the lift of the group and two words more than twice for each of its elements.
+pub(super) fn most_joint(n: usize, k: u32, window: u32, net: Option<Profile>) -> usize {
+    let net = net.unwrap_or(UNNAMED);
+    let bytes = |c: &Cost| (c.online_bytes() + c.ahead_bytes()) as f64;
+    let apart = bytes(&square::scale_cost(n, 1, k)) + ((1 << window) / 8) as f64;
+    let more = bytes(&lift::cost(n, k, 64)) + bytes(&normalise::cost(1, n, 1 << window)) - apart;
+    let saved = 2.0 * (net.rtt.as_secs_f64() / 2.0 + TURN);
+    let each = more * (8.0 / net.bits_per_second + BYTE) + n as f64 * ELEMENT;
+    ((saved / each) as usize).min(MOST_VALUES)
+}
+
 /// Beyond so many values nobody gains by a single window.
 pub(super) const MOST_VALUES: usize = 1 << 10;
 
@@ -201,6 +223,17 @@ mod tests {
         assert_eq!(most_alone(17, 12, None), 0);
         let endless = Profile { rtt: Duration::from_secs(60), ..Profile::WAN };
         assert_eq!(most_alone(13, 12, Some(endless)), MOST_VALUES);
+    }
+
+    #[test]
+    fn few_and_short_groups_are_scaled_with_their_roots() {
+        let most = |n, net| most_joint(n, 24, 14, net);
+        assert_eq!([64, 256, 2048].map(|n| most(n, Some(Profile::NONE))), [0; 3]);
+        assert_eq!(most(4096, None), 0, "four messages are faster than its bytes");
+        for n in [64, 256, 2048] {
+            assert!(most(n, Some(Profile::WAN)) > 2 * most(n, None).max(1), "{n}");
+        }
+        assert!(most(64, None) > most(256, None) && most(256, None) > 1);
     }
 
     #[test]

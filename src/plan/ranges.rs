@@ -223,7 +223,7 @@ impl Who<'_> {
         let f_gain = (least..=most_gain(least)).rev().find(|&f| output < room(f)).unwrap_or(least);
         self.fits(&needing("a linear output after the norm", behind.f), output, room(f_gain));
         let few = (windows == 2 && alone <= Alone::WIDEST).then_some(Alone { window: alone, most: 0 });
-        NormPlan { k, bits, window, windows, f_gain, coarse, alone: few }
+        NormPlan { k, bits, window, windows, f_gain, coarse, alone: few, joint: 0 }
     }
 }
 

@@ -59,10 +59,22 @@ fn norms(plan: &Plan) -> Choice {
             few().count()
         ),
     };
+    let joint = || all().map(|n| n.joint as u32).filter(|most| *most > 0);
+    let together = match joint().next() {
+        None => String::new(),
+        Some(_) => format!(
+            "; for up to {} values of a pass scaled in the same exchange, in {}",
+            span(joint()),
+            joint().count()
+        ),
+    };
     Choice {
         function: "norm: 1 / rms",
-        chosen: format!("{} norms with one window, {two} with two, of 2^{windows} rows{alone}", all().count() - two),
-        why: "one window takes 6 messages, two take 8 and tables of the square root of its size: two where one would need more than 2^14 rows for the sums of squares that were seen, with a margin of 8 at both ends, but one of up to 2^17 where the values are so few that on the network two messages take longer".into(),
+        chosen: format!(
+            "{} norms with one window, {two} with two, of 2^{windows} rows{alone}{together}",
+            all().count() - two
+        ),
+        why: "one window takes 6 messages (4 where scaling is in the same exchange, for more than twice the bytes: while those take less time than two messages do), two take 8 and tables of the square root of its size: two where one would need more than 2^14 rows for the sums of squares that were seen, with a margin of 8 at both ends, but one of up to 2^17 where the values are so few that on the network two messages take longer".into(),
     }
 }
 

@@ -227,9 +227,9 @@ pub fn embed(
                         let query = links.recv(Role::Client, Lane::Online, &from, n * bytes)?;
                         let mut reply = fold_rows(&a, width, &query, bytes, &sm[range.clone()], m);
                         reply.iter_mut().zip(&pad[range]).for_each(|(a, p)| *a ^= p);
-                        links.send(Role::Client, Lane::Online, &to, pack::pack(&reply, k))
+                        links.gather(Role::Client, Lane::Online, &to, pack::pack(&reply, k))
                     }),
-                );
+                )?;
             }
             Ok(Masked::new(r, Side::Mask, k, table.f, rows))
         }
@@ -256,7 +256,7 @@ pub fn embed(
                         for (q, &t) in query.chunks_mut(bytes).zip(&ids) {
                             q[t as usize / 8] ^= 1 << (t % 8);
                         }
-                        links.send(Role::Helper, Lane::Online, &ask, query)?;
+                        links.gather(Role::Helper, Lane::Online, &ask, query)?;
                         let a = recv_words(links, Role::Owner, Lane::Online, &owner, mine.len(), k)?;
                         let b = recv_words(links, Role::Helper, Lane::Online, &helper, mine.len(), k)?;
                         let mut own = vec![0u64; width];
@@ -268,9 +268,9 @@ pub fn embed(
                                 d.push((a[i] ^ b[i]).wrapping_add(*own).wrapping_sub(mine[i]) & m);
                             }
                         }
-                        links.send(Role::Owner, Lane::Online, &give, pack::pack(&d, k))
+                        links.gather(Role::Owner, Lane::Online, &give, pack::pack(&d, k))
                     }),
-                );
+                )?;
             }
             Ok(Masked::new(r, Side::Mask, k, table.f, rows))
         }

@@ -257,9 +257,9 @@ fn masks(s: &mut Session, scope: &Scope, rows: &Rows, form: Form, sums: Sums) ->
                             pack::packed(&reply, k)
                         },
                     );
-                    links.send(Role::Owner, Lane::Online, &to, reply)
+                    links.gather(Role::Owner, Lane::Online, &to, reply)
                 }),
-            );
+            )?;
         }
     }
     // The value's mask, and those of the extras.

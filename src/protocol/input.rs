@@ -70,9 +70,9 @@ fn masks(s: &mut Session, scope: &Scope, rows: &Rows, k: u32, f: u32, source: Op
                     }
                     let m = crate::ring::mask(k);
                     let d: Vec<u64> = x.iter().zip(&mine).map(|(x, r)| x.wrapping_sub(*r) & m).collect();
-                    links.send(Role::Owner, Lane::Online, &step, pack::pack(&d, k))
+                    links.gather(Role::Owner, Lane::Online, &step, pack::pack(&d, k))
                 }),
-            );
+            )?;
         }
     }
     Ok(Masked::new(r, Side::Mask, k, f, rows.clone()))

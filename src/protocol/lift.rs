@@ -81,9 +81,9 @@ fn masks(s: &mut Session, scope: &Scope, x: &Masked, m: u32) -> Result<Masked> {
                             pack::packed(&reply, gap)
                         },
                     );
-                    links.send(Role::Owner, Lane::Online, &to, reply)
+                    links.gather(Role::Owner, Lane::Online, &to, reply)
                 }),
-            );
+            )?;
         }
     }
     let v = x.raw().iter().zip(&rw).map(|(r, w)| r.wrapping_sub(w << k)).collect();

@@ -96,9 +96,9 @@ pub(crate) fn masks(s: &mut Session, scope: &Scope, q: &Query<'_>, answer: Answe
                     let elements = range.start + b.start..range.start + b.end;
                     pack::packed(&padded(&answer, elements, query, (&pad, words)), k)
                 });
-                links.send(Role::Owner, Lane::Online, &to, reply)
+                links.gather(Role::Owner, Lane::Online, &to, reply)
             }),
-        );
+        )?;
     }
     Ok(())
 }

@@ -283,9 +283,9 @@ fn masks(s: &mut Session, scope: &Scope, x: &Masked, w: &Window, t: &Lines, form
                             *v = if i < form.words() { v.wrapping_add(*p) } else { v.wrapping_sub(*p) };
                         }
                     }
-                    links.send(Role::Owner, Lane::Online, &to, pack::pack(&reply, K))
+                    links.gather(Role::Owner, Lane::Online, &to, pack::pack(&reply, K))
                 }),
-            );
+            )?;
         }
     }
     let rows = |rows: &Rows| rows.clone();

@@ -54,7 +54,7 @@ pub fn open(s: &mut Session, scope: &Scope, x: &Masked, sink: Option<&OutputSink
                         let x = d.iter().zip(&r).map(|(d, r)| d.wrapping_add(*r) & m).collect();
                         sink.send(x).map_err(|_| Error::Internal("nobody takes the client's output".into()))
                     }),
-                );
+                )?;
             }
             Ok(())
         }

@@ -157,9 +157,9 @@ pub fn polynomial(
                         .zip(&rho[range])
                         .map(|((o, h), rho)| ring::gemm::dot(o, h).wrapping_sub(*rho) & mask)
                         .collect();
-                    links.send(Role::Owner, Lane::Online, &to, pack::pack(&z, k))
+                    links.gather(Role::Owner, Lane::Online, &to, pack::pack(&z, k))
                 }),
-            );
+            )?;
         }
     }
     Ok(Pending::ready(Masked::new(rz, Side::Mask, k, f, rows)))

@@ -56,6 +56,12 @@ impl Positive {
         Positive { first: lines(table.window), second, table, f }
     }
 
+    /// Whether one window serves the whole range, as [`normalise`] needs it.
+    #[must_use]
+    pub fn single(&self) -> bool {
+        self.second.is_none()
+    }
+
     /// What it costs for `n` values, with or without counting faults.
     #[must_use]
     pub fn cost(&self, n: usize, count_bits: Option<u32>) -> Cost {

@@ -165,9 +165,9 @@ fn masks(
                     let xy = recv_words(links, Role::Owner, Lane::Online, &from, rx.len() + ry.len(), k)?;
                     let (x2, y2) = xy.split_at(rx.len());
                     let z = local_helper(&*op, x2, y2, &x.raw()[rx], &y.raw()[ry], &rho[rz], k);
-                    links.send(Role::Owner, Lane::Online, &to, pack::pack(&z, k))
+                    links.gather(Role::Owner, Lane::Online, &to, pack::pack(&z, k))
                 }),
-            );
+            )?;
         }
     }
     Ok(Masked::new(rz, Side::Mask, k, f, out))

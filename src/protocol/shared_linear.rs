@@ -144,7 +144,7 @@ impl SharedMatrix {
                         let w2 = recv_words(links, Role::Owner, Lane::Online, &step, n, k)?;
                         cell.set(w2).map_err(|_| Error::Internal("a matrix was materialised twice".into()))
                     }),
-                );
+                )?;
             }
         }
         Ok(SharedMatrix { outputs, inputs, k, f: w.f(), own: w.raw().into(), share })
@@ -260,9 +260,9 @@ fn masks(s: &mut Session, scope: &Scope, x: &Masked, w: &SharedMatrix, out: Rows
                     w.add_product(&rx, w2, &mut y);
                 }
                 // Packing reduces modulo 2^k.
-                links.send(Role::Owner, Lane::Online, &to, pack::pack(&y, k))
+                links.gather(Role::Owner, Lane::Online, &to, pack::pack(&y, k))
             }),
-        );
+        )?;
     }
     Ok(Masked::new(ry, Side::Mask, k, f, out))
 }

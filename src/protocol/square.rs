@@ -169,9 +169,9 @@ pub fn square_sum(
                     let mut z = local_squares(k, group, &signed[range.clone()], &sbit[range], &d2, &t2, &td2);
                     z.iter_mut().zip(&rho[sums]).for_each(|(z, rho)| *z = z.wrapping_sub(*rho));
                     shares.lock().unwrap_or_else(PoisonError::into_inner).insert(number, (d2, t2));
-                    links.send(Role::Owner, Lane::Online, &to, pack::pack(&z, 64))
+                    links.gather(Role::Owner, Lane::Online, &to, pack::pack(&z, 64))
                 }),
-            );
+            )?;
         }
         Part::Helper { signed, s: sbit, shares }
     };
@@ -265,9 +265,9 @@ pub fn scale(s: &mut Session, scope: &Scope, x: Lifted, g: &Masked) -> Result<Pe
                         let (r, b) = (&signed[range.clone()], &sbit[range.clone()]);
                         let mut z = local_scale(k, width, r, b, &d2, &t2, &dg, &tg, &g.raw()[gr]);
                         z.iter_mut().zip(&rho[range]).for_each(|(z, rho)| *z = z.wrapping_sub(*rho));
-                        links.send(Role::Owner, Lane::Online, &to, pack::pack(&z, 64))
+                        links.gather(Role::Owner, Lane::Online, &to, pack::pack(&z, 64))
                     }),
-                );
+                )?;
             }
         }
         Part::Owner { .. } => {}

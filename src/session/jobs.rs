@@ -1,10 +1,10 @@
 //! What a pass that was walked ahead still has to do online, between the thread that walks and the one that answers.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result};
-use crate::net::Links;
+use crate::net::{Lane, Links};
 
 /// The error of an online thread whose walker has ended with an error of its own.
 pub const WALK_ENDED: &str = "the run-ahead thread ended early";
@@ -28,13 +28,47 @@ struct Queued {
     abandoned: bool,
 }
 
+/// What comes next in a pass.
+enum Next {
+    Job(Job),
+    /// The walker has not left it yet.
+    Wait,
+    /// All has been done.
+    Complete,
+    /// Nothing more will come, though the pass is not complete.
+    Ended,
+}
+
+impl Queued {
+    fn has_room(&self, pass: u64, limit: usize) -> bool {
+        self.ended || self.abandoned || self.passes.get(&pass).is_none_or(|(jobs, _)| jobs.len() < limit)
+    }
+
+    fn next(&mut self, pass: u64) -> Next {
+        if let Some((jobs, complete)) = self.passes.get_mut(&pass) {
+            if let Some(job) = jobs.pop_front() {
+                return Next::Job(job);
+            }
+            if *complete {
+                self.passes.remove(&pass);
+                return Next::Complete;
+            }
+        }
+        if self.ended { Next::Ended } else { Next::Wait }
+    }
+}
+
 /// Jobs by pass, in program order. Filled by the walker, emptied by the online thread.
 #[derive(Clone, Default)]
 pub struct JobQueue(Arc<(Mutex<Queued>, Condvar)>);
 
 impl JobQueue {
+    fn lock(&self) -> MutexGuard<'_, Queued> {
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn with<T>(&self, f: impl FnOnce(&mut Queued) -> T) -> T {
-        let out = f(&mut self.0.0.lock().unwrap_or_else(PoisonError::into_inner));
+        let out = f(&mut self.lock());
         self.0.1.notify_all();
         out
     }
@@ -47,11 +81,16 @@ impl JobQueue {
         });
     }
 
-    /// Blocks while a pass that is walked by itself has as many jobs waiting as `limit`: what they captured is memory, of a
-    /// long prompt a great deal. Nothing waits for this walk in turn: all that the jobs' own steps need of it has been sent.
+    /// Whether a pass that is walked by itself has fewer jobs waiting than `limit`, or nobody will run them.
+    pub(super) fn has_room(&self, pass: u64, limit: usize) -> bool {
+        self.lock().has_room(pass, limit)
+    }
+
+    /// Blocks until it [has](JobQueue::has_room): what jobs captured is memory, of a long prompt a great deal. Nothing waits for this walk
+    /// in turn: all that the jobs' own steps need of it has been sent.
     pub(super) fn wait_room(&self, pass: u64, limit: usize) {
-        let mut q = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        while !q.ended && !q.abandoned && q.passes.get(&pass).is_some_and(|(jobs, _)| jobs.len() >= limit) {
+        let mut q = self.lock();
+        while !q.has_room(pass, limit) {
             q = self.0.1.wait(q).unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -72,37 +111,39 @@ impl JobQueue {
         });
     }
 
-    /// Runs all jobs of `pass` in order, waiting for those not yet there.
+    /// Runs all jobs of `pass` in order, waiting for those not yet there. What they gathered leaves before each wait, and at the end.
     ///
     /// # Errors
     /// The first job's error; [`Error::Internal`] if the walker ended early.
     pub fn run_pass(&self, pass: u64, links: &Links) -> Result<()> {
         loop {
-            let job = {
-                let mut q = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-                loop {
-                    if let Some((jobs, complete)) = q.passes.get_mut(&pass) {
-                        if let Some(job) = jobs.pop_front() {
-                            self.0.1.notify_all();
-                            break Some(job);
-                        }
-                        if *complete {
-                            q.passes.remove(&pass);
-                            break None;
+            let next = match self.lock().next(pass) {
+                Next::Wait => None,
+                next => Some(next),
+            };
+            let next = match next {
+                Some(next) => next,
+                None => {
+                    links.flush(Lane::Online)?;
+                    let mut q = self.lock();
+                    loop {
+                        match q.next(pass) {
+                            Next::Wait => q = self.0.1.wait(q).unwrap_or_else(PoisonError::into_inner),
+                            next => break next,
                         }
                     }
-                    if q.ended {
-                        return Err(Error::Internal(WALK_ENDED.into()));
-                    }
-                    q = self.0.1.wait(q).unwrap_or_else(PoisonError::into_inner);
                 }
             };
-            match job {
-                None => {
+            match next {
+                Next::Job(job) => {
                     self.0.1.notify_all();
-                    return Ok(());
+                    job(links)?;
                 }
-                Some(job) => job(links)?,
+                Next::Complete => {
+                    self.0.1.notify_all();
+                    return links.flush(Lane::Online);
+                }
+                Next::Wait | Next::Ended => return Err(Error::Internal(WALK_ENDED.into())),
             }
         }
     }
@@ -120,7 +161,7 @@ impl JobQueue {
     /// Blocks while more than `limit` walked passes wait to be run. Returns `false` once the queue has ended.
     #[must_use]
     pub fn wait_below(&self, limit: usize) -> bool {
-        let mut q = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut q = self.lock();
         while !q.ended && q.passes.len() > limit {
             q = self.0.1.wait(q).unwrap_or_else(PoisonError::into_inner);
         }

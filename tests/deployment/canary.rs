@@ -172,7 +172,7 @@ fn nothing_secret_in_logs_errors_and_files() {
         let nonce = if format == "text" { [3; 32] } else { [4; 32] };
         let attack = open(&client, nonce).unwrap_or_else(|refused| panic!("{refused:?}"));
         let tag = trefoil::session::Scope::new("request").address(0, "request.open").tag();
-        let frame = trefoil::net::Frame { tag, depth: 1, not_before: None, payload: vec![1; 32] };
+        let frame = trefoil::net::Message { tag, depth: 1, not_before: None, payload: vec![1; 32] };
         attack.owner.send(Lane::Online, frame).unwrap();
         wait_text(&owner, "session failed");
         drop(attack);

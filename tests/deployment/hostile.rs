@@ -9,7 +9,7 @@ use trefoil::deploy::client::Remote;
 use trefoil::deploy::party::{Daemon, Options};
 use trefoil::error::Result;
 use trefoil::net::tamper::Tampered;
-use trefoil::net::{Abort, Channel, Frame, Lane};
+use trefoil::net::{Abort, Channel, Lane, Message};
 use trefoil::party::Role;
 
 use crate::support::*;
@@ -36,7 +36,7 @@ fn committing(fault: Fault, other: Role) -> Options {
             return channel;
         }
         let (sent, links) = (Arc::clone(&sent), Arc::clone(&links));
-        let rewrite = move |lane, mut frame: Frame| {
+        let rewrite = move |lane, mut frame: Message| {
             if lane == Lane::Online && sent.fetch_add(1, Ordering::Relaxed) == GOOD {
                 match fault {
                     Fault::OneByteShort => assert!(frame.payload.pop().is_some()),

@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use trefoil::deploy::certs::{Validity, now};
 use trefoil::deploy::wire::{self, Hello, Refusal, Reply};
 use trefoil::model::store::OwnerPreparation;
-use trefoil::net::{Channel, Frame, Lane};
+use trefoil::net::{Channel, Lane, Message};
 use trefoil::party::Role;
 use trefoil::session::Scope;
 
@@ -119,7 +119,7 @@ fn garbage_after_a_good_handshake() {
     trio.works();
 }
 
-fn request() -> Frame {
+fn request() -> Message {
     // A prompt of 4 tokens, 4 new ones, greedy.
     let mut payload = 1u64.to_le_bytes().to_vec();
     payload.extend(4u32.to_le_bytes());
@@ -131,8 +131,8 @@ fn request() -> Frame {
     frame(Scope::new("request").address(0, "request.open").tag(), payload)
 }
 
-fn frame(tag: u64, payload: Vec<u8>) -> Frame {
-    Frame { tag, depth: 1, not_before: None, payload }
+fn frame(tag: u64, payload: Vec<u8>) -> Message {
+    Message { tag, depth: 1, not_before: None, payload }
 }
 
 fn session(trio: &Trio, raw: Option<&[u8]>) -> Attacker {

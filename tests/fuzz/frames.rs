@@ -5,8 +5,8 @@ use std::cell::Cell;
 
 use proptest::prelude::*;
 use trefoil::error::PeerFault;
-use trefoil::net::FRAME_HEADER;
 use trefoil::net::tls::Decoder;
+use trefoil::net::{GATHERED, MESSAGE_HEADER, Message};
 
 use crate::fuzz;
 
@@ -57,20 +57,33 @@ fn peak<T>(f: impl FnOnce() -> T) -> (T, usize) {
     (out, (HELD.get().1 - before).max(0) as usize)
 }
 
-type Frames = Vec<(u64, u32, Vec<u8>)>;
+/// Messages, frame by frame.
+type Frames = Vec<Vec<(u64, u32, Vec<u8>)>>;
+
+/// In a message's length: another one of its frame follows.
+const MORE: u32 = 1 << 31;
 
 /// All of the stream at once.
 fn plainly(mut bytes: &[u8], limit: usize) -> (Frames, Option<PeerFault>) {
-    let mut out = Vec::new();
-    while bytes.len() >= FRAME_HEADER {
-        let len = u32::from_le_bytes(bytes[8..12].try_into().unwrap()) as usize;
+    let (mut out, mut frame, mut gathered) = (Frames::new(), Vec::new(), 0);
+    while bytes.len() >= MESSAGE_HEADER {
+        let word = u32::from_le_bytes(bytes[8..12].try_into().unwrap());
+        let len = (word & !MORE) as usize;
         if len > limit {
             return (out, Some(PeerFault::Oversize { limit, got: len }));
         }
-        let Some(payload) = bytes[FRAME_HEADER..].get(..len) else { break };
+        if gathered >= GATHERED {
+            return (out, Some(PeerFault::Malformed("a frame that does not end")));
+        }
+        let Some(payload) = bytes[MESSAGE_HEADER..].get(..len) else { break };
         let tag = u64::from_le_bytes(bytes[..8].try_into().unwrap());
-        out.push((tag, u32::from_le_bytes(bytes[12..16].try_into().unwrap()), payload.to_vec()));
-        bytes = &bytes[FRAME_HEADER + len..];
+        frame.push((tag, u32::from_le_bytes(bytes[12..16].try_into().unwrap()), payload.to_vec()));
+        gathered += MESSAGE_HEADER + len;
+        if word & MORE == 0 {
+            out.push(std::mem::take(&mut frame));
+            gathered = 0;
+        }
+        bytes = &bytes[MESSAGE_HEADER + len..];
     }
     (out, None)
 }
@@ -82,7 +95,9 @@ fn frame(tag: u64, len: u32, depth: u32, payload: &[u8]) -> Vec<u8> {
 /// Good frames, frames that announce something else than they are, and noise.
 fn piece() -> impl Strategy<Value = Vec<u8>> {
     let payload = || prop_oneof![prop::collection::vec(any::<u8>(), 0..64), (0usize..40_000).prop_map(|n| vec![7; n])];
-    let good = (any::<u64>(), any::<u32>(), payload()).prop_map(|(t, d, p)| frame(t, p.len() as u32, d, &p));
+    let word = |p: &[u8], more: bool| p.len() as u32 | if more { MORE } else { 0 };
+    let good = (any::<u64>(), any::<u32>(), payload(), any::<bool>())
+        .prop_map(move |(t, d, p, more)| frame(t, word(&p, more), d, &p));
     let large = (300_000usize..1_500_000).prop_map(|n| frame(1, n as u32, 2, &vec![9; n]));
     let lying = (any::<u32>(), payload()).prop_map(|(len, p)| frame(3, len, 4, &p));
     prop_oneof![12 => good, 1 => large, 1 => lying, 1 => prop::collection::vec(any::<u8>(), 0..50)]
@@ -112,17 +127,18 @@ fn frame_decoder() {
         for size in cuts.iter().cycle() {
             let (now, later) = rest.split_at((*size).min(rest.len()));
             // Frames that are handed out are no longer the decoder's.
-            let (mut handed, mut frames) = (0, Vec::with_capacity(now.len() / FRAME_HEADER + 1));
+            let (mut handed, mut frames) = (0, Vec::with_capacity(now.len() / MESSAGE_HEADER + 1));
             let fed = (stream.len() - later.len()).min(limit);
             let (out, most) = peak(|| {
                 decoder.feed(now, &mut |f| {
-                    handed += f.payload.len();
+                    handed += f.iter().map(|m| m.payload.len() + size_of::<Message>()).sum::<usize>();
                     frames.push(f);
                     Ok(())
                 })
             });
             prop_assert!(most <= handed + fed + fed / 8 + (256 << 10), "{most} bytes for {fed} received");
-            got.extend(frames.into_iter().map(|f| (f.tag, f.depth, f.payload)));
+            let plain = |m: Message| (m.tag, m.depth, m.payload);
+            got.extend(frames.into_iter().map(|f| f.into_iter().map(plain).collect::<Vec<_>>()));
             if let Err(fault) = out {
                 ended = Some(fault);
                 break;

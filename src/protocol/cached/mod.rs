@@ -442,9 +442,9 @@ pub fn product_cached(
                     for ((z, y), rho) in z.iter_mut().zip(second).zip(&rho[zr]) {
                         *z = z.wrapping_add(y).wrapping_sub(*rho) & m;
                     }
-                    links.send(Role::Owner, Lane::Online, &to, pack::pack(&z, k))
+                    links.gather(Role::Owner, Lane::Online, &to, pack::pack(&z, k))
                 }),
-            );
+            )?;
         }
     }
     Ok(Pending::ready(Masked::new(rz, Side::Mask, k, f, out)))

@@ -169,7 +169,7 @@ fn reshare_words(s: &mut Session, scope: &Scope, mut z: Vec<u64>, group: Group) 
     let zero = zero_words(s, scope, n, group)?;
     group.add(&mut z, &zero);
     let step = scope.address(s.the_pass()?, ZERO.message);
-    s.links().send(role.next(), Lane::Online, &step, pack::pack(&z, k))?;
+    s.links().gather(role.next(), Lane::Online, &step, pack::pack(&z, k))?;
     let prev = recv_words(s.links(), role.prev(), Lane::Online, &step, n, k)?;
     Ok((z, prev))
 }
@@ -179,7 +179,7 @@ fn open_words(s: &Session, scope: &Scope, next: &[u64], prev: &[u64], group: Gro
     let (role, k) = (s.role(), group.bits());
     let step = scope.address(s.the_pass()?, "open.x");
     // The next party lacks exactly the component that this party shares with the one before.
-    s.links().send(role.next(), Lane::Online, &step, pack::pack(prev, k))?;
+    s.links().gather(role.next(), Lane::Online, &step, pack::pack(prev, k))?;
     let mut x = recv_words(s.links(), role.prev(), Lane::Online, &step, next.len(), k)?;
     group.add(&mut x, next);
     group.add(&mut x, prev);
@@ -198,7 +198,7 @@ fn open_words_to(
     let (role, k) = (s.role(), group.bits());
     let step = scope.address(s.the_pass()?, "open.x");
     if role == to.prev() {
-        s.links().send(to, Lane::Online, &step, pack::pack(prev, k))?;
+        s.links().gather(to, Lane::Online, &step, pack::pack(prev, k))?;
     }
     if role != to {
         return Ok(None);
@@ -226,7 +226,7 @@ fn give_words(
         let mut x = x.filter(|x| x.len() == n).ok_or_else(|| Error::Internal("a giver without its value".into()))?;
         let next = pair_words(s, scope, with_next(from), labels, n, k)?;
         group.sub(&mut x, &next);
-        s.links().send(from.prev(), Lane::Online, &step, pack::pack(&x, k))?;
+        s.links().gather(from.prev(), Lane::Online, &step, pack::pack(&x, k))?;
         return Ok((next, x));
     }
     if role == from.next() {
