@@ -28,8 +28,8 @@ use crate::plan::work::{Counts, Work};
 use crate::prf::{Address, Pair, Prf, Stream, bytes_per_word};
 use crate::ring::pack;
 use crate::share::Rows;
-use jobs::JOBS_PER_LAYER;
 pub use jobs::{BLOCKS_PER_LAYER, EndOnPanic, JOBS_AHEAD_LAYERS, Job, JobQueue, WALK_ENDED};
+use jobs::{JOBS_IN_PIECES, JOBS_PER_LAYER};
 
 /// One secure pass: consecutive positions computed together under one pass number.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,7 +45,7 @@ pub struct Pass {
 pub struct Scope {
     layer: u32,
     path: String,
-    /// First row of a block of the pass, if it is not walked as a whole.
+    /// Which block of the pass, if it is not walked as a whole: its first row, or one more for each piece of it.
     block: Option<usize>,
 }
 
@@ -69,10 +69,10 @@ impl Scope {
         Scope { path, ..*self }
     }
 
-    /// The same for the block of rows that begins at `row`: what is in it has addresses of its own.
+    /// The same for block `n` of the pass, or of the block that this scope is of already: what is in it has addresses of its own.
     #[must_use]
-    pub fn block(&self, row: usize) -> Scope {
-        Scope { path: self.path.clone(), block: Some(row), ..*self }
+    pub fn block(&self, n: usize) -> Scope {
+        Scope { path: self.path.clone(), block: Some(self.block.unwrap_or(0) + n), ..*self }
     }
 
     /// The operation's path, `attn.scores` for example.
@@ -107,6 +107,10 @@ pub struct Session {
     far_ahead: bool,
     /// The pass goes through attention in blocks.
     in_blocks: bool,
+    /// What is walked now is a block of it.
+    block: bool,
+    /// Most pieces in which the pass goes through an exchange.
+    pieces: usize,
 }
 
 impl Session {
@@ -114,7 +118,8 @@ impl Session {
     #[must_use]
     pub fn new(role: Role, links: Links, prf: Prf, meter: Arc<Meter>) -> Self {
         let (passes, jobs, declared) = (Vec::new(), JobQueue::default(), Cost::default());
-        Session { role, links, prf, passes, jobs, declared, meter, work: None, far_ahead: false, in_blocks: false }
+        let (work, far_ahead, in_blocks, block, pieces) = (None, false, false, false, 1);
+        Session { role, links, prf, passes, jobs, declared, meter, work, far_ahead, in_blocks, block, pieces }
     }
 
     /// A session that computes nothing: streams, products and lookups give zeros at once and are added to `work`. It has no
@@ -184,7 +189,7 @@ impl Session {
     pub fn begin(&mut self, first: u64, tokens: &[usize]) {
         let lane = if self.is_owner() { Lane::Online } else { Lane::Ahead };
         ledger::start(self.meter.ledger(), lane, Kind::Rest);
-        self.in_blocks = false;
+        (self.in_blocks, self.block, self.pieces) = (false, false, 1);
         let mut start = 0;
         self.passes = tokens
             .iter()
@@ -203,13 +208,33 @@ impl Session {
     /// [`Error::Internal`] if several passes are walked together.
     pub(crate) fn begin_block(&mut self, rows: usize) -> Result<Vec<Pass>> {
         let block = Pass { number: self.the_pass()?, tokens: 0..rows };
-        self.in_blocks = true;
+        (self.in_blocks, self.block) = (true, true);
         Ok(std::mem::replace(&mut self.passes, vec![block]))
     }
 
     /// Goes on with the whole pass.
     pub(crate) fn end_block(&mut self, whole: Vec<Pass>) {
+        self.block = false;
         self.passes = whole;
+    }
+
+    /// What `op` does for a piece of `rows` rows of the only pass, which for it has no others. Scopes in it come from [`Scope::block`].
+    pub(crate) fn piece<T>(&mut self, rows: usize, op: impl FnOnce(&mut Session) -> Result<T>) -> Result<T> {
+        let piece = Pass { number: self.the_pass()?, tokens: 0..rows };
+        let whole = std::mem::replace(&mut self.passes, vec![piece]);
+        let out = op(self);
+        self.passes = whole;
+        out
+    }
+
+    /// An exchange of the pass is in so many pieces: more jobs wait, of fewer rows each.
+    pub(crate) fn in_pieces(&mut self, pieces: usize) {
+        self.pieces = self.pieces.max(pieces);
+    }
+
+    /// Tokens of the longer prompt for which this walk counts, unless what is walked now is a block, which is as long as there.
+    pub(crate) fn stands_for(&self) -> Option<usize> {
+        if self.block { None } else { self.work.as_ref()?.tokens() }
     }
 
     /// Ends the batch: its addresses can never be taken again, and all that was gathered leaves.
@@ -414,7 +439,7 @@ impl Session {
         // Of several passes walked together, the first cannot be answered before the walk has come to its end.
         if self.passes.len() == 1 && !self.far_ahead {
             let layers = if self.in_blocks { 1 } else { JOBS_AHEAD_LAYERS };
-            let limit = layers * JOBS_PER_LAYER;
+            let limit = layers * (JOBS_PER_LAYER + JOBS_IN_PIECES * (self.pieces - 1));
             if !self.jobs.has_room(pass, limit) {
                 self.links.flush(Lane::Ahead)?;
                 ledger::during(Doing::Wait, || self.jobs.wait_room(pass, limit));

@@ -251,7 +251,7 @@ fn the_command_says_what_generate_measures() {
 fn text_and_refusals() {
     let out = cost(&["--prefill", "16", "--decode", "4", "--net", "wan", "--private-layers", "all"]);
     let stdout = String::from_utf8_lossy(&out.stdout);
-    for part in ["34 per private layer", "owner->helper", "peak memory", "ready", "sustained", "20 ms round trip"] {
+    for part in ["32 per private layer", "owner->helper", "peak memory", "ready", "sustained", "20 ms round trip"] {
         assert!(stdout.contains(part), "{part} in {stdout}");
     }
     for (args, part) in [

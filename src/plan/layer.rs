@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::adapter::{AdapterFractions, AdapterPlan, Group, Grouped};
 use super::block;
-use super::network::{MOST_VALUES, Radices, most_alone, most_joint};
+use super::network::{MOST_PIECES, MOST_VALUES, Radices, most_alone, most_joint, pieces};
 use super::ranges::WIDEST_ALONE;
 use crate::model::{Activation, LayerShape, ModelConfig, Softmax};
 use crate::net::shape::Profile;
@@ -221,10 +221,22 @@ pub struct Plan {
     /// Scores that attention computes at once: see [`block`].
     #[serde(default = "block::most_scores", skip_serializing_if = "block::is_most")]
     pub block_scores: usize,
+    /// Pieces in which a prompt's rows follow each other through the largest exchanges, at most.
+    #[serde(default = "one_piece", skip_serializing_if = "is_one_piece")]
+    pub pieces: usize,
     /// One plan per private layer.
     pub layers: Vec<LayerPlan>,
     /// The head.
     pub head: HeadPlan,
+}
+
+fn one_piece() -> usize {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_one_piece(pieces: &usize) -> bool {
+    *pieces == 1
 }
 
 /// What is wrong with a received plan.
@@ -485,6 +497,9 @@ impl Plan {
         if self.block_scores > block::MOST_SCORES {
             return Err("the scores of a block");
         }
+        if !(1..=MOST_PIECES).contains(&self.pieces) {
+            return Err("the pieces of a prompt");
+        }
         let (n, ring) = (c.hidden_size, i64::from(self.residual_k));
         if self.public_base && (self.private_embedding || !self.head.public) {
             return Err("a public base with a private embedding or head");
@@ -517,6 +532,7 @@ impl Plan {
     #[must_use]
     pub fn on_network(mut self, c: &ModelConfig, net: Option<Profile>) -> Plan {
         self.head.radix = Radices::fastest(c.vocab_size, self.head.logit_k, net);
+        self.pieces = pieces(net);
         for (norm, n) in self.norms_mut(c) {
             let mut window = norm.window;
             if let Some(alone) = &mut norm.alone {

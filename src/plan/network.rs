@@ -6,6 +6,9 @@
 //! **A norm's windows.** A wide range takes two windows and a selection between them, or a single one with as many rows as the range is wide, and two
 //! messages fewer: worth it for few values at once, as in decode.
 //!
+//! **Pieces.** A prompt's rows go through the largest exchanges in pieces behind each other ([`crate::protocol::pieces`]), so that computing and both
+//! directions of the links overlap: more of them where bytes take long.
+//!
 //! **A norm's scaling.** One window and the scaling behind it take an exchange each, or one for both with more than twice the bytes
 //! ([`crate::protocol::normalise`]).
 
@@ -143,6 +146,21 @@ pub(super) fn most_joint(n: usize, k: u32, window: u32, net: Option<Profile>) ->
     ((saved / each) as usize).min(MOST_VALUES)
 }
 
+/// Pieces in which a prompt goes through its largest exchanges, at most: the more, the sooner all parties and both directions of the links are
+/// busy, but each takes a message (`trefoil bench --preset h768 --test pp128`, with `--net`). In one process all parties compute as fast as
+/// they can, and there is nothing to wait for meanwhile.
+pub(super) fn pieces(net: Option<Profile>) -> usize {
+    let net = net.unwrap_or(UNNAMED);
+    match net.bits_per_second {
+        _ if net.is_none() => 1,
+        fast if fast > 4e9 => MOST_PIECES / 2,
+        _ => MOST_PIECES,
+    }
+}
+
+/// Most pieces of a prompt. Fewer than the rows of the smallest block of [`super::block`], so that no two have the same address.
+pub(super) const MOST_PIECES: usize = 8;
+
 /// Beyond so many values nobody gains by a single window.
 pub(super) const MOST_VALUES: usize = 1 << 10;
 
@@ -234,6 +252,12 @@ mod tests {
             assert!(most(n, Some(Profile::WAN)) > 2 * most(n, None).max(1), "{n}");
         }
         assert!(most(64, None) > most(256, None) && most(256, None) > 1);
+    }
+
+    #[test]
+    fn a_network_carries_pieces() {
+        let nets = [Some(Profile::NONE), Some(Profile::LAN), Some(Profile::WAN), None];
+        assert_eq!(nets.map(pieces), [1, 4, 8, 8]);
     }
 
     #[test]

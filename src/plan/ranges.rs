@@ -321,9 +321,18 @@ pub fn propose(
         return Err(misfits);
     }
     let max_positions = config.max_positions;
-    let block_scores = block::MOST_SCORES;
-    let plan =
-        Plan { first_private, private_embedding, residual_k, max_positions, public_base, block_scores, layers, head };
+    let (block_scores, pieces) = (block::MOST_SCORES, 1);
+    let plan = Plan {
+        first_private,
+        private_embedding,
+        residual_k,
+        max_positions,
+        public_base,
+        block_scores,
+        pieces,
+        layers,
+        head,
+    };
     Ok(plan.on_network(config, None))
 }
 

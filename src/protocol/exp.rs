@@ -10,6 +10,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::Pending;
 use super::evaluate::{Brings, Form, Table, evaluate};
 use super::truncate::truncate;
 use super::window::Window;
@@ -68,7 +69,7 @@ impl Exp {
 ///
 /// # Errors
 /// [`crate::Error::Shape`] unless the window reaches the top of the ring of `x`; [`crate::Error::Peer`], [`crate::Error::Reuse`].
-pub fn exp(s: &mut Session, scope: &Scope, x: &Masked, e: &Exp) -> Result<Masked> {
+pub fn exp(s: &mut Session, scope: &Scope, x: &Masked, e: &Exp) -> Result<Pending<'static, Masked>> {
     let form = e.form();
     let w = Window::of(x, 0, e.lo_bits, e.hi_bits)?;
     super::evaluate::check(&w.hi, form.n_rows)?;
@@ -85,6 +86,7 @@ pub fn exp(s: &mut Session, scope: &Scope, x: &Masked, e: &Exp) -> Result<Masked
             out
         }))
     };
-    let y = evaluate(s, scope, x.rows(), form, brings)?.finish(s)?;
-    truncate(&Masked::new(y, x.side(), form.k, F_EXP, x.rows().clone()), F_EXP - e.f)
+    let (side, rows, f) = (x.side(), x.rows().clone(), e.f);
+    let y = evaluate(s, scope, x.rows(), form, brings)?;
+    Ok(y.then(move |y| truncate(&Masked::new(y, side, form.k, F_EXP, rows), F_EXP - f)))
 }

@@ -19,6 +19,7 @@ pub mod linear;
 pub mod lookup;
 pub mod normalise;
 pub mod open;
+pub mod pieces;
 pub mod polynomial;
 pub mod positive;
 pub mod product;

@@ -15,6 +15,8 @@ pub type Job = Box<dyn FnOnce(&Links) -> Result<()> + Send>;
 /// A layer leaves no more jobs than this in a pass. A block of a prompt that goes through attention in blocks leaves 11 or more: so
 /// many jobs are of [`BLOCKS_PER_LAYER`] blocks at most.
 pub(super) const JOBS_PER_LAYER: usize = 40;
+/// Jobs of a layer that there is one of for each piece of a prompt ([`crate::protocol::pieces`]).
+pub(super) const JOBS_IN_PIECES: usize = 8;
 /// Blocks whose jobs wait at most while a prompt goes through attention in blocks.
 pub const BLOCKS_PER_LAYER: usize = 4;
 /// How many layers the walk of a single pass runs ahead of its answers.

@@ -26,7 +26,7 @@ fn exponentials() {
         let (given, e) = (Given::even(&x, &[1], width, f), Exp::new(&tables, k, f_out));
         let ran = run(&[1], |s| {
             let x = given.share(s, "x")?;
-            Ok(vec![exp(s, &Scope::new("exp"), &x, &e)?])
+            Ok(vec![exp(s, &Scope::new("exp"), &x, &e)?.finish(s)?])
         });
         assert_eq!((ran.k[0], ran.f[0]), (k, f_out));
         for (y, &v) in ran.signed(0).into_iter().zip(&values) {

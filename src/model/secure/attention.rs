@@ -32,6 +32,7 @@ use crate::protocol::guard::guard;
 use crate::protocol::last_tokens;
 use crate::protocol::lift::lift;
 use crate::protocol::linear::{owner_linear, owner_linear_part};
+use crate::protocol::pieces::Pieces;
 use crate::protocol::positive::{self, Positive};
 use crate::protocol::product::{Scale, product};
 use crate::protocol::relu::positive_part;
@@ -122,12 +123,26 @@ fn exponential(
     p: &ExpPlan,
     table: &Exp,
 ) -> Result<Masked> {
-    let thermometer = Thermometer { step_bits: p.step_bits, base: p.base, n: p.steps };
+    let t = Thermometer { step_bits: p.step_bits, base: p.base, n: p.steps };
     // All passes of a batch and all parties must agree on the counters: sized for the cache's end, publicly known.
     let (counter, count_bits) = (counter_bits(c.config.max_positions), c.flags.count_bits());
-    let reference = thermometer::reference(c.s, &scope.at("max"), s, lengths, counter, &thermometer, count_bits)?;
-    c.flags.count(c.layer, "largest score of a row", reference.faults);
-    exp(c.s, &scope.at("exp"), &thermometer::subtract(s, &reference.m, lengths)?, table)
+    let pieces = Pieces::of(c.s, s.rows(), c.pieces);
+    let codes = pieces.start(c.s, scope, |session, scope, rows| {
+        let (s, lengths) = (pieces.rows(s, rows)?, &lengths[rows.clone()]);
+        let codes = thermometer::start(session, &scope.at("max"), &s, lengths, counter, &t, count_bits)?;
+        Ok((codes, s, lengths))
+    })?;
+    let thresholds = pieces.next(c.s, scope, codes, |session, scope, (codes, s, lengths)| {
+        Ok((codes.thresholds(session, &scope.at("max"))?, s, lengths))
+    })?;
+    let exps = pieces.next(c.s, scope, thresholds, |session, scope, (thresholds, s, lengths)| {
+        let reference = thresholds.finish(session)?;
+        let below = thermometer::subtract(&s, &reference.m, lengths)?;
+        Ok((exp(session, &scope.at("exp"), &below, table)?, reference.faults))
+    })?;
+    let (exps, faults): (Vec<_>, Vec<_>) = exps.into_iter().unzip();
+    c.flags.count(c.layer, "largest score of a row", Masked::stack(faults)?);
+    Masked::stack(pieces.next(c.s, scope, exps, |session, _, e| e.finish(session))?)
 }
 
 /// The attention of a layer at a pass.

@@ -24,7 +24,7 @@ pub(super) fn head(
     let (scope, p) = (Scope::new("head"), &m.plan.head);
     let h = if o.every { h.clone() } else { last_tokens(s, h) };
     let x = {
-        let mut c = Context { s, scope: &scope, layer: "head", flags: &mut flags, config: &m.config };
+        let mut c = Context { s, scope: &scope, layer: "head", flags: &mut flags, config: &m.config, pieces: 1 };
         m.final_norm.apply(&mut c, "norm", "sum of squares before the head", &h, &p.norm)?
     };
     let logits = owner_linear(s, &scope.at("lm_head"), &x, &m.parts.head)?;

@@ -12,9 +12,11 @@ use crate::error::Result;
 use crate::model::config::{LayerShape, ModelConfig};
 use crate::model::prepare::PreparedLayer;
 use crate::plan::{F, MlpPlan};
+use crate::protocol::Pending;
 use crate::protocol::evaluate::{Lines, Table, line};
 use crate::protocol::guard::guard;
 use crate::protocol::lift::lift;
+use crate::protocol::pieces::Pieces;
 use crate::protocol::product::{Elementwise, product};
 use crate::protocol::truncate::truncate;
 use crate::protocol::window::Window;
@@ -74,35 +76,42 @@ pub(super) fn mlp(
     let count_bits = c.flags.count_bits();
     let g = guard(c.s, &scope.at("guard"), &gate, p.gate_k, true, count_bits)?;
     let gate = gate.narrow(p.gate_k)?;
+    let up = if t.gated { Some(both.columns(m..2 * m)?) } else { None };
     // What down reads is in ring 64 - f_table.
     let ring = if t.gated { 64 } else { 64 - p.f_table + (t.f - F) };
-    let mut activated = Vec::new();
-    for function in &t.functions {
-        let gate = if t.functions.len() == 1 {
-            Cow::Borrowed(&gate)
-        } else {
-            Cow::Owned(gate.columns(function.neurons.clone())?)
-        };
-        let w = Window::of(&gate, 0, function.lo_bits, function.hi_bits)?;
-        activated.push(line(c.s, &scope.at(function.scope), &w, &function.lines, t.f, ring)?);
-    }
-    let up = match t.gated {
-        true => Some(lift(c.s, &scope.at("lift"), &both.columns(m..2 * m)?, 64)?),
-        false => None,
-    };
-    c.flags.guard(c.layer, "gate", g);
-    let mut columns = Vec::new();
-    for activated in activated {
-        columns.extend(activated.finish(c.s)?);
-    }
-    let activated = Masked::beside(columns)?;
-    let up = up.map(|up| up.finish(c.s)).transpose()?;
-    let y = match up {
-        Some(up) => {
-            let y = product(c.s, &scope.at("product"), &activated, &up, Arc::new(Elementwise))?;
-            truncate(&y.finish(c.s)?, p.f_table)?
+    let pieces = Pieces::of(c.s, gate.rows(), c.pieces);
+    let activated = pieces.start(c.s, &scope, |s, scope, rows| {
+        let gate = pieces.rows(&gate, rows)?;
+        let mut activated = Vec::new();
+        for function in &t.functions {
+            let gate = if t.functions.len() == 1 {
+                Cow::Borrowed(&*gate)
+            } else {
+                Cow::Owned(gate.columns(function.neurons.clone())?)
+            };
+            let w = Window::of(&gate, 0, function.lo_bits, function.hi_bits)?;
+            activated.push(line(s, &scope.at(function.scope), &w, &function.lines, t.f, ring)?);
         }
-        None => truncate(&activated, t.f - F)?,
-    };
+        let up = match &up {
+            Some(up) => Some(lift(s, &scope.at("lift"), &*pieces.rows(up, rows)?, 64)?),
+            None => None,
+        };
+        Ok((activated, up))
+    })?;
+    c.flags.guard(c.layer, "gate", g);
+    let products = pieces.next(c.s, &scope, activated, |s, scope, (activated, up)| {
+        let mut columns = Vec::new();
+        for activated in activated {
+            columns.extend(activated.finish(s)?);
+        }
+        let activated = Masked::beside(columns)?;
+        match up.map(|up| up.finish(s)).transpose()? {
+            Some(up) => product(s, &scope.at("product"), &activated, &up, Arc::new(Elementwise)),
+            None => Ok(Pending::ready(activated)),
+        }
+    })?;
+    let dropped = if t.gated { p.f_table } else { t.f - F };
+    let y = pieces.next(c.s, &scope, products, |s, _, y| truncate(&y.finish(s)?, dropped))?;
+    let y = Masked::stack(y)?;
     projection(c.s, &scope.at("down"), &y, &parts.down)
 }

@@ -261,7 +261,7 @@ impl SecureModel {
         let layer = self.plan.first_private + index;
         let scope = Scope::layer(layer);
         let name = layer.to_string();
-        let mut ctx = Context { s, scope: &scope, layer: &name, flags, config: &self.config };
+        let mut ctx = Context { s, scope: &scope, layer: &name, flags, config: &self.config, pieces: self.plan.pieces };
         let x = tables.input_norm.apply(&mut ctx, "norm1", "sum of squares before attention", &h, &plan.input_norm)?;
         let first = cache.positions;
         if self.config.encoder() && (first > 0 || ctx.s.passes().len() != 1) {
@@ -337,4 +337,6 @@ struct Context<'a> {
     layer: &'a str,
     flags: &'a mut RangeFlags,
     config: &'a ModelConfig,
+    /// Most pieces of a prompt in an exchange.
+    pieces: usize,
 }
