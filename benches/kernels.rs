@@ -80,9 +80,16 @@ fn folds(c: &mut Criterion) {
         let offset: Vec<u32> = words(elements).iter().map(|v| (v % n as u64) as u32).collect();
         let queries = pack::pack(&words(elements * n / 64), 64);
         let mut out = vec![0; elements * width];
+        // Of 32 bits.
+        let narrow = vec![words(2 * n).iter().map(|v| *v as u32).collect::<Vec<_>>(); width];
+        let narrow: Vec<&[u32]> = narrow.iter().map(Vec::as_slice).collect();
+        let mut narrow_out = vec![0; elements * width];
         for isa in Isa::available() {
             group.bench_function(isa.name(), |b| {
                 b.iter(|| fold::sums_on(isa, &tables, n, &offset, black_box(&queries), &mut out));
+            });
+            group.bench_function(BenchmarkId::new(isa.name(), 32), |b| {
+                b.iter(|| fold::sums_on(isa, &narrow, n, &offset, black_box(&queries), &mut narrow_out));
             });
         }
         group.finish();

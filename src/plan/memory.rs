@@ -21,7 +21,7 @@ use crate::model::sections::HalfLayout;
 use crate::model::secure::product_ring;
 use crate::model::{LayerShape, ModelConfig};
 use crate::party::Role;
-use crate::protocol::argmax;
+use crate::protocol::{argmax, pieces};
 use crate::ring::pack::packed_len;
 use crate::session::{BLOCKS_PER_LAYER, JOBS_AHEAD_LAYERS};
 
@@ -150,8 +150,14 @@ struct Layer {
     held: u64,
 }
 
-/// Of a pass whose blocks have `rows` rows.
-fn layer(c: &ModelConfig, (shape, l): (LayerShape, &LayerPlan), first: usize, tokens: usize, rows: usize) -> Layer {
+/// Of a pass whose blocks have `rows` rows, and its pieces what `most_pieces` leaves.
+fn layer(
+    c: &ModelConfig,
+    (shape, l): (LayerShape, &LayerPlan),
+    (first, tokens): (usize, usize),
+    rows: usize,
+    most_pieces: usize,
+) -> Layer {
     let t = tokens as u64;
     let (h, m, q) = (c.hidden_size as u64, c.intermediate_size as u64, shape.q_size() as u64);
     let kv = shape.kv_size() as u64;
@@ -167,9 +173,14 @@ fn layer(c: &ModelConfig, (shape, l): (LayerShape, &LayerPlan), first: usize, to
         // Signs: five chunks with a word each, and a lookup of at most 216 rows.
         None => (query(8), 5 * query(4), 5),
     };
-    let codes = scores * (code_rows + 8 * 3 * columns);
-    let gate = t * m * (query(l.mlp.gate_k - l.mlp.gate_lo_bits) + 8 * 5);
-    let exp = scores * (exp_rows + 8 * 8);
+    // Of the pieces of a prompt all have what comes out, and one at a time what goes in and out.
+    let pieced = |rows: usize, stays: u64, passes: u64| {
+        let pieces = (rows / pieces::LEAST_ROWS).clamp(1, most_pieces.max(1));
+        stays + passes / pieces as u64
+    };
+    let codes = pieced(rows, scores * 8 * columns, scores * (code_rows + 8 * 2 * columns));
+    let gate = pieced(tokens, t * m * 8 * 2, t * m * (query(l.mlp.gate_k - l.mlp.gate_lo_bits) + 8 * 3));
+    let exp = pieced(rows, scores * 8, scores * (exp_rows + 8 * 7));
     // Two windows of as many rows, or one of more.
     let rows = |p: &NormPlan| match p.alone.filter(|a| tokens <= a.most) {
         Some(alone) => query(alone.window),
@@ -194,7 +205,7 @@ fn layer(c: &ModelConfig, (shape, l): (LayerShape, &LayerPlan), first: usize, to
 /// The private layers at a pass.
 fn layers(c: &ModelConfig, plan: &Plan, first: usize, tokens: usize) -> Vec<Layer> {
     let rows = block::rows(c, plan, first, tokens);
-    shaped(c, plan).map(|l| layer(c, l, first, tokens, rows)).collect()
+    shaped(c, plan).map(|l| layer(c, l, (first, tokens), rows, plan.pieces)).collect()
 }
 
 /// Run-ahead bytes of one pass of `tokens` from `first` on, about: what linear layers, products and lookups send to the

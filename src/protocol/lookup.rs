@@ -190,12 +190,42 @@ pub fn words(
 /// A table of zeros and constants: column `j` of row `i` is `steps[j]` where bit `j` of `bits[i]` is set, else 0.
 #[derive(Clone, Debug)]
 pub struct Indicator {
-    bits: Arc<[u64]>,
+    rows: Bits,
     steps: Arc<[u64]>,
 }
 
-/// Set in every row, so that the fold also yields the parity of the query.
-const PARITY: u64 = 1 << 63;
+/// A row's columns, bit by bit, in as short a word as holds them. The highest bit is set in every row, so that the fold also yields the
+/// parity of the query.
+#[derive(Clone, Debug)]
+enum Bits {
+    Narrow(Arc<[u32]>),
+    Wide(Arc<[u64]>),
+}
+
+impl Bits {
+    fn len(&self) -> usize {
+        match self {
+            Bits::Narrow(rows) => rows.len(),
+            Bits::Wide(rows) => rows.len(),
+        }
+    }
+
+    /// The XOR of the picked rows of each element, and the parity of how many they are.
+    fn fold(&self, n: usize, offset: &[u32], query: &[u8]) -> Vec<(u64, bool)> {
+        match self {
+            Bits::Narrow(rows) => {
+                let mut x = vec![0u32; offset.len()];
+                fold::shifted(&[rows], n, offset, query, &mut x);
+                x.into_iter().map(|x| (x.into(), x >> 31 == 1)).collect()
+            }
+            Bits::Wide(rows) => {
+                let mut x = vec![0u64; offset.len()];
+                fold::shifted(&[rows], n, offset, query, &mut x);
+                x.into_iter().map(|x| (x, x >> 63 == 1)).collect()
+            }
+        }
+    }
+}
 
 impl Indicator {
     /// Over a digit that is read modulo `n`; `test(row, column)` says where the constant stands.
@@ -215,8 +245,12 @@ impl Indicator {
             let (lhs, rhs) = (format!("{} columns", steps.len()), "at most 63".into());
             return Err(Error::Shape { op: "indicator table", lhs, rhs });
         }
-        let bits = (0..entries).map(|i| (0..steps.len()).fold(PARITY, |w, j| w | u64::from(test(i, j)) << j)).collect();
-        Ok(Indicator { bits, steps: steps.into() })
+        let row = |i: usize| (0..steps.len()).fold(0u64, |w, j| w | u64::from(test(i, j)) << j);
+        let rows = match steps.len() {
+            ..=31 => Bits::Narrow((0..entries).map(|i| row(i) as u32 | 1 << 31).collect()),
+            _ => Bits::Wide((0..entries).map(|i| row(i) | 1 << 63).collect()),
+        };
+        Ok(Indicator { rows, steps: steps.into() })
     }
 }
 
@@ -243,7 +277,7 @@ pub fn indicator(
     f: u32,
     k: u32,
 ) -> Result<Pending<'static, Masked>> {
-    let n = table.bits.len() / 2;
+    let n = table.rows.len() / 2;
     check(digits, n)?;
     let w = table.steps.len();
     let q = Query { rows: &digits.rows, n_rows: n, words: w, folded: 1, k };
@@ -254,11 +288,10 @@ pub fn indicator(
         let (r, sub, table) = (digits.v.clone(), Arc::clone(&rout), table.clone());
         let m = ring::mask(k);
         let answer = move |e: Range<usize>, query: &[u8]| {
-            let mut x = vec![0u64; e.len()];
-            fold::shifted(&[&table.bits], n, &r[e.clone()], query, &mut x);
             let mut out = Vec::with_capacity(e.len() * w);
-            for (x, rout) in x.iter().zip(sub[e.start * w..].chunks(w)) {
-                expand_bits(*x, x & PARITY != 0, &table.steps, rout, m, &mut out);
+            let folded = table.rows.fold(n, &r[e.clone()], query);
+            for ((x, parity), rout) in folded.into_iter().zip(sub[e.start * w..].chunks(w)) {
+                expand_bits(x, parity, &table.steps, rout, m, &mut out);
             }
             out
         };

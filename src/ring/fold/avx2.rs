@@ -4,28 +4,42 @@ use std::arch::x86_64::*;
 
 use super::Scaled;
 
-/// See [`super::shifted`] (`ADD` false) and [`super::sums`].
-///
-/// # Safety
-/// The processor has AVX2, and the lengths are as [`super::shifted`] asserts.
-#[target_feature(enable = "avx2")]
-pub unsafe fn shifted<const ADD: bool>(tables: &[&[u64]], n: usize, offset: &[u32], queries: &[u8], out: &mut [u64]) {
-    let words = tables.len();
-    let elements = offset.iter().zip(queries.chunks_exact(n / 8));
-    for ((&offset, query), out) in elements.zip(out.chunks_exact_mut(words)) {
-        let start = |t: &[u64]| t[offset as usize..][..n].as_ptr();
-        for (tables, out) in tables.chunks(2).zip(out.chunks_mut(2)) {
-            // SAFETY: each pointer is the start of a slice of n rows.
-            unsafe {
-                if let [first, second] = *tables {
-                    out.copy_from_slice(&several::<ADD, 2>([start(first), start(second)], query));
-                } else {
-                    out.copy_from_slice(&several::<ADD, 1>([start(tables[0])], query));
+/// The folds of a width of words, two of which share the masks.
+macro_rules! folds {
+    ($name:ident, $word:ty, $element:ident) => {
+        /// See [`super::shifted`] (`ADD` false) and [`super::sums`].
+        ///
+        /// # Safety
+        /// The processor has AVX2, and the lengths are as [`super::shifted`] asserts.
+        #[target_feature(enable = "avx2")]
+        pub unsafe fn $name<const ADD: bool>(
+            tables: &[&[$word]],
+            n: usize,
+            offset: &[u32],
+            queries: &[u8],
+            out: &mut [$word],
+        ) {
+            let words = tables.len();
+            let elements = offset.iter().zip(queries.chunks_exact(n / 8));
+            for ((&offset, query), out) in elements.zip(out.chunks_exact_mut(words)) {
+                let start = |t: &[$word]| t[offset as usize..][..n].as_ptr();
+                for (tables, out) in tables.chunks(2).zip(out.chunks_mut(2)) {
+                    // SAFETY: each pointer is the start of a slice of n rows.
+                    unsafe {
+                        if let [first, second] = *tables {
+                            out.copy_from_slice(&$element::<ADD, 2>([start(first), start(second)], query));
+                        } else {
+                            out.copy_from_slice(&$element::<ADD, 1>([start(tables[0])], query));
+                        }
+                    }
                 }
             }
         }
-    }
+    };
 }
+
+folds!(wide, u64, wide_element);
+folds!(narrow, u32, narrow_element);
 
 /// See [`super::scaled`].
 ///
@@ -48,14 +62,38 @@ pub unsafe fn scaled(s: &Scaled<'_>, n: usize, offset: &[u32], factor: &[u32], q
     }
 }
 
-/// One element, `W` words.
+/// One element, `W` words of 64 bits.
 ///
 /// # Safety
 /// As [`each`].
 #[target_feature(enable = "avx2")]
-unsafe fn several<const ADD: bool, const W: usize>(start: [*const u64; W], query: &[u8]) -> [u64; W] {
+unsafe fn wide_element<const ADD: bool, const W: usize>(start: [*const u64; W], query: &[u8]) -> [u64; W] {
     // SAFETY: the caller's.
     unsafe { each::<ADD, W>(start, query, |v| v) }
+}
+
+/// The same of 32 bits: eight rows are one register.
+///
+/// # Safety
+/// As [`each`].
+#[target_feature(enable = "avx2")]
+unsafe fn narrow_element<const ADD: bool, const W: usize>(start: [*const u32; W], query: &[u8]) -> [u32; W] {
+    let bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    let mut acc = [_mm256_setzero_si256(); W];
+    for (j, &bits) in query.iter().enumerate() {
+        let picked = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits.into()), bit), bit);
+        for w in 0..W {
+            // SAFETY: 8 j + 8 <= 8 query.len().
+            let rows = _mm256_and_si256(unsafe { _mm256_loadu_si256(start[w].add(8 * j).cast()) }, picked);
+            acc[w] = if ADD { _mm256_add_epi32(acc[w], rows) } else { _mm256_xor_si256(acc[w], rows) };
+        }
+    }
+    let join = |a, b| if ADD { _mm_add_epi32(a, b) } else { _mm_xor_si128(a, b) };
+    acc.map(|v| {
+        let v = join(_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v));
+        let v = join(v, _mm_shuffle_epi32::<0b1110>(v));
+        _mm_cvtsi128_si32(join(v, _mm_shuffle_epi32::<1>(v))) as u32
+    })
 }
 
 /// One element, `W` words, each row seen through `of`.

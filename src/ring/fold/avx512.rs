@@ -5,63 +5,118 @@ use std::arch::x86_64::*;
 
 use super::Scaled;
 
-/// See [`super::shifted`] (`ADD` false) and [`super::sums`].
-///
-/// # Safety
-/// The processor has AVX-512 F, DQ, BW and VL, and the lengths are as [`super::shifted`] asserts.
-#[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
-pub unsafe fn shifted<const ADD: bool>(tables: &[&[u64]], n: usize, offset: &[u32], queries: &[u8], out: &mut [u64]) {
-    let words = tables.len();
-    let mut first = 0;
-    while first < words {
-        let group = &tables[first..];
-        // SAFETY: the caller's.
-        first += unsafe {
-            match group.len() {
-                4.. => several::<ADD, 4>(group, n, offset, queries, out, words, first),
-                3 => several::<ADD, 3>(group, n, offset, queries, out, words, first),
-                2 => several::<ADD, 2>(group, n, offset, queries, out, words, first),
-                _ => several::<ADD, 1>(group, n, offset, queries, out, words, first),
+/// The folds of a width of words, up to four of which share the masks.
+macro_rules! folds {
+    ($name:ident, $word:ty, $element:ident) => {
+        /// See [`super::shifted`] (`ADD` false) and [`super::sums`].
+        ///
+        /// # Safety
+        /// The processor has AVX-512 F, DQ, BW and VL, and the lengths are as [`super::shifted`] asserts.
+        #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
+        pub unsafe fn $name<const ADD: bool>(
+            tables: &[&[$word]],
+            n: usize,
+            offset: &[u32],
+            queries: &[u8],
+            out: &mut [$word],
+        ) {
+            /// Words `first..first + W` of every element.
+            ///
+            /// # Safety
+            /// As above, and there are so many tables.
+            #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
+            unsafe fn several<const ADD: bool, const W: usize>(
+                tables: &[&[$word]],
+                first: usize,
+                n: usize,
+                offset: &[u32],
+                queries: &[u8],
+                out: &mut [$word],
+            ) {
+                for (e, (&offset, query)) in offset.iter().zip(queries.chunks_exact(n / 8)).enumerate() {
+                    // SAFETY: `n` rows follow the offset in each table (the caller's).
+                    let folded = unsafe {
+                        let start = std::array::from_fn(|w| tables[first + w].as_ptr().add(offset as usize));
+                        $element::<ADD, W>(start, query)
+                    };
+                    let at = e * tables.len() + first;
+                    out[at..at + W].copy_from_slice(&folded);
+                }
             }
-        };
-    }
+            for first in (0..tables.len()).step_by(4) {
+                // SAFETY: the caller's.
+                unsafe {
+                    match tables.len() - first {
+                        4.. => several::<ADD, 4>(tables, first, n, offset, queries, out),
+                        3 => several::<ADD, 3>(tables, first, n, offset, queries, out),
+                        2 => several::<ADD, 2>(tables, first, n, offset, queries, out),
+                        _ => several::<ADD, 1>(tables, first, n, offset, queries, out),
+                    }
+                }
+            }
+        }
+    };
 }
 
-/// Words `first..first + W` of every element, from the first `W` of `tables`; gives `W`.
+folds!(wide, u64, wide_element);
+folds!(narrow, u32, narrow_element);
+
+/// One element of `W` words of 64 bits.
 ///
 /// # Safety
-/// Every table holds `n` rows from every offset, and the other lengths fit `offset.len()` elements of `words` words.
+/// Every pointer is valid for reading `8 query.len()` words; the processor has AVX-512 F and DQ.
 #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
-unsafe fn several<const ADD: bool, const W: usize>(
-    tables: &[&[u64]],
-    n: usize,
-    offset: &[u32],
-    queries: &[u8],
-    out: &mut [u64],
-    words: usize,
-    first: usize,
-) -> usize {
-    for (e, (&offset, query)) in offset.iter().zip(queries.chunks_exact(n / 8)).enumerate() {
-        let mut acc = [_mm512_setzero_si512(); W];
-        // SAFETY: `n` rows follow the offset in each table (the caller's).
-        let start: [*const u64; W] = std::array::from_fn(|w| unsafe { tables[w].as_ptr().add(offset as usize) });
-        for (j, &bits) in query.iter().enumerate() {
-            for w in 0..W {
-                // SAFETY: 8 j + 8 <= n.
-                let rows = unsafe { _mm512_loadu_si512(start[w].add(8 * j).cast()) };
-                acc[w] = if ADD {
-                    _mm512_mask_add_epi64(acc[w], bits, acc[w], rows)
-                } else {
-                    _mm512_mask_xor_epi64(acc[w], bits, acc[w], rows)
-                };
-            }
-        }
-        let at = e * words + first;
-        for (out, acc) in out[at..at + W].iter_mut().zip(acc) {
-            *out = if ADD { _mm512_reduce_add_epi64(acc) as u64 } else { xor_lanes(acc) };
+#[inline]
+unsafe fn wide_element<const ADD: bool, const W: usize>(start: [*const u64; W], query: &[u8]) -> [u64; W] {
+    let mut acc = [_mm512_setzero_si512(); W];
+    for (j, &bits) in query.iter().enumerate() {
+        for w in 0..W {
+            // SAFETY: 8 j + 8 <= 8 query.len().
+            let rows = unsafe { _mm512_loadu_si512(start[w].add(8 * j).cast()) };
+            acc[w] = if ADD {
+                _mm512_mask_add_epi64(acc[w], bits, acc[w], rows)
+            } else {
+                _mm512_mask_xor_epi64(acc[w], bits, acc[w], rows)
+            };
         }
     }
-    W
+    acc.map(|acc| if ADD { _mm512_reduce_add_epi64(acc) as u64 } else { xor_lanes(acc) })
+}
+
+/// The same of 32 bits: two bytes are the mask of sixteen rows.
+///
+/// # Safety
+/// As [`wide_element`].
+#[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
+#[inline]
+unsafe fn narrow_element<const ADD: bool, const W: usize>(start: [*const u32; W], query: &[u8]) -> [u32; W] {
+    let mut acc = [_mm512_setzero_si512(); W];
+    let join = |acc: __m512i, bits: u16, rows: __m512i| match ADD {
+        true => _mm512_mask_add_epi32(acc, bits, acc, rows),
+        false => _mm512_mask_xor_epi32(acc, bits, acc, rows),
+    };
+    let (pairs, rest) = query.as_chunks::<2>();
+    for (j, bits) in pairs.iter().enumerate() {
+        for w in 0..W {
+            // SAFETY: 16 j + 16 <= 8 query.len().
+            let rows = unsafe { _mm512_loadu_si512(start[w].add(16 * j).cast()) };
+            acc[w] = join(acc[w], u16::from_le_bytes(*bits), rows);
+        }
+    }
+    if let [bits] = *rest {
+        for w in 0..W {
+            // SAFETY: the last eight rows, and no more are read.
+            let rows = unsafe { _mm512_maskz_loadu_epi32(0xff, start[w].add(16 * pairs.len()).cast()) };
+            acc[w] = join(acc[w], bits.into(), rows);
+        }
+    }
+    acc.map(|acc| {
+        if ADD {
+            return _mm512_reduce_add_epi32(acc) as u32;
+        }
+        let folded = xor_lanes(acc);
+        (folded ^ folded >> 32) as u32
+    })
 }
 
 /// See [`super::scaled`].

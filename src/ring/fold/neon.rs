@@ -4,28 +4,42 @@ use std::arch::aarch64::*;
 
 use super::Scaled;
 
-/// See [`super::shifted`] (`ADD` false) and [`super::sums`].
-///
-/// # Safety
-/// The processor has NEON, and the lengths are as [`super::shifted`] asserts.
-#[target_feature(enable = "neon")]
-pub unsafe fn shifted<const ADD: bool>(tables: &[&[u64]], n: usize, offset: &[u32], queries: &[u8], out: &mut [u64]) {
-    let words = tables.len();
-    let elements = offset.iter().zip(queries.chunks_exact(n / 8));
-    for ((&offset, query), out) in elements.zip(out.chunks_exact_mut(words)) {
-        let start = |t: &[u64]| t[offset as usize..][..n].as_ptr();
-        for (tables, out) in tables.chunks(2).zip(out.chunks_mut(2)) {
-            // SAFETY: each pointer is the start of a slice of n rows.
-            unsafe {
-                if let [first, second] = *tables {
-                    out.copy_from_slice(&each::<ADD, 2>([start(first), start(second)], query, |v| v));
-                } else {
-                    out.copy_from_slice(&each::<ADD, 1>([start(tables[0])], query, |v| v));
+/// The folds of a width of words, two of which share the masks.
+macro_rules! folds {
+    ($name:ident, $word:ty, $element:ident) => {
+        /// See [`super::shifted`] (`ADD` false) and [`super::sums`].
+        ///
+        /// # Safety
+        /// The processor has NEON, and the lengths are as [`super::shifted`] asserts.
+        #[target_feature(enable = "neon")]
+        pub unsafe fn $name<const ADD: bool>(
+            tables: &[&[$word]],
+            n: usize,
+            offset: &[u32],
+            queries: &[u8],
+            out: &mut [$word],
+        ) {
+            let words = tables.len();
+            let elements = offset.iter().zip(queries.chunks_exact(n / 8));
+            for ((&offset, query), out) in elements.zip(out.chunks_exact_mut(words)) {
+                let start = |t: &[$word]| t[offset as usize..][..n].as_ptr();
+                for (tables, out) in tables.chunks(2).zip(out.chunks_mut(2)) {
+                    // SAFETY: each pointer is the start of a slice of n rows.
+                    unsafe {
+                        if let [first, second] = *tables {
+                            out.copy_from_slice(&$element::<ADD, 2>([start(first), start(second)], query));
+                        } else {
+                            out.copy_from_slice(&$element::<ADD, 1>([start(tables[0])], query));
+                        }
+                    }
                 }
             }
         }
-    }
+    };
 }
+
+folds!(wide, u64, wide_element);
+folds!(narrow, u32, narrow_element);
 
 /// See [`super::scaled`].
 ///
@@ -46,6 +60,44 @@ pub unsafe fn scaled(s: &Scaled<'_>, n: usize, offset: &[u32], factor: &[u32], q
         // SAFETY: the slice has n rows.
         [*out] = unsafe { each::<true, 1>([s.table[offset as usize..][..n].as_ptr()], query, row) };
     }
+}
+
+/// One element, `W` words of 64 bits.
+///
+/// # Safety
+/// As [`each`].
+#[target_feature(enable = "neon")]
+unsafe fn wide_element<const ADD: bool, const W: usize>(start: [*const u64; W], query: &[u8]) -> [u64; W] {
+    // SAFETY: the caller's.
+    unsafe { each::<ADD, W>(start, query, |v| v) }
+}
+
+/// The same of 32 bits: eight rows are two registers.
+///
+/// # Safety
+/// As [`each`].
+#[target_feature(enable = "neon")]
+unsafe fn narrow_element<const ADD: bool, const W: usize>(start: [*const u32; W], query: &[u8]) -> [u32; W] {
+    // Of eight bytes the rows' bits, four at a time.
+    let bits = [0x0008_0004_0002_0001, 0x0080_0040_0020_0010].map(|b| vmovl_u16(vcreate_u16(b)));
+    let join = |a, b| if ADD { vaddq_u32(a, b) } else { veorq_u32(a, b) };
+    let mut acc = [[vdupq_n_u32(0); 2]; W];
+    for (j, &byte) in query.iter().enumerate() {
+        let byte = vdupq_n_u32(byte.into());
+        let picked = bits.map(|bit| vtstq_u32(byte, bit));
+        for (start, acc) in start.iter().zip(&mut acc) {
+            for (i, (acc, picked)) in acc.iter_mut().zip(picked).enumerate() {
+                // SAFETY: 8 j + 4 i + 4 <= 8 query.len().
+                let rows = unsafe { vld1q_u32(start.add(8 * j + 4 * i)) };
+                *acc = join(*acc, vandq_u32(rows, picked));
+            }
+        }
+    }
+    acc.map(|[a, b]| {
+        let v = join(a, b);
+        let lanes = [vgetq_lane_u32::<0>(v), vgetq_lane_u32::<1>(v), vgetq_lane_u32::<2>(v), vgetq_lane_u32::<3>(v)];
+        lanes.into_iter().fold(0, |a, b| if ADD { a.wrapping_add(b) } else { a ^ b })
+    })
 }
 
 /// One element, `W` words, each row seen through `of`.
