@@ -11,7 +11,7 @@ use ndarray::Array2;
 use trefoil::Result;
 use trefoil::net::shape::Profile;
 use trefoil::party::Role;
-use trefoil::plan::Radices;
+use trefoil::plan::{Radices, Setting};
 use trefoil::prf::PreparationSeed;
 use trefoil::protocol::argmax::argmax;
 use trefoil::protocol::compare::is_negative;
@@ -115,7 +115,7 @@ fn linear(c: &mut Criterion) {
 
 fn tournament(c: &mut Criterion) {
     for n in [2048, 32_000] {
-        let fastest = |net| Radices::fastest(n, 19, net);
+        let fastest = |net| Radices::fastest(n, 19, &Setting::of(net, None));
         for radices in [Radices::same(4), Radices::same(8), fastest(Some(Profile::NONE)), fastest(Some(Profile::WAN))] {
             operation(c, &format!("argmax_{n}_radix_{radices}"), n, (1, n, 19), |s, x| {
                 argmax(s, &Scope::new("head"), &x, radices.each(), &mut |_| Ok(()))

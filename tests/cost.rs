@@ -9,7 +9,7 @@ use trefoil::bench::{Harness, Measured, Pace, Part, Preset, count};
 use trefoil::model::{Arch, ModelConfig, Weights};
 use trefoil::net::MESSAGE_HEADER;
 use trefoil::net::shape::Profile;
-use trefoil::plan::{Module, Radices};
+use trefoil::plan::{Module, Radices, Setting};
 use trefoil::world::Setup;
 
 /// One layer of a preset.
@@ -253,7 +253,7 @@ fn the_counted_cost_is_the_metered_one() {
 #[test]
 fn argmax_of_32000() {
     for net in [None, Some(Profile::NONE), Some(Profile::WAN)] {
-        let radices = Radices::fastest(32_000, 23, net);
+        let radices = Radices::fastest(32_000, 23, &Setting::of(net, None));
         assert!(trefoil::protocol::argmax::cost(32_000, 23, radices.each()).depth <= 48);
     }
 }

@@ -18,7 +18,7 @@ use crate::net::shape::Profile;
 use crate::party::Role;
 use crate::plan::cost::Cost;
 use crate::plan::work::Work;
-use crate::plan::{F, Fractions, Plan, plan};
+use crate::plan::{F, Fractions, Plan, Setting, plan};
 use crate::predict::walk::{self, Cells};
 use crate::prf::PreparationSeed;
 use crate::protocol::gumbel::Gumbel;
@@ -66,7 +66,7 @@ pub fn random_weights(config: ModelConfig) -> Result<Weights> {
 ///
 /// # Errors
 /// [`Error::Model`] for weights that no plan fits.
-pub(super) fn planned(weights: &Weights, private_embedding: bool, net: Profile) -> Result<Plan> {
+pub(super) fn planned(weights: &Weights, private_embedding: bool, setting: impl Into<Setting>) -> Result<Plan> {
     let config = &weights.config;
     let ranges = calibrate::ranges(weights, 0, &calibrate::inputs(config, config.max_positions, None));
     let fractions = match weights.first_adapted().is_some() {
@@ -74,7 +74,7 @@ pub(super) fn planned(weights: &Weights, private_embedding: bool, net: Profile) 
         false => Fractions::least(config.num_layers),
     };
     let bounds = calibrate::bounds(weights, 0, &fractions)?;
-    Ok(plan(config, 0, private_embedding, &bounds, &ranges)?.on_network(config, Some(net)))
+    Ok(plan(config, 0, private_embedding, &bounds, &ranges)?.at(config, setting))
 }
 
 /// A model, prepared for all three parties.

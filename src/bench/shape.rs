@@ -4,7 +4,7 @@ use super::subject::{Changes, Shape};
 use super::{PRESETS, Preset, measure};
 use crate::error::{Error, Result};
 use crate::model::preparation::parse_private_layers;
-use crate::net::shape::Profile;
+use crate::plan::Setting;
 use crate::plan::memory::owner_words;
 use crate::predict::Source;
 
@@ -18,7 +18,7 @@ pub fn source(
     name: &str,
     private_layers: Option<&str>,
     changes: Changes,
-    (positions, net): (usize, Profile),
+    (positions, setting): (usize, Setting),
 ) -> Result<Source> {
     let mut models = PRESETS.iter().filter(|p| p.is_model());
     let preset: &'static Preset = models.clone().find(|p| p.name == name).ok_or_else(|| {
@@ -38,7 +38,7 @@ pub fn source(
     let weights = "random weights of a layer and the embedding";
     let bytes = 4 * preset.config(1, positions).parameter_count() + shape.lora_bytes()?;
     measure::memory_for(weights, bytes, "ask on a machine with more, or stop other programs")?;
-    let (config, plan) = shape.make(positions, net)?.model;
+    let (config, plan) = shape.make(positions, setting)?.model;
     let owner_bytes = 2 * owner_words(&config, &plan);
     Ok(Source { config, plan, owner_bytes })
 }

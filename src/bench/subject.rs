@@ -9,7 +9,7 @@ use crate::model::preparation::{Loaded, Options, split_layers};
 use crate::model::variant::Reshaping;
 use crate::model::{ModelConfig, Variant, Weights, calibrate};
 use crate::net::shape::Profile;
-use crate::plan::{Module, Plan};
+use crate::plan::{Module, Plan, Setting};
 
 /// What is measured.
 #[derive(Clone, Debug)]
@@ -212,13 +212,13 @@ impl Shape {
         Ok(14 * (rank * factors.iter().sum::<usize>()) as u64)
     }
 
-    pub(super) fn make(&self, positions: usize, net: Profile) -> Result<Made> {
+    pub(super) fn make(&self, positions: usize, setting: impl Into<Setting>) -> Result<Made> {
         let (private, layers) = (self.private(), self.preset.layers());
         let mut weights = random_weights(self.config(self.layers.unwrap_or(private), positions)?)?;
         if let Some(rank) = self.changes.lora {
             weights.adapt(&[Module::QProj, Module::VProj], rank, 8);
         }
-        let plan = planned(&weights, self.private_embedding(), net)?;
+        let plan = planned(&weights, self.private_embedding(), setting)?;
         let mut all = plan.clone();
         all.layers = plan.layers.iter().cycle().take(private).cloned().collect();
         let whole = (self.config(private, positions)?, all.clone());

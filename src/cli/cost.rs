@@ -7,6 +7,7 @@ use trefoil::bench;
 use trefoil::error::{Error, Result};
 use trefoil::model::preparation::Options;
 use trefoil::net::shape::Profile;
+use trefoil::plan::Setting;
 use trefoil::predict::{NamedLinks, Phase, Prediction, Rates, Source, predict};
 
 /// Options of `trefoil cost`.
@@ -38,6 +39,9 @@ pub struct Args {
     /// Network: none, lan (0.1 ms, 16 Gbit/s), wan (20 ms, 0.4 Gbit/s), or RTT_MS,GBPS. Round-trip figures.
     #[arg(long, default_value = "none")]
     net: String,
+    /// Cores of each party that are planned for, as `trefoil prepare` takes them; times are predicted for this machine's.
+    #[arg(long, value_name = "N")]
+    cores: Option<usize>,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -74,7 +78,12 @@ fn source(a: &Args, net: Profile) -> Result<Source> {
     if let Some(name) = &a.preset {
         let positions = a.context.unwrap_or(a.positions());
         within(a, positions)?;
-        return bench::source(name, a.private.private_layers.as_deref(), a.changes.changes(), (positions, net));
+        return bench::source(
+            name,
+            a.private.private_layers.as_deref(),
+            a.changes.changes(),
+            (positions, Setting::of(Some(net), a.cores)),
+        );
     }
     a.changes.refuse_beside_model()?;
     if Source::is_preparation(&a.model) {
@@ -83,6 +92,7 @@ fn source(a: &Args, net: Profile) -> Result<Source> {
             ("--adapter", a.private.adapter.is_some()),
             ("--private-layers", a.private.private_layers.is_some()),
             ("--context", a.context.is_some()),
+            ("--cores", a.cores.is_some()),
         ];
         if let Some((name, _)) = chosen.iter().find(|(_, given)| *given) {
             return Err(Error::Config(format!(
@@ -95,8 +105,8 @@ fn source(a: &Args, net: Profile) -> Result<Source> {
     let Chosen { model, adapter, config, private_layers } = a.private.chosen(&a.model)?;
     within(a, a.context.unwrap_or(usize::MAX).min(config.max_positions))?;
     let base = a.base.clone();
-    let net = Some(net);
-    let options = Options { private_layers, max_positions: a.context, base, adapter, net, ..Options::default() };
+    let (net, cores) = (Some(net), a.cores);
+    let options = Options { private_layers, max_positions: a.context, base, adapter, net, cores, ..Options::default() };
     Source::checkpoint(&model, &options)
 }
 

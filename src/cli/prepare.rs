@@ -12,6 +12,7 @@ use trefoil::model::preparation::Options;
 use trefoil::model::progress::Stage;
 use trefoil::model::store::OwnerPreparation;
 use trefoil::net::shape::Profile;
+use trefoil::plan::Setting;
 
 /// Options of `trefoil prepare`.
 #[derive(clap::Args)]
@@ -35,6 +36,9 @@ pub struct Args {
     /// messages. Default: 1 ms, 1 Gbit/s.
     #[arg(long, value_name = "PROFILE")]
     net: Option<Profile>,
+    /// Cores of each party: with more of them the plan takes more work for fewer messages.
+    #[arg(long, value_name = "N", default_value_t = Setting::default().cores)]
+    cores: usize,
     /// The directory to make. It must not exist: a changed model is a new preparation with a new seed.
     #[arg(long, value_name = "PREP")]
     out: PathBuf,
@@ -67,8 +71,9 @@ pub fn run(a: &Args) -> Result<()> {
     let Chosen { model, adapter, private_layers, .. } = a.private.chosen(&a.model)?;
     let calibration_text = a.calibration_text.as_deref().map(calibrate::read_text).transpose()?;
     let (progress, bar) = super::progress::bar(!a.json);
-    let (base, net) = (a.base.clone(), a.net);
-    let options = Options { private_layers, max_positions: a.context, base, adapter, calibration_text, net, progress };
+    let (base, net, cores) = (a.base.clone(), a.net, Some(a.cores));
+    let options =
+        Options { private_layers, max_positions: a.context, base, adapter, calibration_text, net, cores, progress };
     let begun = Instant::now();
     if !a.json {
         eprintln!("preparing {} (calibration, fixed point, the helper's half) ...", a.model.display());

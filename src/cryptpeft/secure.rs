@@ -17,7 +17,7 @@ use super::plan::{F_RELU, Plan, RELU_WINDOW};
 use super::prepare::Prepared;
 use crate::approx::{Activation, PositiveTable, SignedTable};
 use crate::error::{Error, Result};
-use crate::plan::{F, NormPlan, Radices};
+use crate::plan::{F, NormPlan, Radices, Setting};
 use crate::protocol::argmax::argmax;
 use crate::protocol::evaluate::{Lines, Table, line};
 use crate::protocol::guard::{RangeFlags, guard, guard_at_once};
@@ -362,7 +362,7 @@ impl SecureAdapter {
             Opened::Logits => open::open(w.s, &scope.at("logits"), &logits, ports.and_then(|p| p.logits.as_ref()))?,
             Opened::Label => {
                 let logits = truncate(&logits, logits.f() - p.f_logit)?.narrow(p.logit_k)?;
-                let radices = Radices::fastest(logits.rows().row(0).len(), p.logit_k, None);
+                let radices = Radices::fastest(logits.rows().row(0).len(), p.logit_k, &Setting::default());
                 let label = argmax(w.s, &scope.at("argmax"), &logits, radices.each(), &mut |_| Ok(()))?;
                 open::open(w.s, &scope.at("label"), &label, ports.and_then(|p| p.label.as_ref()))?;
             }

@@ -79,6 +79,7 @@ impl LocalOptions {
             adapter: self.adapter.clone(),
             calibration_text: self.calibration_text.clone(),
             net: Some(self.setup.profile),
+            cores: None,
             progress: self.progress.clone(),
         }
     }

@@ -10,7 +10,7 @@ use super::variant::{FILE, Record};
 use super::{Adapter, Checkpoint, ModelConfig, TextCodec, Weights, calibrate};
 use crate::error::{Error, Result};
 use crate::net::shape::Profile;
-use crate::plan::{self, Bounds, Plan, Ranges};
+use crate::plan::{self, Bounds, Plan, Ranges, Setting};
 use crate::prf::PreparationSeed;
 
 /// What the provider decides.
@@ -28,6 +28,8 @@ pub struct Options {
     pub calibration_text: Option<String>,
     /// The network that the parties are to be on, as far as it is known: the plan is made for it.
     pub net: Option<Profile>,
+    /// Cores of each party, as far as they are known: the plan is made for them.
+    pub cores: Option<usize>,
     /// Who is told how far it is.
     pub progress: Progress,
 }
@@ -146,8 +148,8 @@ pub struct Loaded {
     pub context: usize,
     /// What is private.
     pub split: Split,
-    /// The network that is planned for, if it is known.
-    pub net: Option<Profile>,
+    /// What is planned for.
+    pub setting: Setting,
     /// Who is told how far it is.
     pub progress: Progress,
 }
@@ -194,7 +196,8 @@ impl Loaded {
             }
         };
         let split = Split { first_private, private_embedding, public_head };
-        Ok(Loaded { weights, text, context, split, net: options.net, progress: options.progress.clone() })
+        let setting = Setting::of(options.net, options.cores);
+        Ok(Loaded { weights, text, context, split, setting, progress: options.progress.clone() })
     }
 
     /// What weights prove and calibration shows of the private layers.
@@ -222,7 +225,7 @@ impl Loaded {
         let mut plan = plan::propose(c, first, self.split.private_embedding, &bounds, &ranges)
             .map_err(|misfits| plan::refused(&misfits, |m| choice.explain(m)))?;
         plan.head.public |= self.split.public_head;
-        Ok(plan.on_network(c, self.net))
+        Ok(plan.at(c, self.setting))
     }
 
     /// The plan, a fresh seed, and the Owner's part under both.

@@ -4,10 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use super::adapter::{AdapterFractions, AdapterPlan, Group, Grouped};
 use super::block;
-use super::network::{MOST_PIECES, MOST_VALUES, Radices, most_alone, most_joint, pieces};
+use super::network::{MOST_PIECES, MOST_VALUES, Radices, Setting, most_alone, most_joint, pieces};
 use super::ranges::WIDEST_ALONE;
 use crate::model::{Activation, LayerShape, ModelConfig, Softmax};
-use crate::net::shape::Profile;
 
 /// Fraction bits of activations between operations.
 pub const F: u32 = 12;
@@ -528,20 +527,21 @@ impl Plan {
         Ok(())
     }
 
-    /// The same for this network; for one that is not known where there is none.
+    /// The same for this network and so many cores.
     #[must_use]
-    pub fn on_network(mut self, c: &ModelConfig, net: Option<Profile>) -> Plan {
-        self.head.radix = Radices::fastest(c.vocab_size, self.head.logit_k, net);
-        self.pieces = pieces(net);
+    pub fn at(mut self, c: &ModelConfig, setting: impl Into<Setting>) -> Plan {
+        let setting = &setting.into();
+        self.head.radix = Radices::fastest(c.vocab_size, self.head.logit_k, setting);
+        self.pieces = pieces(&setting.net);
         for (norm, n) in self.norms_mut(c) {
             let mut window = norm.window;
             if let Some(alone) = &mut norm.alone {
-                alone.most = most_alone(alone.window, norm.window, net);
+                alone.most = most_alone(alone.window, norm.window, setting);
                 window = alone.window;
             }
             // Where two windows serve the range, only what one alone is taken for can be scaled with it.
             let single = norm.alone.map_or(if norm.windows == 1 { MOST_VALUES } else { 0 }, |a| a.most);
-            norm.joint = most_joint(n, norm.k, window, net).min(single);
+            norm.joint = most_joint(n, norm.k, window, setting).min(single);
         }
         self
     }

@@ -21,7 +21,7 @@ pub use layer::{
     Alone, AttentionPlan, ExpPlan, Fractions, HeadPlan, LayerFractions, LayerPlan, MlpPlan, NormPlan, Plan,
 };
 pub use layer::{F, F_EXP, F_EXP_HI, F_EXP_LO, F_ROPE, FW_LEAST, FW_MOST};
-pub use network::Radices;
+pub use network::{Radices, Setting};
 pub use ranges::{
     Bounds, INPUT_LIMIT, LayerBounds, LayerRanges, MAX_TEMPERATURE, Misfit, Ranges, plan, propose, refused,
 };

@@ -1,4 +1,5 @@
-//! What a plan chooses for a network: messages against bytes and work. Every choice gives the same tokens, but for the rounding of a norm.
+//! What a plan chooses for a network and the parties' cores: messages against bytes and work. Every choice gives the same tokens, but for the
+//! rounding of a norm.
 //!
 //! **The radices of the tournament** that picks a token, level by level. A level of radix `r` makes one candidate of `r`. A large radix takes fewer levels, of 8 messages each, but `r - 1` comparisons for every two candidates:
 //! so radices grow from level to level, as the candidates get fewer, and all are larger where messages take long.
@@ -23,8 +24,54 @@ use crate::plan::cost::Cost;
 use crate::protocol::argmax::{self, MOST_RADIX};
 use crate::protocol::{lift, normalise, square};
 
-/// What a plan is made for whose network nobody has named: parties in one region.
-const UNNAMED: Profile = Profile { rtt: Duration::from_millis(1), bits_per_second: 1e9 };
+/// What a plan is made for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Setting {
+    /// The network between the parties.
+    pub net: Profile,
+    /// Cores of each party.
+    pub cores: usize,
+}
+
+/// Cores of a party of which nothing is known, and those of the machine whose times are below.
+const CORES: usize = 2;
+
+impl Default for Setting {
+    /// Parties in one region, of two cores.
+    fn default() -> Setting {
+        Setting { net: Profile { rtt: Duration::from_millis(1), bits_per_second: 1e9 }, cores: CORES }
+    }
+}
+
+impl From<Profile> for Setting {
+    fn from(net: Profile) -> Setting {
+        Setting { net, ..Setting::default() }
+    }
+}
+
+impl Setting {
+    /// As far as it is known.
+    #[must_use]
+    pub fn of(net: Option<Profile>, cores: Option<usize>) -> Setting {
+        let Setting { net: region, cores: few } = Setting::default();
+        Setting { net: net.unwrap_or(region), cores: cores.unwrap_or(few).max(1) }
+    }
+
+    /// Seconds of a message that takes so much by itself.
+    fn message(&self, by_itself: f64) -> f64 {
+        self.net.rtt.as_secs_f64() / 2.0 + by_itself
+    }
+
+    /// Seconds of so many bytes, in the network and at the parties.
+    fn bytes(&self, bytes: f64) -> f64 {
+        bytes * (8.0 / self.net.bits_per_second + self.work(BYTE))
+    }
+
+    /// Seconds of what takes so many on the measured machine's cores.
+    fn work(&self, seconds: f64) -> f64 {
+        seconds * CORES as f64 / self.cores as f64
+    }
+}
 
 /// Seconds of a message besides the network's: two threads take turns. This, and the two below, are of two cores of 2.5 GHz, by the tournaments of
 /// `cargo bench --bench protocols`; what counts is how they compare.
@@ -93,11 +140,11 @@ impl Radices {
         Radices(vec![radix])
     }
 
-    /// Those of `n` values of `k` bits that take least on `net`, of which no more is known where there is none: time of messages, bytes and
-    /// comparisons together, in at most 42 messages for up to 32,768 candidates.
+    /// Those of `n` values of `k` bits that take least at `setting`: time of messages, bytes and comparisons together, in at most 42 messages for up
+    /// to 32,768 candidates.
     #[must_use]
-    pub fn fastest(n: usize, k: u32, net: Option<Profile>) -> Radices {
-        let mut search = Search { k, net: net.unwrap_or(UNNAMED), known: HashMap::new() };
+    pub fn fastest(n: usize, k: u32, setting: &Setting) -> Radices {
+        let mut search = Search { k, setting: *setting, known: HashMap::new() };
         let levels = (LEVELS..).find(|l| 8usize.saturating_pow(*l as u32) >= n).unwrap_or(LEVELS);
         let (mut radices, mut left) = (Vec::new(), n);
         while let Some((_, radix)) = search.best(left, levels - radices.len()).filter(|_| left > 1) {
@@ -126,31 +173,28 @@ impl Radices {
 }
 
 /// Up to how many values of a pass a single window of `2^alone` rows takes less than two of `2^window` rows and a selection.
-pub(super) fn most_alone(alone: u32, window: u32, net: Option<Profile>) -> usize {
-    let net = net.unwrap_or(UNNAMED);
+pub(super) fn most_alone(alone: u32, window: u32, setting: &Setting) -> usize {
     let rows = (1u64 << alone).saturating_sub(2 << window) as f64;
-    let saved = 2.0 * (net.rtt.as_secs_f64() / 2.0 + MESSAGE);
-    let each = rows * (BUSY * ROW + (8.0 / net.bits_per_second + BYTE) / 8.0);
+    let saved = 2.0 * setting.message(MESSAGE);
+    let each = setting.work(rows * BUSY * ROW) + setting.bytes(rows / 8.0);
     ((saved / each) as usize).min(MOST_VALUES)
 }
 
 /// Up to how many values of a pass, each of a group of `n` elements in ring `k`, one exchange for root and scaling takes less than one for
 /// each: two messages fewer, but the lift of the group and two words more than twice for each of its elements.
-pub(super) fn most_joint(n: usize, k: u32, window: u32, net: Option<Profile>) -> usize {
-    let net = net.unwrap_or(UNNAMED);
+pub(super) fn most_joint(n: usize, k: u32, window: u32, setting: &Setting) -> usize {
     let bytes = |c: &Cost| (c.online_bytes() + c.ahead_bytes()) as f64;
     let apart = bytes(&square::scale_cost(n, 1, k)) + ((1 << window) / 8) as f64;
     let more = bytes(&lift::cost(n, k, 64)) + bytes(&normalise::cost(1, n, 1 << window)) - apart;
-    let saved = 2.0 * (net.rtt.as_secs_f64() / 2.0 + TURN);
-    let each = more * (8.0 / net.bits_per_second + BYTE) + n as f64 * ELEMENT;
+    let saved = 2.0 * setting.message(TURN);
+    let each = setting.bytes(more) + setting.work(n as f64 * ELEMENT);
     ((saved / each) as usize).min(MOST_VALUES)
 }
 
 /// Pieces in which a prompt goes through its largest exchanges, at most: the more, the sooner all parties and both directions of the links are
 /// busy, but each takes a message (`trefoil bench --preset h768 --test pp128`, with `--net`). In one process all parties compute as fast as
 /// they can, and there is nothing to wait for meanwhile.
-pub(super) fn pieces(net: Option<Profile>) -> usize {
-    let net = net.unwrap_or(UNNAMED);
+pub(super) fn pieces(net: &Profile) -> usize {
     match net.bits_per_second {
         _ if net.is_none() => 1,
         fast if fast > 4e9 => MOST_PIECES / 2,
@@ -166,7 +210,7 @@ pub(super) const MOST_VALUES: usize = 1 << 10;
 
 struct Search {
     k: u32,
-    net: Profile,
+    setting: Setting,
     known: HashMap<(usize, usize), Option<(f64, usize)>>,
 }
 
@@ -198,9 +242,9 @@ impl Search {
         let c: Cost = argmax::level_cost(n, self.k, radix);
         let bytes = (c.online_bytes() + c.ahead_bytes()) as f64;
         let comparisons = n.div_ceil(radix) * radix * (radix - 1) / 2;
-        f64::from(c.depth) * (self.net.rtt.as_secs_f64() / 2.0 + MESSAGE)
-            + bytes * (8.0 / self.net.bits_per_second + BYTE)
-            + comparisons as f64 * COMPARISON
+        f64::from(c.depth) * self.setting.message(MESSAGE)
+            + self.setting.bytes(bytes)
+            + self.setting.work(comparisons as f64 * COMPARISON)
     }
 }
 
@@ -209,7 +253,7 @@ mod tests {
     use super::*;
 
     fn messages(n: usize, net: Option<Profile>) -> (u32, usize, Radices) {
-        let r = Radices::fastest(n, 19, net);
+        let r = Radices::fastest(n, 19, &Setting::of(net, None));
         assert!(r.sound(n), "{n}: {r}");
         let (mut left, mut comparisons) = (n, 0);
         for radix in r.each() {
@@ -235,17 +279,17 @@ mod tests {
 
     #[test]
     fn few_values_take_a_window_alone() {
-        let most = |net| most_alone(16, 12, net);
+        let most = |net| most_alone(16, 12, &Setting::of(net, None));
         assert_eq!(most(Some(Profile::NONE)), 0);
         assert!(most(None) >= 1 && most(Some(Profile::WAN)) > 5 * most(None));
-        assert_eq!(most_alone(17, 12, None), 0);
+        assert_eq!(most_alone(17, 12, &Setting::default()), 0);
         let endless = Profile { rtt: Duration::from_secs(60), ..Profile::WAN };
-        assert_eq!(most_alone(13, 12, Some(endless)), MOST_VALUES);
+        assert_eq!(most_alone(13, 12, &endless.into()), MOST_VALUES);
     }
 
     #[test]
     fn few_and_short_groups_are_scaled_with_their_roots() {
-        let most = |n, net| most_joint(n, 24, 14, net);
+        let most = |n, net| most_joint(n, 24, 14, &Setting::of(net, None));
         assert_eq!([64, 256, 2048].map(|n| most(n, Some(Profile::NONE))), [0; 3]);
         assert_eq!(most(4096, None), 0, "four messages are faster than its bytes");
         for n in [64, 256, 2048] {
@@ -256,8 +300,8 @@ mod tests {
 
     #[test]
     fn a_network_carries_pieces() {
-        let nets = [Some(Profile::NONE), Some(Profile::LAN), Some(Profile::WAN), None];
-        assert_eq!(nets.map(pieces), [1, 4, 8, 8]);
+        let nets = [Profile::NONE, Profile::LAN, Profile::WAN, Setting::default().net];
+        assert_eq!(nets.map(|net| pieces(&net)), [1, 4, 8, 8]);
     }
 
     #[test]
@@ -270,10 +314,20 @@ mod tests {
     }
 
     #[test]
+    fn more_cores_take_more_work_for_fewer_messages() {
+        let with = |cores| Setting::of(None, Some(cores));
+        assert!(most_alone(16, 12, &with(32)) > most_alone(16, 12, &with(1)));
+        assert!(most_joint(256, 24, 14, &with(32)) > most_joint(256, 24, 14, &with(1)));
+        let depth = |cores| argmax::depth(2048, Radices::fastest(2048, 19, &with(cores)).each());
+        assert!(depth(32) < depth(1));
+        assert_eq!(with(0), with(1));
+    }
+
+    #[test]
     fn written_as_earlier_versions_did() {
         assert_eq!(serde_json::to_string(&Radices::same(8)).unwrap(), "8");
         assert_eq!(serde_json::from_str::<Radices>("8").unwrap(), Radices::same(8));
-        let each = Radices::fastest(2048, 19, None);
+        let each = Radices::fastest(2048, 19, &Setting::default());
         assert_eq!(serde_json::from_str::<Radices>(&serde_json::to_string(&each).unwrap()).unwrap(), each);
     }
 

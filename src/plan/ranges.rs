@@ -18,7 +18,7 @@ use super::layer::{
     Alone, F, F_ROPE, FW_LEAST, GAIN_LEAST, GAIN_MOST, HeadPlan, LayerFractions, LayerPlan, NormPlan, Plan, ROTATION,
     f_inverse, least_gain, log2_ceil, most_gain, softmax_mass, widest_square,
 };
-use super::network::Radices;
+use super::network::{Radices, Setting};
 use super::softmax::{PositiveParts, Steps, attention, normalised};
 use crate::error::{Error, Result};
 use crate::model::config::{LayerShape, ModelConfig, Softmax};
@@ -333,7 +333,7 @@ pub fn propose(
         layers,
         head,
     };
-    Ok(plan.on_network(config, None))
+    Ok(plan.at(config, Setting::default()))
 }
 
 /// How much larger the rotation makes the ring's value of a query or key: [`F_ROPE`] fraction bits more, and at worst both of a pair in one.

@@ -99,7 +99,7 @@ fn source(loaded: &Loaded, bounds: &Bounds, ranges: &Ranges, t: Technique, net: 
     // The sum of several heads' scores over the root of their number.
     bounds.layers.iter_mut().for_each(|b| b.score *= (t.reshaping.merged as f64).sqrt());
     let ranges = Ranges { layers: ranges.layers[first..].to_vec(), ..ranges.clone() };
-    let plan = plan::plan(&config, first, private_embedding, &bounds, &ranges)?.on_network(&config, Some(net));
+    let plan = plan::plan(&config, first, private_embedding, &bounds, &ranges)?.at(&config, net);
     let owner_bytes = 2 * owner_words(&config, &plan);
     Ok(Source { config, plan, owner_bytes })
 }

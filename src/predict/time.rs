@@ -1,7 +1,8 @@
 //! From counted work to seconds.
 //!
 //! A pass is a sequence of exchanges: the Owner computes and asks, the Helper computes and answers. Its time, with the
-//! run-ahead work already done ("ready"), is the online work of both, one after the other, plus what the messages take.
+//! run-ahead work already done ("ready"), is the online work of both, one after the other, plus what the messages take. A prompt's largest
+//! exchanges go in pieces ([`crate::protocol::pieces`]), so that work and both directions of the link overlap.
 //! Sustained, all work counts: in one process it shares the cores; on one machine each, the slowest of the three and of
 //! their links sets the pace.
 
@@ -16,6 +17,7 @@ use crate::net::Lane;
 use crate::net::shape::Profile;
 use crate::party::Role;
 use crate::plan::work::{Counts, Part};
+use crate::protocol::pieces;
 
 /// Seconds of a pass by part.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
@@ -70,18 +72,18 @@ pub(super) fn phase(stretch: &Stretch, s: &Source, net: Profile, rates: &Rates) 
         one_process.seconds(&work(&all, lane, stretch, layers, rates)[1])
     };
     let sent = |from: Role, to: Role| stretch.links[from.index()][to.index()];
-    let wire: f64 = [
-        (Role::Client, Role::Owner),
+    let wires = [
         (Role::Owner, Role::Helper),
         (Role::Helper, Role::Owner),
+        (Role::Client, Role::Owner),
         (Role::Owner, Role::Client),
     ]
-    .iter()
-    .map(|&(a, b)| bits_s(sent(a, b).online_bytes, net) / passes)
-    .sum();
+    .map(|(a, b)| bits_s(sent(a, b).online_bytes, net) / passes);
+    let wire: f64 = wires.iter().sum();
     let depth = f64::from(stretch.depth) / passes;
     let woken = if net.is_none() { 0.0 } else { rates.overheads.woken_s };
-    let network = depth * (net.rtt.as_secs_f64() / 2.0 + ready.message_s + woken) + wire;
+    let overlapped = overlap(stretch, s.plan.pieces, [wires[0], wires[1], parts[1] + parts[2]]);
+    let network = depth * (net.rtt.as_secs_f64() / 2.0 + ready.message_s + woken) + wire - overlapped;
     let (client, helper) = (alone(Role::Client, Lane::Ahead), alone(Role::Helper, Lane::Ahead));
     let public = public_layers(stretch, s, rates) / passes;
     let seconds = Seconds {
@@ -112,6 +114,19 @@ pub(super) fn phase(stretch: &Stretch, s: &Source, net: Profile, rates: &Rates) 
         run_ahead: ms(seconds.run_ahead),
     };
     Phase { parts_ms, ready_ms: ms(ready), sustained_ms: ms(sustained), one_process_ms: ms(one_process) }
+}
+
+/// Of what attention and MLPs compute and send, the share that goes in pieces (`trefoil bench --preset h768 --test pp128` on three networks).
+const IN_PIECES: f64 = 0.75;
+
+/// Seconds by which the longest of these stages hides the others: with `n` pieces all but an `n`-th of them.
+fn overlap(stretch: &Stretch, most_pieces: usize, stages: [f64; 3]) -> f64 {
+    if stretch.passes != 1 {
+        return 0.0;
+    }
+    let n = (stretch.tokens / pieces::LEAST_ROWS).clamp(1, most_pieces.max(1)) as f64;
+    let longest = stages.iter().copied().fold(0.0, f64::max);
+    IN_PIECES * (stages.iter().sum::<f64>() - longest) * (1.0 - 1.0 / n)
 }
 
 /// What a pass's times are fitted to.

@@ -1,7 +1,7 @@
 //! Signs, argmax and sampling.
 
 use proptest::prelude::*;
-use trefoil::plan::Radices;
+use trefoil::plan::{Radices, Setting};
 use trefoil::protocol::argmax::{self, argmax};
 use trefoil::protocol::compare::{self, is_negative};
 use trefoil::protocol::gumbel::{CLIP, Gumbel};
@@ -127,7 +127,7 @@ fn ties_go_to_the_lower_index() {
 
 #[test]
 fn argmax_of_a_vocabulary_and_its_cost() {
-    let fastest = Radices::fastest(2048, 19, None);
+    let fastest = Radices::fastest(2048, 19, &Setting::default());
     for (n, radices) in [(2048, &[4][..]), (2048, &[8]), (1000, &[2]), (2048, fastest.each()), (300, &[3, 12])] {
         let x = Random(n as u64).signed(n, 18, 19);
         let (ran, given) = largest(&x, n, 19, radices, &[1]);

@@ -48,9 +48,7 @@ pub fn plan_of(w: &Weights, private_layers: Option<usize>) -> Plan {
     let ranges = ranges(w, first, &inputs(&w.config, w.config.max_positions, None));
     let bounds = bounds(w, first, &fractions).unwrap();
     // Here passes of different lengths are walked together, which no request does and norms that go by their length refuse.
-    trefoil::plan::plan(&w.config, first, private_embedding, &bounds, &ranges)
-        .unwrap()
-        .on_network(&w.config, Some(Profile::NONE))
+    trefoil::plan::plan(&w.config, first, private_embedding, &bounds, &ranges).unwrap().at(&w.config, Profile::NONE)
 }
 
 /// What the Helper gets before any session.
