@@ -196,6 +196,37 @@ fn a_pass_that_verifies_drafts_costs_what_it_declares() {
     }
 }
 
+/// Pieces of a prompt carry what the whole does, but for their headers, in as many messages in sequence; and the walk of a short prompt
+/// says so of a long one.
+#[test]
+fn pieces_cost_their_headers() {
+    let config = ModelConfig { max_positions: 200, ..tiny() };
+    let fast = Profile { bits_per_second: 1e12, ..Profile::NONE };
+    let on =
+        |profile| Harness::new(config.clone(), Setup { profile, ahead_capacity: 1 << 30, ..Setup::default() }).unwrap();
+    let (whole, pieces) = (on(Profile::NONE), on(fast));
+    assert_eq!((whole.plan().pieces, pieces.plan().pieces), (1, 4));
+    for tokens in [31, 32, 50, 77, 160] {
+        let [a, b] = [&whole, &pieces].map(|layer| layer.measure(Part::Layers, Pace::OneBatch, 0, &[tokens]).unwrap());
+        assert_eq!(a.depth, b.depth, "{tokens} tokens");
+        let n = (tokens as u64 / 16).clamp(1, 4);
+        for (a, b) in a.sent.iter().flatten().zip(b.sent.iter().flatten()) {
+            assert_eq!(b.online_bytes - a.online_bytes, (b.messages - a.messages) * MESSAGE_HEADER as u64);
+            assert_eq!(b.ahead_bytes - a.ahead_bytes, (b.ahead_messages - a.ahead_messages) * MESSAGE_HEADER as u64);
+        }
+        // Codes, thresholds, their ends, exponential; gate, the lift beside it, their product.
+        assert_eq!(b.sent[0][2].messages - a.sent[0][2].messages, 7 * (n - 1), "{tokens} tokens");
+        declared_is_metered(&b, &[(tokens * 64, pieces.plan().residual_k)]);
+        let counted = count(&config, pieces.plan(), Part::Layers, 0, &[tokens]).unwrap();
+        assert_eq!((b.sent, b.depth), (counted.sent, counted.depth), "{tokens} tokens");
+    }
+    // Passes side by side of which none is cut, and such that the Owner would cut.
+    let together = |layer: &Harness, passes| layer.measure(Part::Layers, Pace::OneBatch, 20, passes);
+    assert_eq!(together(&whole, &[31, 31]).unwrap().sent, together(&pieces, &[31, 31]).unwrap().sent);
+    let error = together(&pieces, &[40, 40]).unwrap_err().to_string();
+    assert!(error.contains("ended the session: internal"), "{error}");
+}
+
 /// Over a network a party's turn is one frame to a peer, whatever it sends, but for what is longer than a record; and the results and
 /// the counts are those of messages by themselves.
 #[test]

@@ -29,7 +29,13 @@ fn exact(weights: &Weights, text: Option<Vec<u32>>, private: Option<usize>, prom
 }
 
 #[track_caller]
-fn exact_with(weights: &Weights, text: Option<Vec<u32>>, options: LocalOptions, prompt: &[u32], new: usize) {
+fn exact_with(
+    weights: &Weights,
+    text: Option<Vec<u32>>,
+    options: LocalOptions,
+    prompt: &[u32],
+    new: usize,
+) -> Vec<u32> {
     let context = prompt.len() + new;
     let options = LocalOptions { max_positions: Some(context), ..options };
     let mut local = Local::start(weights.clone(), text, options).unwrap();
@@ -61,6 +67,7 @@ fn exact_with(weights: &Weights, text: Option<Vec<u32>>, options: LocalOptions, 
     }
     assert_eq!(walked.prefill.depth + walked.decode.depth, depth, "messages in sequence");
     assert_eq!(walked.layer_messages.iter().max(), report.layer_messages.iter().max());
+    out.tokens
 }
 
 #[test]
@@ -98,7 +105,7 @@ fn the_bundled_model() {
 }
 
 /// On a network norms of few values take one window in place of two: in decode, for the row that a head reads, and in short prompts; a long prompt,
-/// of which a shorter one is walked, does not.
+/// of which a shorter one is walked, does not. Prompts of 32 tokens and more go in pieces. The tokens are those without a network.
 #[test]
 fn the_bundled_model_on_a_network() {
     let mut w = models::load(&models::quill());
@@ -110,7 +117,9 @@ fn the_bundled_model_on_a_network() {
     assert!(most.iter().any(|most| (1..41).contains(most)), "{most:?}");
     few.finish().unwrap();
     for (prompt, new) in [(2, 3), (41, 2), (90, 2)] {
-        exact_with(&w, Some(ids.clone()), options(), &ids[..prompt], new);
+        let there = exact_with(&w, Some(ids.clone()), options(), &ids[..prompt], new);
+        let here = exact_with(&w, Some(ids.clone()), LocalOptions::new(Some(2)), &ids[..prompt], new);
+        assert_eq!(there, here, "{prompt} tokens");
     }
 }
 

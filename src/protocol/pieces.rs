@@ -8,8 +8,8 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use crate::error::Result;
-use crate::session::{Scope, Session};
+use crate::error::{Error, Result};
+use crate::session::{Pass, Scope, Session};
 use crate::share::{Masked, Rows};
 
 /// Rows that a piece has at least, on average.
@@ -20,18 +20,28 @@ pub struct Pieces(Vec<Range<usize>>);
 
 impl Pieces {
     /// The rows of a prompt in at most `most` pieces of about as many elements, all but the last of a multiple of 8 rows, so that no
-    /// message has padding of its own. One piece where several passes are walked together, or not all rows have elements.
-    #[must_use]
-    pub fn of(s: &mut Session, rows: &Rows, most: usize) -> Pieces {
+    /// message has padding of its own. One piece where not all rows have elements.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] if passes are walked together of which the Owner, who walks each by itself, would cut one.
+    pub fn of(s: &mut Session, rows: &Rows, most: usize) -> Result<Pieces> {
         let tokens = rows.tokens();
+        let pieces = |tokens: usize| (tokens / LEAST_ROWS).clamp(1, most.max(1));
         let one = Pieces(std::iter::once(0..tokens).collect());
-        if s.passes().len() != 1 || (0..tokens).any(|t| rows.row(t).is_empty()) {
-            return one;
+        let last_only = |p: &Pass| p.tokens.clone().any(|t| rows.row(t).is_empty());
+        if s.passes().iter().all(last_only) {
+            return Ok(one);
+        }
+        if s.passes().len() != 1 {
+            return match s.passes().iter().any(|p| pieces(p.tokens.len()) > 1) {
+                true => Err(Error::Internal("a prompt in pieces is walked by itself".into())),
+                false => Ok(one),
+            };
         }
         let longer = s.stands_for();
-        let n = (longer.unwrap_or(tokens) / LEAST_ROWS).clamp(1, most.max(1));
+        let n = pieces(longer.unwrap_or(tokens));
         if n == 1 {
-            return one;
+            return Ok(one);
         }
         s.in_pieces(n);
         let cut = |i: usize| match longer {
@@ -43,7 +53,7 @@ impl Pieces {
                 row.next_multiple_of(8).min(tokens)
             }
         };
-        Pieces((0..n).map(|i| cut(i)..cut(i + 1)).collect())
+        Ok(Pieces((0..n).map(|i| cut(i)..cut(i + 1)).collect()))
     }
 
     /// Begins with each piece in turn: `op` gets its rows.

@@ -126,7 +126,7 @@ fn exponential(
     let t = Thermometer { step_bits: p.step_bits, base: p.base, n: p.steps };
     // All passes of a batch and all parties must agree on the counters: sized for the cache's end, publicly known.
     let (counter, count_bits) = (counter_bits(c.config.max_positions), c.flags.count_bits());
-    let pieces = Pieces::of(c.s, s.rows(), c.pieces);
+    let pieces = Pieces::of(c.s, s.rows(), c.pieces)?;
     let codes = pieces.start(c.s, scope, |session, scope, rows| {
         let (s, lengths) = (pieces.rows(s, rows)?, &lengths[rows.clone()]);
         let codes = thermometer::start(session, &scope.at("max"), &s, lengths, counter, &t, count_bits)?;

@@ -79,7 +79,7 @@ pub(super) fn mlp(
     let up = if t.gated { Some(both.columns(m..2 * m)?) } else { None };
     // What down reads is in ring 64 - f_table.
     let ring = if t.gated { 64 } else { 64 - p.f_table + (t.f - F) };
-    let pieces = Pieces::of(c.s, gate.rows(), c.pieces);
+    let pieces = Pieces::of(c.s, gate.rows(), c.pieces)?;
     let activated = pieces.start(c.s, &scope, |s, scope, rows| {
         let gate = pieces.rows(&gate, rows)?;
         let mut activated = Vec::new();
