@@ -318,7 +318,8 @@ mod tests {
         let with = |cores| Setting::of(None, Some(cores));
         assert!(most_alone(16, 12, &with(32)) > most_alone(16, 12, &with(1)));
         assert!(most_joint(256, 24, 14, &with(32)) > most_joint(256, 24, 14, &with(1)));
-        let depth = |cores| argmax::depth(2048, Radices::fastest(2048, 19, &with(cores)).each());
+        let here = |cores| Setting { cores, ..Profile::NONE.into() };
+        let depth = |cores| argmax::depth(2048, Radices::fastest(2048, 19, &here(cores)).each());
         assert!(depth(32) < depth(1));
         assert_eq!(with(0), with(1));
     }
