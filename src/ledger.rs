@@ -122,7 +122,7 @@ pub enum Doing {
 pub struct Spent {
     /// Nanoseconds, last by [`Doing`].
     pub ns: [[[u64; 4]; 2]; KINDS],
-    /// Bytes sent, frame headers included.
+    /// Bytes sent, message headers included.
     pub bytes: [[u64; 2]; KINDS],
     /// Messages sent.
     pub messages: [[u64; 2]; KINDS],

@@ -222,9 +222,18 @@ impl Session {
     pub(crate) fn piece<T>(&mut self, rows: usize, op: impl FnOnce(&mut Session) -> Result<T>) -> Result<T> {
         let piece = Pass { number: self.the_pass()?, tokens: 0..rows };
         let whole = std::mem::replace(&mut self.passes, vec![piece]);
-        let out = op(self);
+        let out = op(self).and_then(|out| self.end_turn().map(|()| out));
         self.passes = whole;
         out
+    }
+
+    /// What was gathered for a piece leaves: its receiver has nothing else to wait for, though more is to follow.
+    fn end_turn(&self) -> Result<()> {
+        match self.role {
+            Role::Owner => self.links.flush(Lane::Online),
+            Role::Helper => self.leave(0, Box::new(|links| links.flush(Lane::Online))),
+            Role::Client => Ok(()),
+        }
     }
 
     /// An exchange of the pass is in so many pieces: more jobs wait, of fewer rows each.

@@ -220,6 +220,14 @@ fn pieces_cost_their_headers() {
         let counted = count(&config, pieces.plan(), Part::Layers, 0, &[tokens]).unwrap();
         assert_eq!((b.sent, b.depth), (counted.sent, counted.depth), "{tokens} tokens");
     }
+    // More than may be under way at once: the later ones wait for the earlier, and the walk of short prompts knows.
+    let wide = ModelConfig { intermediate_size: 8192, max_positions: 450, ..tiny() };
+    let setup = Setup { profile: fast, ahead_capacity: 1 << 30, ..Setup::default() };
+    let layer = Harness::new(wide.clone(), setup).unwrap();
+    let metered = layer.measure(Part::Layers, Pace::OneBatch, 0, &[440]).unwrap();
+    let counted = count(&wide, layer.plan(), Part::Layers, 0, &[440]).unwrap();
+    assert_eq!((metered.sent, metered.depth), (counted.sent, counted.depth));
+    assert_eq!(metered.depth, layer.run(0, &[20]).unwrap().depth + 12, "four pieces, one at a time");
     // Passes side by side of which none is cut, and such that the Owner would cut.
     let together = |layer: &Harness, passes| layer.measure(Part::Layers, Pace::OneBatch, 20, passes);
     assert_eq!(together(&whole, &[31, 31]).unwrap().sent, together(&pieces, &[31, 31]).unwrap().sent);

@@ -123,7 +123,7 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Bytes received from `peer`, frame headers included: online, ahead.
+    /// Bytes received from `peer`, message headers included: online, ahead.
     pub fn received(&self, peer: Role) -> [u64; 2] {
         self.channel(peer).map_or([0; 2], |c| c.received())
     }

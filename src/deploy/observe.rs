@@ -164,7 +164,7 @@ impl Collector for Live {
                 (vec![("peer", names[p.index()].as_str()), ("lane", name)], bytes)
             })
         });
-        counters(e, ("received", "Bytes received, frame headers included", Some(&Unit::Bytes)), received)?;
+        counters(e, ("received", "Bytes received, message headers included", Some(&Unit::Bytes)), received)?;
         let ended = [("begun", begun), ("failed", failed)].map(|(state, n)| (vec![("state", state)], n as f64));
         counters(e, ("sessions", "Sessions, by what became of them; all have begun", None), ended)?;
         counters(e, ("requests", "Requests answered", None), [(vec![], sums.requests as f64)])?;

@@ -95,7 +95,7 @@ impl LocalOptions {
 /// Bytes and messages of a directed link.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct LinkReport {
-    /// Online bytes, frame headers included.
+    /// Online bytes, message headers included.
     pub online_bytes: u64,
     /// Run-ahead bytes.
     pub ahead_bytes: u64,

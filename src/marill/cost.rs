@@ -27,7 +27,7 @@ pub struct Phase {
     /// Milliseconds of wall time, all three parties on this machine, run-ahead included: of the prompt that took least, since
     /// whatever else runs on the machine only adds.
     pub ms: f64,
-    /// Bytes online, all links, frame headers included.
+    /// Bytes online, all links, message headers included.
     pub online_bytes: f64,
     /// Bytes ahead of it.
     pub ahead_bytes: f64,

@@ -256,7 +256,7 @@ impl Inbox {
         pushed.saturating_sub(self.ahead_taken.load(Relaxed))
     }
 
-    /// Bytes that were ever pushed, frame headers included, per lane (online, ahead).
+    /// Bytes that were ever pushed, message headers included, per lane (online, ahead).
     #[must_use]
     pub fn pushed(&self) -> [u64; 2] {
         [self.pipes[0].lock().written, self.pipes[1].lock().written]

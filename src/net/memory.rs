@@ -36,7 +36,7 @@ impl MemoryChannel {
         self
     }
 
-    /// Bytes that this end has written so far, frame headers included, per lane (online, ahead).
+    /// Bytes that this end has written so far, message headers included, per lane (online, ahead).
     #[must_use]
     pub fn written(&self) -> [u64; 2] {
         self.peers.pushed()

@@ -6,7 +6,8 @@
 //! [`meter`] counts, [`shape`] simulates a network, [`tamper`] plays the adversary in tests.
 //!
 //! What operations send over a network is gathered: the messages of a party's turn to one peer leave in one *frame*, when the party begins to
-//! wait or [`GATHERED`] bytes have come together. So a long message leaves at once, and travels while the next one is computed.
+//! wait or [`GATHERED`] bytes have come together. A long message leaves at once, behind those before it, and travels while the next one is
+//! computed.
 
 pub(crate) mod hollow;
 pub mod inbox;
@@ -194,18 +195,22 @@ impl Abort {
     }
 }
 
-impl Outbox {
-    fn leave(&mut self, channel: &Arc<dyn Channel>, lane: Lane) -> Result<(), PeerFault> {
-        self.bytes = 0;
-        channel.send_frame(lane, std::mem::take(&mut self.messages))
-    }
-}
-
 /// Messages to one peer on one lane that wait for their frame to be full, or for their sender to wait.
 #[derive(Default)]
 struct Outbox {
     messages: Vec<Message>,
     bytes: usize,
+    /// The name of the first.
+    step: Option<Address>,
+}
+
+impl Outbox {
+    /// Sends what there is to `to`.
+    fn leave(&mut self, channel: &Arc<dyn Channel>, to: Role, lane: Lane) -> Result<()> {
+        let Some(step) = self.step.take() else { return Ok(()) };
+        self.bytes = 0;
+        channel.send_frame(lane, std::mem::take(&mut self.messages)).map_err(|kind| blame(to, &step, kind))
+    }
 }
 
 /// One party's links to its two peers. Cheap to clone.
@@ -273,12 +278,17 @@ impl Links {
         let mut message = Message { tag: step.tag(), depth: 0, not_before: None, payload };
         let mut outbox = self.outbox(lane, to);
         channel.stamp(lane, &mut message);
+        if message.payload.len() >= GATHERED {
+            // Not with it: they would arrive when it has.
+            outbox.leave(channel, to, lane)?;
+        }
         outbox.bytes += message.payload.len() + MESSAGE_HEADER;
         outbox.messages.push(message);
-        if outbox.bytes < full && channel.gathers() {
-            return Ok(());
+        outbox.step.get_or_insert_with(|| step.clone());
+        match outbox.bytes < full && channel.gathers() {
+            true => Ok(()),
+            false => outbox.leave(channel, to, lane),
         }
-        outbox.leave(channel, lane).map_err(|kind| blame(to, step, kind))
     }
 
     fn outbox(&self, lane: Lane, to: Role) -> MutexGuard<'_, Outbox> {
@@ -289,26 +299,14 @@ impl Links {
     /// What was gathered on `lane` leaves. Every thread does so for its own lane before it waits: for a message it need not be told.
     ///
     /// # Errors
-    /// [`Error::Peer`] naming the peer.
+    /// [`Error::Peer`] naming the first peer to which it could not be sent; the other has its own all the same.
     pub fn flush(&self, lane: Lane) -> Result<()> {
-        self.leave(lane, || "the end of a turn".into())
-    }
-
-    fn leave(&self, lane: Lane, step: impl Fn() -> String) -> Result<()> {
-        for to in Role::ALL {
-            let mut outbox = self.outbox(lane, to);
-            if !outbox.messages.is_empty() {
-                let left = outbox.leave(self.channel(to)?, lane);
-                left.map_err(|kind| Error::Peer { role: to, step: step(), kind })?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Online messages leave before this thread waits for one named `step`. Not those that run ahead: they may have to wait for room, which
-    /// the walk's own thread can afford.
-    fn before_waiting(&self, step: &Address) -> Result<()> {
-        self.leave(Lane::Online, || step.to_string())
+        let leave = |to: Role| match self.channel(to) {
+            Ok(channel) => self.outbox(lane, to).leave(channel, to, lane),
+            // No peer, nothing gathered.
+            Err(_) => Ok(()),
+        };
+        Role::ALL.map(leave).into_iter().collect()
     }
 
     /// Receives exactly `len` bytes under the name `step`.
@@ -318,7 +316,8 @@ impl Links {
     pub fn recv(&self, from: Role, lane: Lane, step: &Address, len: usize) -> Result<Vec<u8>> {
         let (channel, tag) = (self.channel(from)?, step.tag());
         if lane == Lane::Ahead || !channel.ready(lane, tag) {
-            self.before_waiting(step)?;
+            // Not what runs ahead: it may have to wait for room, which the walk's own thread alone can afford.
+            self.flush(Lane::Online)?;
         }
         let message = channel.recv(lane, tag, len, self.timeout).map_err(|kind| blame(from, step, kind))?;
         Ok(message.payload)
@@ -329,7 +328,7 @@ impl Links {
     /// # Errors
     /// [`Error::Peer`] naming the peer and the step.
     pub fn drain(&self, from: Role, lane: Lane, step: &Address, len: usize) -> Result<(Vec<u8>, u64)> {
-        self.before_waiting(step)?;
+        self.flush(Lane::Online)?;
         let got = self.channel(from)?.drain(lane, step.tag(), len, self.timeout);
         let (message, dropped) = got.map_err(|kind| blame(from, step, kind))?;
         Ok((message.payload, dropped))
@@ -409,22 +408,22 @@ mod tests {
         // What the others were told before it had that message says so.
         let got = |n, len| owner.recv(Lane::Online, step(n).tag(), len, Duration::from_secs(1)).unwrap();
         assert_eq!([got(0, 100).depth, got(2, 100).depth], [1, 1]);
-        // A long one leaves with those before it, and one that is sent at once as well.
+        // A long one leaves at once, behind those before it; one that is sent at once with them.
         say(3, 10);
         assert!(!arrived(3));
         say(4, GATHERED);
-        assert!(arrived(3) && arrived(4) && frames() == 2);
+        assert!(arrived(3) && arrived(4) && frames() == 3);
         say(5, 10);
         links.send(Role::Owner, Lane::Online, &step(6), vec![]).unwrap();
-        assert!(arrived(5) && arrived(6) && frames() == 3);
+        assert!(arrived(5) && arrived(6) && frames() == 4);
         assert_eq!(got(6, 0).depth, 5);
         say(7, 10);
         links.flush(Lane::Ahead).unwrap();
         assert!(!arrived(7));
         links.flush(Lane::Online).unwrap();
-        assert!(arrived(7) && frames() == 4);
+        assert!(arrived(7) && frames() == 5);
         links.flush(Lane::Online).unwrap();
-        assert_eq!(frames(), 4, "nothing is no frame");
+        assert_eq!(frames(), 5, "nothing is no frame");
     }
 
     #[test]
@@ -443,7 +442,7 @@ mod tests {
         links.gather(Role::Owner, Lane::Online, &step(0), vec![1; 100]).unwrap();
         drop(owner);
         let error = links.flush(Lane::Online).unwrap_err();
-        assert!(matches!(error, Error::Peer { role: Role::Owner, kind: PeerFault::Closed, .. }), "{error}");
+        assert_eq!(error.to_string(), blame(Role::Owner, &step(0), PeerFault::Closed).to_string());
     }
 
     #[test]

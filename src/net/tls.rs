@@ -1,10 +1,11 @@
 //! Channels over TLS connections: one for the online lane, and one for the ahead lane where there is run-ahead traffic, so
 //! that a full ahead buffer holds back nothing but itself and online messages never queue behind it.
 //!
-//! The TLS handshake happens elsewhere ([`crate::deploy`]); here a finished connection carries frames: tag (8 bytes), length
-//! (4), causal depth (4), all little-endian, then the payload. A thread per connection reads; senders write by themselves, so
-//! that a message takes no detour through another thread. Reading never waits for writing, hence two parties that send to
-//! each other at the same time cannot block each other.
+//! The TLS handshake happens elsewhere ([`crate::deploy`]); here a finished connection carries frames, a message or several: tag
+//! (8 bytes), length (4, of which the highest bit says that another message of the frame follows), causal depth (4), all
+//! little-endian, then the payload. A thread per connection reads; senders write by themselves, so that a message takes no
+//! detour through another thread. Reading never waits for writing, hence two parties that send to each other at the same time
+//! cannot block each other, as long as what waits at a receiver finds room ([`ONLINE_CAPACITY`]; see [`crate::protocol::pieces`]).
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -274,7 +275,7 @@ pub struct TlsChannel {
 }
 
 /// Online bytes that wait at a receiver before its reader stops taking more from the network.
-const ONLINE_CAPACITY: usize = 64 << 20;
+pub const ONLINE_CAPACITY: usize = 64 << 20;
 
 impl TlsChannel {
     /// From finished connections; `ahead_capacity` bounds what is kept of the peer's run-ahead, or of ours at the peer.
@@ -317,7 +318,7 @@ impl TlsChannel {
         Ok(TlsChannel { inbox, online, ahead, readers })
     }
 
-    /// Bytes received so far, frame headers included: online, ahead.
+    /// Bytes received so far, message headers included: online, ahead.
     #[must_use]
     pub fn received(&self) -> [u64; 2] {
         self.inbox.pushed()

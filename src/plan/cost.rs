@@ -7,7 +7,7 @@ use crate::ring::pack::packed_len;
 /// Bytes and messages of one directed link.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
-    /// Bytes, frame headers included.
+    /// Bytes, message headers included.
     pub bytes: u64,
     /// Messages.
     pub messages: u64,

@@ -16,7 +16,7 @@ pub type Job = Box<dyn FnOnce(&Links) -> Result<()> + Send>;
 /// many jobs are of [`BLOCKS_PER_LAYER`] blocks at most.
 pub(super) const JOBS_PER_LAYER: usize = 40;
 /// Jobs of a layer that there is one of for each piece of a prompt ([`crate::protocol::pieces`]).
-pub(super) const JOBS_IN_PIECES: usize = 8;
+pub(super) const JOBS_IN_PIECES: usize = 16;
 /// Blocks whose jobs wait at most while a prompt goes through attention in blocks.
 pub const BLOCKS_PER_LAYER: usize = 4;
 /// How many layers the walk of a single pass runs ahead of its answers.

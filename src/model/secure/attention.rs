@@ -32,7 +32,7 @@ use crate::protocol::guard::guard;
 use crate::protocol::last_tokens;
 use crate::protocol::lift::lift;
 use crate::protocol::linear::{owner_linear, owner_linear_part};
-use crate::protocol::pieces::Pieces;
+use crate::protocol::pieces::{Pieces, Step};
 use crate::protocol::positive::{self, Positive};
 use crate::protocol::product::{Scale, product};
 use crate::protocol::relu::positive_part;
@@ -126,23 +126,29 @@ fn exponential(
     let t = Thermometer { step_bits: p.step_bits, base: p.base, n: p.steps };
     // All passes of a batch and all parties must agree on the counters: sized for the cache's end, publicly known.
     let (counter, count_bits) = (counter_bits(c.config.max_positions), c.flags.count_bits());
-    let pieces = Pieces::of(c.s, s.rows(), c.pieces)?;
-    let codes = pieces.start(c.s, scope, |session, scope, rows| {
+    // Codes, or the exponential's words.
+    let reply = ((p.steps + 1) * counter as usize).div_ceil(8).max(8 * 3);
+    let scores = |tokens| {
+        let first = if c.config.encoder() { 0 } else { lengths[0] - 1 };
+        s.rows().row(0).len() / lengths[0] * c.config.visible(first, tokens).sum::<usize>()
+    };
+    let pieces = Pieces::of(c.s, s.rows(), c.pieces, (scores, reply))?;
+    let parts = pieces.run(c.s, scope, |session, scope, rows| {
         let (s, lengths) = (pieces.rows(s, rows)?, &lengths[rows.clone()]);
         let codes = thermometer::start(session, &scope.at("max"), &s, lengths, counter, &t, count_bits)?;
-        Ok((codes, s, lengths))
+        Ok(Step::next(move |session, scope| {
+            let thresholds = codes.thresholds(session, &scope.at("max"))?;
+            Ok(Step::next(move |session, scope| {
+                let reference = thresholds.finish(session)?;
+                let below = thermometer::subtract(&s, &reference.m, lengths)?;
+                let e = exp(session, &scope.at("exp"), &below, table)?;
+                Ok(Step::next(move |session, _| Ok(Step::Done((e.finish(session)?, reference.faults)))))
+            }))
+        }))
     })?;
-    let thresholds = pieces.next(c.s, scope, codes, |session, scope, (codes, s, lengths)| {
-        Ok((codes.thresholds(session, &scope.at("max"))?, s, lengths))
-    })?;
-    let exps = pieces.next(c.s, scope, thresholds, |session, scope, (thresholds, s, lengths)| {
-        let reference = thresholds.finish(session)?;
-        let below = thermometer::subtract(&s, &reference.m, lengths)?;
-        Ok((exp(session, &scope.at("exp"), &below, table)?, reference.faults))
-    })?;
-    let (exps, faults): (Vec<_>, Vec<_>) = exps.into_iter().unzip();
+    let (exps, faults): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
     c.flags.count(c.layer, "largest score of a row", Masked::stack(faults)?);
-    Masked::stack(pieces.next(c.s, scope, exps, |session, _, e| e.finish(session))?)
+    Masked::stack(exps)
 }
 
 /// The attention of a layer at a pass.

@@ -12,11 +12,10 @@ use crate::error::Result;
 use crate::model::config::{LayerShape, ModelConfig};
 use crate::model::prepare::PreparedLayer;
 use crate::plan::{F, MlpPlan};
-use crate::protocol::Pending;
 use crate::protocol::evaluate::{Lines, Table, line};
 use crate::protocol::guard::guard;
 use crate::protocol::lift::lift;
-use crate::protocol::pieces::Pieces;
+use crate::protocol::pieces::{Pieces, Step};
 use crate::protocol::product::{Elementwise, product};
 use crate::protocol::truncate::truncate;
 use crate::protocol::window::Window;
@@ -79,8 +78,11 @@ pub(super) fn mlp(
     let up = if t.gated { Some(both.columns(m..2 * m)?) } else { None };
     // What down reads is in ring 64 - f_table.
     let ring = if t.gated { 64 } else { 64 - p.f_table + (t.f - F) };
-    let pieces = Pieces::of(c.s, gate.rows(), c.pieces)?;
-    let activated = pieces.start(c.s, &scope, |s, scope, rows| {
+    // Line and lift; the product has less.
+    let reply = 8 * 3 + 8;
+    let pieces = Pieces::of(c.s, gate.rows(), c.pieces, (|tokens| tokens * m, reply))?;
+    let dropped = if t.gated { p.f_table } else { t.f - F };
+    let y = pieces.run(c.s, &scope, |s, scope, rows| {
         let gate = pieces.rows(&gate, rows)?;
         let mut activated = Vec::new();
         for function in &t.functions {
@@ -96,22 +98,19 @@ pub(super) fn mlp(
             Some(up) => Some(lift(s, &scope.at("lift"), &*pieces.rows(up, rows)?, 64)?),
             None => None,
         };
-        Ok((activated, up))
+        Ok(Step::next(move |s, scope| {
+            let mut columns = Vec::new();
+            for activated in activated {
+                columns.extend(activated.finish(s)?);
+            }
+            let activated = Masked::beside(columns)?;
+            let Some(up) = up else { return Ok(Step::Done(truncate(&activated, dropped)?)) };
+            let up = up.finish(s)?;
+            let y = product(s, &scope.at("product"), &activated, &up, Arc::new(Elementwise))?;
+            Ok(Step::next(move |s, _| Ok(Step::Done(truncate(&y.finish(s)?, dropped)?))))
+        }))
     })?;
     c.flags.guard(c.layer, "gate", g);
-    let products = pieces.next(c.s, &scope, activated, |s, scope, (activated, up)| {
-        let mut columns = Vec::new();
-        for activated in activated {
-            columns.extend(activated.finish(s)?);
-        }
-        let activated = Masked::beside(columns)?;
-        match up.map(|up| up.finish(s)).transpose()? {
-            Some(up) => product(s, &scope.at("product"), &activated, &up, Arc::new(Elementwise)),
-            None => Ok(Pending::ready(activated)),
-        }
-    })?;
-    let dropped = if t.gated { p.f_table } else { t.f - F };
-    let y = pieces.next(c.s, &scope, products, |s, _, y| truncate(&y.finish(s)?, dropped))?;
     let y = Masked::stack(y)?;
     projection(c.s, &scope.at("down"), &y, &parts.down)
 }

@@ -26,8 +26,11 @@ mod kernel {
         fn masked(self, bit: u8) -> Self;
         /// The sum if `ADD`, else the XOR.
         fn join<const ADD: bool>(self, other: Self) -> Self;
-        /// See [`super::shifted`] (`ADD` false) and [`super::sums`]; `isa` is one that the processor has.
-        fn shifted<const ADD: bool>(
+        /// See [`super::shifted`] (`ADD` false) and [`super::sums`].
+        ///
+        /// # Safety
+        /// The lengths are as [`super::check`] asserts.
+        unsafe fn shifted<const ADD: bool>(
             isa: super::Isa,
             tables: &[&[Self]],
             n: usize,
@@ -49,7 +52,7 @@ macro_rules! kernel {
                 if ADD { self.wrapping_add(other) } else { self ^ other }
             }
 
-            fn shifted<const ADD: bool>(
+            unsafe fn shifted<const ADD: bool>(
                 isa: Isa,
                 tables: &[&[Self]],
                 n: usize,
@@ -58,8 +61,7 @@ macro_rules! kernel {
                 out: &mut [Self],
             ) {
                 match isa.or_portable() {
-                    // SAFETY: `or_portable` has checked that the processor has the instructions; `check`, which holds for every
-                    // run of whole elements, bounds all reads.
+                    // SAFETY: `or_portable` has checked that the processor has the instructions; the lengths are the caller's.
                     #[cfg(target_arch = "x86_64")]
                     Isa::Avx512 | Isa::Vnni | Isa::Ifma | Isa::Amx => unsafe {
                         avx512::$width::<ADD>(tables, n, offset, queries, out)
@@ -140,7 +142,8 @@ fn folded<T: Word, const ADD: bool>(
     if check(tables, n, offset, queries, out) {
         return out.fill(T::default());
     }
-    T::shifted::<ADD>(isa, tables, n, offset, queries, out);
+    // SAFETY: checked.
+    unsafe { T::shifted::<ADD>(isa, tables, n, offset, queries, out) };
 }
 
 /// A table whose rows are multiplied as they are read: row times factor, divided by `2^shift` and rounded.
@@ -187,13 +190,13 @@ pub fn scaled_on(isa: Isa, s: &Scaled<'_>, n: usize, offset: &[u32], factor: &[u
     }
     let isa = isa.or_portable();
     match isa {
-        // SAFETY: as in `kernel`.
+        // SAFETY: `or_portable` has checked that the processor has the instructions, `check` the lengths.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Vnni | Isa::Ifma | Isa::Amx => unsafe { avx512::scaled(s, n, offset, factor, queries, out) },
-        // SAFETY: as in `kernel`.
+        // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::scaled(s, n, offset, factor, queries, out) },
-        // SAFETY: as in `kernel`.
+        // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => unsafe { neon::scaled(s, n, offset, factor, queries, out) },
         _ => portable::scaled(s, n, offset, factor, queries, out),
