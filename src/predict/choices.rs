@@ -3,11 +3,13 @@
 use serde::Serialize;
 
 use super::Source;
+use crate::model::ModelConfig;
 use crate::model::secure::{F_QK, product_ring};
 use crate::net::shape::Profile;
 use crate::plan::cost::Cost;
-use crate::plan::{F, F_ROPE, FW_LEAST, LayerPlan, Plan, Radices};
+use crate::plan::{F, F_ROPE, FW_LEAST, LayerPlan, Plan, Radices, block};
 use crate::protocol::argmax;
+use crate::protocol::pieces::LEAST_ROWS;
 
 /// A choice of the plan.
 #[derive(Clone, Debug, Serialize)]
@@ -168,6 +170,25 @@ fn tournament(s: &Source, net: Profile) -> Choice {
 }
 
 /// The choices of a plan, the tournament's beside its alternatives on `net`.
+fn prompts(c: &ModelConfig, plan: &Plan) -> Choice {
+    let tokens = plan.max_positions;
+    let pieces = (tokens / LEAST_ROWS).clamp(1, plan.pieces.max(1));
+    let rows = block::rows(c, plan, 0, tokens);
+    let blocks = match tokens.div_ceil(rows.max(1)) {
+        1 => "attention of all rows at once".into(),
+        n => format!("attention of {tokens} rows in {n} blocks"),
+    };
+    let cut = match pieces {
+        1 => "in one piece".into(),
+        n => format!("in up to {n} pieces"),
+    };
+    Choice {
+        function: "prompt",
+        chosen: format!("maximum, exponential and MLP {cut}; {blocks}"),
+        why: "pieces of 16 rows or more follow each other through an exchange where a network is between the parties, so that work and both directions of the links overlap, for no message in sequence more while all find room; blocks bound memory to 2^21 scores, for 14 messages each".into(),
+    }
+}
+
 pub(super) fn choices(s: &Source, net: Profile) -> Vec<Choice> {
     let layers = &s.plan.layers;
     let mut out = vec![weights(&s.plan), norms(&s.plan)];
@@ -176,5 +197,6 @@ pub(super) fn choices(s: &Source, net: Profile) -> Vec<Choice> {
         out.push(activation(layers, !s.config.encoder()));
     }
     out.push(tournament(s, net));
+    out.push(prompts(&s.config, &s.plan));
     out
 }
