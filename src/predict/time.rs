@@ -102,7 +102,9 @@ pub(super) fn phase(stretch: &Stretch, s: &Source, net: Profile, rates: &Rates) 
     let helper_all = helper + alone(Role::Helper, Lane::Online);
     let sustained = ready.max(client).max(helper_all).max(busiest);
     let cores = public + one_process.seconds(&terms(stretch, layers, rates).all);
-    let one_process = ready.max(busiest).max(cores);
+    // On a network the cores are busy with what is ahead while the online part waits, but not all of the time.
+    let shared = if net.is_none() { ready.max(cores) } else { (ready.powi(3) + cores.powi(3)).cbrt() };
+    let one_process = shared.max(busiest);
     let ms = |s: f64| s * 1e3;
     let parts_ms = Seconds {
         public_layers: ms(seconds.public_layers),
