@@ -96,7 +96,7 @@ unsafe fn narrow_element<const ADD: bool, const W: usize>(start: [*const u32; W]
     acc.map(|[a, b]| {
         let v = join(a, b);
         let lanes = [vgetq_lane_u32::<0>(v), vgetq_lane_u32::<1>(v), vgetq_lane_u32::<2>(v), vgetq_lane_u32::<3>(v)];
-        lanes.into_iter().fold(0, |a, b| if ADD { a.wrapping_add(b) } else { a ^ b })
+        lanes.into_iter().fold(0u32, |a, b| if ADD { a.wrapping_add(b) } else { a ^ b })
     })
 }
 
