@@ -12,11 +12,12 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use aes::Aes128;
-use aes::cipher::{Array, BlockCipherEncrypt, InnerIvInit, KeyInit, KeyIvInit, StreamCipher, StreamCipherSeek};
-use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
+use aes::cipher::{Array, BlockCipherEncrypt, KeyInit};
+use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use crate::error::{Error, Result};
 use crate::party::Role;
+use crate::ring::keystream::Key;
 
 /// A pair of parties; the third one does not know its streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -171,15 +172,9 @@ pub type AddressLog = Arc<Mutex<Vec<Taken>>>;
 struct Keyed {
     pair: Pair,
     address_mac: Aes128,
-    stream_key: [u8; 16],
+    stream_key: Arc<Key>,
     /// Counter blocks taken, by pass; a closed pass is forgotten and refused as a whole.
     taken: BTreeMap<u64, HashSet<u128>>,
-}
-
-impl Drop for Keyed {
-    fn drop(&mut self) {
-        self.stream_key.zeroize();
-    }
 }
 
 /// One party's two pairwise PRFs.
@@ -204,7 +199,7 @@ impl Prf {
             .map(|(pair, key)| Keyed {
                 pair,
                 address_mac: key.derive(1),
-                stream_key: key.derive_bytes(2),
+                stream_key: Arc::new(Key::new(key.derive_bytes(2))),
                 taken: BTreeMap::new(),
             })
             .collect();
@@ -241,7 +236,7 @@ impl Prf {
             let block = u128::from_le_bytes(start);
             log.push(Taken { holder, pair, block, address: address.clone() });
         }
-        Ok(Stream::new(&keyed.stream_key, &start))
+        Ok(Stream { key: keyed.stream_key.clone(), start, at: 0 })
     }
 
     /// Forgets the addresses of passes below `pass` and refuses them from now on.
@@ -274,9 +269,17 @@ pub fn bytes_per_word(k: u32) -> usize {
 
 /// A keystream, read front to back.
 pub struct Stream {
-    keystream: ctr::Ctr64LE<Aes128>,
-    /// Key and first counter block, for whom parts of it are made apart.
-    from: Zeroizing<([u8; 16], [u8; 16])>,
+    key: Arc<Key>,
+    /// The first counter block.
+    start: [u8; 16],
+    /// Bytes that were read.
+    at: u64,
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.start.zeroize();
+    }
 }
 
 impl fmt::Debug for Stream {
@@ -286,9 +289,9 @@ impl fmt::Debug for Stream {
 }
 
 impl Stream {
-    fn new(key: &[u8; 16], start: &[u8; 16]) -> Self {
-        let keystream = ctr::Ctr64LE::<Aes128>::new(&Array::from(*key), &Array::from(*start));
-        Stream { keystream, from: Zeroizing::new((*key, *start)) }
+    fn read(&mut self, out: &mut [u8]) {
+        self.key.keystream(&self.start, self.at, out);
+        self.at += out.len() as u64;
     }
 
     /// Appends `n` words of `k` uniform bits, [`bytes_per_word`] of the stream each.
@@ -303,7 +306,7 @@ impl Stream {
         while left > 0 {
             let now = left.min(bytes.len() / each);
             let bytes = &mut bytes[..now * each];
-            self.keystream.write_keystream(bytes);
+            self.read(bytes);
             match each {
                 1 => out.extend(bytes.iter().map(|w| u64::from(*w) & m)),
                 2 => out.extend(bytes.as_chunks().0.iter().map(|w| u64::from(u16::from_le_bytes(*w)) & m)),
@@ -318,9 +321,8 @@ impl Stream {
     /// The words at these places of a stream of words of `k` bits alone, counted from its beginning, wherever it is.
     #[must_use]
     pub fn words_at(&self, words: Range<usize>, k: u32) -> Vec<u64> {
-        let mut part = Stream::new(&self.from.0, &self.from.1);
-        part.keystream.seek((words.start * bytes_per_word(k)) as u64);
-        part.words(words.len(), k)
+        let at = (words.start * bytes_per_word(k)) as u64;
+        Stream { key: self.key.clone(), start: self.start, at }.words(words.len(), k)
     }
 
     /// `n` words of `k` uniform bits.
@@ -338,7 +340,7 @@ impl Stream {
         let end = out.len() + n;
         while out.len() < end {
             let piece = &mut piece[..(end - out.len()).min(4096)];
-            self.keystream.write_keystream(piece);
+            self.read(piece);
             out.extend_from_slice(piece);
         }
         piece.zeroize();
@@ -389,7 +391,7 @@ impl PreparationSeed {
         let mut start = [0u8; 16];
         start[..8].copy_from_slice(&id.to_le_bytes());
         let start = mac(&Aes128::new(&Array::from(name)), &start);
-        MatrixStream { cipher: Aes128::new(&Array::from(key)), start }
+        MatrixStream { key: Key::new(key), start }
     }
 
     /// Words `from..from + out.len()` of matrix `id`'s stream, uniform in 64 bits.
@@ -400,17 +402,14 @@ impl PreparationSeed {
 
 /// A matrix's stream of a [`PreparationSeed`], whose keys are made once.
 pub struct MatrixStream {
-    cipher: Aes128,
+    key: Key,
     start: [u8; 16],
 }
 
 impl MatrixStream {
     /// Words `from..from + out.len()`, uniform in 64 bits.
     pub fn words(&self, from: u64, out: &mut [u64]) {
-        let core = ctr::CtrCore::inner_iv_init(self.cipher.clone(), &Array::from(self.start));
-        let mut keystream = ctr::Ctr64LE::<Aes128>::from_core(core);
-        keystream.seek(from * 8);
-        keystream.write_keystream(bytemuck::cast_slice_mut(out));
+        self.key.keystream(&self.start, from * 8, bytemuck::cast_slice_mut(out));
     }
 }
 
@@ -428,7 +427,7 @@ mod tests {
 
     #[test]
     fn parts_of_a_stream_are_those_of_the_whole() {
-        let stream = || Stream::new(&[7; 16], &[9; 16]);
+        let stream = || Stream { key: Arc::new(Key::new([7; 16])), start: [9; 16], at: 0 };
         for k in [1, 8, 13, 32, 44, 64] {
             let whole = stream().words(3000, k);
             for part in [0..3000, 0..0, 1..2, 7..1031, 2999..3000] {

@@ -1,5 +1,5 @@
 //! Words of the rings Z_2^k, `1 <= k <= 64`, and the kernels that do nearly all local work: fixed point, bit packing,
-//! matrix products and table folds. A ring element is a `u64` whose bits above `k` mean nothing unless a function says
+//! matrix products, table folds and keystreams. A ring element is a `u64` whose bits above `k` mean nothing unless a function says
 //! otherwise, so sums and products are plain wrapping arithmetic and reduction is left to the last moment, usually
 //! [`pack`](mod@pack). Every kernel has a portable form and, where the machine has them, AVX2, AVX-512 and NEON forms chosen at run
 //! time ([`Isa`]); property tests hold all forms equal bit for bit. Besides the memory map of
@@ -12,6 +12,7 @@ pub mod fixed;
 pub mod fold;
 pub mod gemm;
 mod isa;
+pub(crate) mod keystream;
 pub mod pack;
 mod packed;
 mod packed_rows;
