@@ -265,6 +265,8 @@ pub(super) fn least_gain(n: usize, bits: u32) -> u32 {
 /// Fewest and most fraction bits of a norm's `1/rms`.
 pub(super) const GAIN_LEAST: u32 = 16;
 pub(super) const GAIN_MOST: u32 = 26;
+/// Fewest where queries and keys need no lift for it: enough for `1/rms` as long as rms is not large.
+pub(super) const UNLIFTED_LEAST: u32 = 14;
 
 /// What it has where all that is behind it leaves room and it needs not more than `least`.
 pub(super) fn most_gain(least: u32) -> u32 {
@@ -402,7 +404,7 @@ impl AttentionPlan {
         equal(self.qk_norm.is_some(), c.qk_norm, "the norm of queries and keys")?;
         equal(self.f_qk_gain.is_some(), c.qk_norm, "the fraction of the queries' and keys' gains")?;
         let ring = 64 - i64::from(f_gain) - i64::from(self.f_qkv);
-        self.qk_norm.iter().try_for_each(|n| n.check(c.head_dim, ring, 14))
+        self.qk_norm.iter().try_for_each(|n| n.check(c.head_dim, ring, UNLIFTED_LEAST))
     }
 
     fn check_exp(&self, exp: &ExpPlan, max_positions: usize) -> Result<(), Fault> {
@@ -508,14 +510,15 @@ impl Plan {
                 return Err("an adapter of a private base");
             }
             let shape = c.layer(index);
-            l.input_norm.check(n, ring, 16)?;
+            let least = if l.attention.qk_norm.is_some() { GAIN_LEAST } else { UNLIFTED_LEAST };
+            l.input_norm.check(n, ring, least)?;
             l.attention.check(c, shape, self, l.input_norm.f_gain)?;
-            l.post_norm.check(n, ring, 16)?;
+            l.post_norm.check(n, ring, GAIN_LEAST)?;
             l.mlp.check(shape.activation, self.residual_k, l.post_norm.f_gain)?;
             l.adapters.iter().try_for_each(|(group, a)| a.check(c, index, group, l.multiplied(group)))?;
         }
         let h = &self.head;
-        h.norm.check(n, ring, 16)?;
+        h.norm.check(n, ring, GAIN_LEAST)?;
         weights(h.f_weight, "the head's fraction")?;
         within(h.f_logit, 4, F, "the logits' fraction")?;
         // What the truncation of the head's product leaves.

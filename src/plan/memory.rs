@@ -288,7 +288,7 @@ pub fn session_bytes(
     let positions = (prefill + decode) as u64;
     let parts = if role == Role::Owner { 1 } else { 2 };
     let kept = |(shape, l): (LayerShape, &LayerPlan)| {
-        let [key, value] = [product_ring(&l.attention), l.attention.prob_k];
+        let [key, value] = [product_ring(l.attention.score_proven), l.attention.prob_k];
         (packed_len(shape.kv_size(), key) + packed_len(shape.kv_size(), value)) as u64
     };
     let cache = parts * shaped(c, plan).map(kept).sum::<u64>() * positions;

@@ -19,7 +19,7 @@ use super::layer::{
     f_inverse, least_gain, log2_ceil, most_gain, softmax_mass, widest_square,
 };
 use super::network::{Radices, Setting};
-use super::softmax::{PositiveParts, Steps, attention, normalised};
+use super::softmax::{PositiveParts, Steps, attention, least_unlifted, normalised, unlifted};
 use crate::error::{Error, Result};
 use crate::model::config::{LayerShape, ModelConfig, Softmax};
 use crate::protocol::gumbel;
@@ -294,8 +294,14 @@ pub fn propose(
         let rotated = if config.encoder() { b.qk } else { b.qk * rotation() };
         let qkv = if r.qk_sum.is_some() { b.qk_raw } else { rotated }.max(b.v).max(b.middle(Group::Qkv, b.f.qkv));
         let qkv = Linear { f: b.f.qkv, output: qkv };
-        let input_norm = who.norm(n, at_norm[2 * i], r.input_sum, &qkv, residual_k);
+        let mut input_norm = who.norm(n, at_norm[2 * i], r.input_sum, &qkv, residual_k);
         let attention = attention(&who, (config, shape), b, r, (context, residual_k, input_norm.f_gain));
+        if attention.qk_norm.is_none() {
+            let wide_enough = unlifted(attention.score_proven, b.f.qkv, config.encoder());
+            if wide_enough >= least_unlifted(n, input_norm.bits) {
+                input_norm.f_gain = input_norm.f_gain.min(wide_enough);
+            }
+        }
         let gate_up = Linear { f: b.f.gate_up, output: b.gate.max(b.up).max(b.middle(Group::GateUp, b.f.gate_up)) };
         let post_norm = who.norm(n, at_norm[2 * i + 1], r.post_sum, &gate_up, residual_k);
         let mlp = mlp(&who, shape, b, r, residual_k);

@@ -2,10 +2,12 @@
 
 use super::layer::{
     AttentionPlan, ExpPlan, F, F_EXP, F_PROB, RELU_DROPPED, RELU_LEAST, RELU_RANGE, RELU_RINGS, SCORE_PROVEN,
-    exp_lo_bits, f_inverse, least_gain, least_inverse, log2_ceil, relu_total, score_room, softmax_mass, total_window,
+    UNLIFTED_LEAST, exp_lo_bits, f_inverse, least_gain, least_inverse, log2_ceil, relu_total, score_room, softmax_mass,
+    total_window,
 };
 use super::ranges::{LayerBounds, LayerRanges, Linear, MARGIN, Who, needing, ring_for, rotation};
 use crate::model::config::{LayerShape, ModelConfig, Softmax};
+use crate::model::secure::{product_ring, turned_bits};
 
 /// How much larger than it should be a context may get: the reciprocal's constant is rounded to `f_inverse` bits; relative to the
 /// reciprocal that is the softmax's sum, `mass` at most.
@@ -59,6 +61,17 @@ impl PositiveParts {
     }
 }
 
+/// Most fraction bits of `1/rms` with which queries and keys need no lift: what is left of them, behind a matrix (or gains) of `f_weight`
+/// fraction bits, the rotation and the step to the scores' fraction, is as wide as the scores' product.
+pub(super) fn unlifted(score_proven: u32, f_weight: u32, encoder: bool) -> u32 {
+    64u32.saturating_sub(product_ring(score_proven) + turned_bits(f_weight, encoder))
+}
+
+/// Fewest that a norm of `n` elements has for this.
+pub(super) fn least_unlifted(n: usize, bits: u32) -> u32 {
+    UNLIFTED_LEAST.max(least_gain(n, bits))
+}
+
 pub(super) fn attention(
     who: &Who<'_>,
     (config, shape): (&ModelConfig, LayerShape),
@@ -73,10 +86,8 @@ pub(super) fn attention(
         Some(sum) => {
             let gain = Linear { f: b.f.qk_gain, output: b.qk };
             let mut norm = who.norm(config.head_dim, b.qk_raw, sum, &gain, 64 - f_gain - b.f.qkv);
-            // Gain, rotation and the step to the scores' fraction drop 10 bits beside the gain's own; where the rest is as
-            // wide as the scores' product, queries and keys need no lift. 14 bits hold 1 / rms as long as rms is not large.
-            let wide_enough = 64u32.saturating_sub(score_proven + 8 + 10 + b.f.qk_gain);
-            let least = norm.f_gain.min(14.max(least_gain(config.head_dim, norm.bits)));
+            let wide_enough = unlifted(score_proven, b.f.qk_gain, config.encoder());
+            let least = norm.f_gain.min(least_unlifted(config.head_dim, norm.bits));
             norm.f_gain = norm.f_gain.min(wide_enough).max(least);
             Some(norm)
         }

@@ -4,10 +4,10 @@ use serde::Serialize;
 
 use super::Source;
 use crate::model::ModelConfig;
-use crate::model::secure::{F_QK, product_ring};
+use crate::model::secure::{product_ring, turned_bits};
 use crate::net::shape::Profile;
 use crate::plan::cost::Cost;
-use crate::plan::{F, F_ROPE, FW_LEAST, LayerPlan, Plan, Radices, block};
+use crate::plan::{F, FW_LEAST, LayerPlan, Plan, Radices, block};
 use crate::protocol::argmax;
 use crate::protocol::pieces::LEAST_ROWS;
 
@@ -81,17 +81,15 @@ fn norms(plan: &Plan) -> Choice {
 }
 
 /// Whether the rotated queries and keys are in a narrower ring than the scores' product.
-fn lifts_queries(l: &LayerPlan) -> bool {
+fn lifts_queries(l: &LayerPlan, encoder: bool) -> bool {
     let a = &l.attention;
     let gain = a.qk_norm.as_ref().map_or(l.input_norm.f_gain, |n| n.f_gain);
-    // The weights' (or the gain's) fraction, the rotation's, and what is dropped to come to the scores' fraction.
-    let left = 64 - gain - (F + a.f_qk_gain.unwrap_or(a.f_qkv) + F_ROPE - F_QK);
-    left < product_ring(a)
+    64 - gain - turned_bits(a.f_qk_gain.unwrap_or(a.f_qkv), encoder) < product_ring(a.score_proven)
 }
 
-fn softmax(layers: &[LayerPlan]) -> Vec<Choice> {
+fn softmax(layers: &[LayerPlan], encoder: bool) -> Vec<Choice> {
     let plans = || layers.iter().filter_map(|l| Some((&l.attention, l.attention.exp?)));
-    let lifted = layers.iter().filter(|l| lifts_queries(l)).count();
+    let lifted = layers.iter().filter(|l| lifts_queries(l, encoder)).count();
     let exponentials = || {
         [
             Choice {
@@ -169,7 +167,6 @@ fn tournament(s: &Source, net: Profile) -> Choice {
     Choice { function: "argmax", chosen: one(chosen), why: format!("of {n} candidates; {}", others.join("; ")) }
 }
 
-/// The choices of a plan, the tournament's beside its alternatives on `net`.
 fn prompts(c: &ModelConfig, plan: &Plan) -> Choice {
     let tokens = plan.max_positions;
     let pieces = (tokens / LEAST_ROWS).clamp(1, plan.pieces.max(1));
@@ -189,11 +186,12 @@ fn prompts(c: &ModelConfig, plan: &Plan) -> Choice {
     }
 }
 
+/// The choices of a plan, the tournament's beside its alternatives on `net`.
 pub(super) fn choices(s: &Source, net: Profile) -> Vec<Choice> {
     let layers = &s.plan.layers;
     let mut out = vec![weights(&s.plan), norms(&s.plan)];
     if !layers.is_empty() {
-        out.extend(softmax(layers));
+        out.extend(softmax(layers, s.config.encoder()));
         out.push(activation(layers, !s.config.encoder()));
     }
     out.push(tournament(s, net));

@@ -1,7 +1,8 @@
 //! Attention with a secret KV cache: 16 messages (22 or 24 with a norm on queries and keys, which are normalised side by side); of a
 //! long prompt the 14 from the scores to the normalised context for each block of its rows ([`crate::plan::block`]).
 //!
-//! q, k, v in one linear; rotation (public); lifts of q, k, v beside each other (2); scores (2); thermometer maximum (4);
+//! q, k, v in one linear; rotation (public); lifts of q, k, v beside each other (2), or none of q and k where the plan leaves them wide enough, and v's
+//! beside the scores; scores (2); thermometer maximum (4);
 //! exponential (2); P V beside the reciprocal's windows (2); lift of the context beside their selection (2);
 //! normalisation (2). Only positions that a token may see are ever computed: itself and those before it, or of an encoder all of the
 //! pass.
@@ -46,8 +47,13 @@ use crate::share::{Masked, Rows};
 pub(crate) const F_QK: u32 = 10;
 
 /// Ring of the scores' product: `2 F_QK` fraction bits, truncated to `F`.
-pub(crate) fn product_ring(p: &AttentionPlan) -> u32 {
-    p.score_proven + 2 * F_QK - F
+pub(crate) fn product_ring(score_proven: u32) -> u32 {
+    score_proven + 2 * F_QK - F
+}
+
+/// Bits that queries and keys lose from the norm's output on, behind a matrix of `f_weight` fraction bits and the rotation, which an encoder lacks.
+pub(crate) fn turned_bits(f_weight: u32, encoder: bool) -> u32 {
+    F + f_weight + if encoder { 0 } else { F_ROPE } - F_QK
 }
 
 /// Exponential, reciprocal and the optional norms of queries and keys.
@@ -183,25 +189,24 @@ impl Attention<'_> {
             truncate(&x, x.f() - F_QK)
         };
         let (q, k) = (turned(q)?, turned(k)?);
-        let ring = product_ring(p);
+        let ring = product_ring(p.score_proven);
         let q = to_ring(c.s, &scope.at("lift_q"), &q, ring)?;
         let k = to_ring(c.s, &scope.at("lift_k"), &k, ring)?;
-        let qkv = [q.finish(c.s)?, k.finish(c.s)?, v.finish(c.s)?];
+        let (q, k) = (q.finish(c.s)?, k.finish(c.s)?);
 
         let tokens = x.rows().tokens();
         let o = if tokens <= self.block_rows {
-            self.rows(c, &scope, self.first, &qkv, keys, values)?
+            self.rows(c, &scope, self.first, [&q, &k], v, (keys, values))?
         } else {
-            let last = last_row(tokens);
+            let (last, v) = (last_row(tokens), v.finish(c.s)?);
             let before = c.flags.hold();
             let mut blocks = Vec::with_capacity(tokens.div_ceil(self.block_rows));
             for from in (0..tokens).step_by(self.block_rows) {
                 let rows = from..tokens.min(from + self.block_rows);
-                let [q, k, v] = &qkv;
-                let block = [q.tokens(&rows)?, k.tokens(&rows)?, v.tokens(&rows)?];
+                let (q, k, v) = (q.tokens(&rows)?, k.tokens(&rows)?, Pending::ready(v.tokens(&rows)?));
                 let scope = scope.block(from);
                 let whole = c.s.begin_block(rows.len())?;
-                let o = self.rows(c, &scope, self.first + from, &block, keys, values);
+                let o = self.rows(c, &scope, self.first + from, [&q, &k], v, (keys, values));
                 let o = o.and_then(|o| c.flags.fold(c.s, &scope.at("guard"), &last).map(|()| o));
                 c.s.end_block(whole);
                 blocks.push(o?);
@@ -249,15 +254,15 @@ impl Attention<'_> {
         Ok((if last { last_tokens(c.s, &q) } else { q }, qk.columns(nq..nq + nk)?, v))
     }
 
-    /// Some rows, from position `first` on: `softmax(q k^T) v`.
+    /// Some rows, from position `first` on: `softmax(q k^T) v`. The values' lift may end beside the scores.
     fn rows(
         &self,
         c: &mut Context<'_>,
         scope: &Scope,
         first: usize,
-        [q, k, v]: &[Masked; 3],
-        keys: &mut Cached,
-        values: &mut Cached,
+        [q, k]: [&Masked; 2],
+        v: Pending<'static, Masked>,
+        (keys, values): (&mut Cached, &mut Cached),
     ) -> Result<Masked> {
         let (p, t) = (self.plan, self.tables);
         let LayerShape { num_heads: heads, num_kv_heads: kv_heads, head_dim: dim, .. } = t.shape;
@@ -268,7 +273,8 @@ impl Attention<'_> {
         // Of an encoder every row sees as many.
         let all = c.config.encoder().then_some(first + tokens);
         let s = product_cached(c.s, &scope.at("scores"), q, k, keys, Arc::new(Scores { heads, kv_heads, dim, all }))?;
-        let s = truncate(&s.finish(c.s)?, 2 * F_QK - F)?;
+        let (v, s) = (v.finish(c.s)?, s.finish(c.s)?);
+        let s = truncate(&s, 2 * F_QK - F)?;
         let g = guard(c.s, &scope.at("guard"), &s, p.score_k, true, count_bits)?;
         c.flags.guard(c.layer, "score", g);
         let s = s.narrow(p.score_k)?;
@@ -290,7 +296,7 @@ impl Attention<'_> {
             Softmax::Exact => total,
             Softmax::TwoRelu => total.offset(fixed::encode(TWO_RELU_EPS, p.f_prob, 64)),
         };
-        let o = product_cached(c.s, &scope.at("pv"), &e, v, values, Arc::new(PV { heads, kv_heads, dim, all }))?;
+        let o = product_cached(c.s, &scope.at("pv"), &e, &v, values, Arc::new(PV { heads, kv_heads, dim, all }))?;
         let looked = positive::start(c.s, &scope.at("inverse"), &total, &t.inverse)?;
         let o = truncate(&o.finish(c.s)?, p.f_prob)?;
         let inverse = looked.evaluate(c.s, &scope.at("inverse"), None)?;

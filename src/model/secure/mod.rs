@@ -24,7 +24,7 @@ use crate::protocol::{embedding, input, last_tokens};
 use crate::session::{Pass, Scope, Session};
 use crate::share::{Masked, Rows};
 use attention::AttentionTables;
-pub(crate) use attention::{F_QK, product_ring};
+pub(crate) use attention::{F_QK, product_ring, turned_bits};
 use mlp::MlpTables;
 use norm::{Norm, Roots};
 
@@ -211,7 +211,7 @@ impl SecureModel {
             .enumerate()
             .map(|(i, l)| {
                 let (a, width) = (&l.attention, c.layer(self.plan.first_private + i).kv_size());
-                let keys = Cached::new(width, attention::product_ring(a), attention::F_QK, capacity);
+                let keys = Cached::new(width, attention::product_ring(a.score_proven), attention::F_QK, capacity);
                 (keys, Cached::new(width, a.prob_k, F, capacity))
             })
             .collect();
