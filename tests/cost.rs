@@ -5,7 +5,7 @@ mod adapters;
 
 use adapters::adapt;
 use trefoil::Role;
-use trefoil::bench::{Harness, Measured, Pace, Part, Preset, count};
+use trefoil::bench::{Harness, Measured, Pace, Part, Preset, count, random_weights};
 use trefoil::model::{Arch, ModelConfig, Weights};
 use trefoil::net::MESSAGE_HEADER;
 use trefoil::net::shape::Profile;
@@ -101,14 +101,24 @@ fn a_layer_with_adapters_costs_what_it_declares() {
     }
 }
 
-/// Llama: 32, and 2 more for each norm whose range takes two windows. A norm on queries and keys adds 6 (8), or 2 less where its
-/// output's ring is wide enough for the scores, so that the two need no lift.
+/// Llama: 30, and 2 more where queries and keys need a lift, and for each norm whose range takes two windows. A norm on queries and keys adds 6
+/// (8) to what there is with a lift, or 4 (6) without.
 #[test]
 fn messages_in_sequence_by_architecture() {
-    let layer = prepared(tiny());
     let wide = |n: &trefoil::plan::NormPlan| if n.windows == 2 { 2 } else { 0 };
     let norms = |l: &trefoil::plan::LayerPlan| wide(&l.input_norm) + wide(&l.post_norm);
-    assert_eq!(layer.run(20, &[1]).unwrap().depth, 32 + norms(&layer.plan().layers[0]), "Llama");
+    // Hidden states so large that 1 / rms needs more bits than the scores' ring leaves to it.
+    for (scale, lifts) in [(1.0, 0), (256.0, 2)] {
+        let mut weights = random_weights(tiny()).unwrap();
+        weights.embed *= scale;
+        let layer = Harness::prepare(&weights, false, Setup::default()).unwrap();
+        let plan = &layer.plan().layers[0];
+        assert_eq!(
+            layer.run(20, &[1]).unwrap().depth,
+            30 + lifts + norms(plan),
+            "Llama, hidden states times {scale}: {plan:?}"
+        );
+    }
     for (heads, head_dim) in [(4, 16), (4, 64), (2, 128)] {
         let qwen3 = ModelConfig {
             arch: Arch::Qwen3,

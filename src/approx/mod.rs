@@ -19,6 +19,7 @@ mod signed;
 pub use activation::Activation;
 pub use exp::{ExpTables, exp_tables};
 pub use positive::PositiveTable;
+pub(crate) use positive::levelled;
 pub use signed::SignedTable;
 
 /// Ring units by which the bits below `low` of two shares exceed nothing on average: they sum to `0..=2^(low+1) - 2`.

@@ -204,6 +204,13 @@ impl PositiveTable {
     }
 }
 
+/// Values at `lo = 0` that keep the middles of lines where they are when the slopes `b` are rounded to `f` fraction bits: the ends move by half of
+/// what they would otherwise, and by no more than the slopes raise them.
+pub(crate) fn levelled(a: &[f64], b: &[f64], lo_bits: u32, f: u32) -> Vec<f64> {
+    let (scale, middle) = (f64::from(f).exp2(), f64::from(lo_bits).exp2() - 1.0);
+    a.iter().zip(b).map(|(a, b)| a + (b - (b * scale).round() / scale) * middle).collect()
+}
+
 /// First bit and bits of the interpolation variable below a window.
 fn low_part(bits: u32, window: u32) -> (u32, u32) {
     let below = bits - window;
@@ -315,6 +322,29 @@ mod tests {
             assert!(got <= table.max_rel_error + 1e-12, "{bits} {window}: {got} of {}", table.max_rel_error);
             assert!(table.max_rel_error < 4.5e-4, "{bits} {window}: {}", table.max_rel_error);
             assert_eq!(table.min_value, 33 << (bits - window));
+        }
+    }
+
+    /// What `calibrate::NORM` counts on.
+    #[test]
+    fn ten_bits_hold_a_root() {
+        for (bits, window) in [(24, 12), (33, 12), (37, 13), (40, 14), (40, 16), (39, 17)] {
+            let f = 20;
+            // 2^10 units of `2^-f` at the largest value.
+            let table =
+                PositiveTable::rsqrt_alone(bits, window, f64::from(bits).exp2(), 0.0, f64::from(10 - 20).exp2());
+            let least = table.at(((1 << window) - 2, 0), (0, 0)).0 * f64::from(f).exp2();
+            assert!((least - 1024.0).abs() < 2.0, "{least}");
+            let rounded = |v: f64| (v * f64::from(f).exp2()).round() / f64::from(f).exp2();
+            let a = levelled(&table.a1, &table.b1, table.lo1_bits, f);
+            let mut worst = 0f64;
+            for hi in FIRST_GOOD_ROW..(1 << window) - 1 {
+                for lo in [0, 1, 31, 63, 95, 126] {
+                    let got = rounded(a[hi]) + rounded(table.b1[hi]) * lo as f64;
+                    worst = worst.max((got / table.at((hi, lo), (0, 0)).0 - 1.0).abs());
+                }
+            }
+            assert!(worst < 5e-3, "{bits} {window}: {worst}");
         }
     }
 

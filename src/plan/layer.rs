@@ -256,8 +256,8 @@ pub(super) fn widest_square(n: usize) -> u32 {
     62u32.saturating_sub(log2_ceil(n as f64)) / 2 + 2
 }
 
-/// Fraction bits that leave 13 to `1/rms` of `n` elements when their sum of squares is below `2^bits`: the precision on which
-/// every bound of a norm's output rests.
+/// Fraction bits that leave 13 to `1/rms` of `n` elements when their sum of squares is below `2^bits`: three more than
+/// its bounds need.
 pub(super) fn least_gain(n: usize, bits: u32) -> u32 {
     log2_ceil((f64::from(bits).exp2() / f64::from(2 * F).exp2() / n as f64).sqrt()) + 13
 }
@@ -265,8 +265,11 @@ pub(super) fn least_gain(n: usize, bits: u32) -> u32 {
 /// Fewest and most fraction bits of a norm's `1/rms`.
 pub(super) const GAIN_LEAST: u32 = 16;
 pub(super) const GAIN_MOST: u32 = 26;
-/// Fewest where queries and keys need no lift for it: enough for `1/rms` as long as rms is not large.
-pub(super) const UNLIFTED_LEAST: u32 = 14;
+
+/// Fewest that it has where queries and keys need no lift for it: 10 are left to `1/rms`, on which every bound of a norm's output rests.
+pub(super) fn least_unlifted(n: usize, bits: u32) -> u32 {
+    least_gain(n, bits) - 3
+}
 
 /// What it has where all that is behind it leaves room and it needs not more than `least`.
 pub(super) fn most_gain(least: u32) -> u32 {
@@ -356,8 +359,8 @@ fn equal<T: PartialEq>(a: T, b: T, what: Fault) -> Result<(), Fault> {
 }
 
 impl NormPlan {
-    /// Of `n` elements in a ring of `ring` bits, `1/rms` with at least `gain` fraction bits.
-    fn check(&self, n: usize, ring: i64, gain: u32) -> Result<(), Fault> {
+    /// Of `n` elements in a ring of `ring` bits; of what becomes queries and keys next, or not.
+    fn check(&self, n: usize, ring: i64, turned: bool) -> Result<(), Fault> {
         let widest = i64::from(widest_square(n));
         within(self.k, 16, widest.min(ring), "a norm's ring")?;
         within(self.bits, 24, 62, "a norm's sum of squares")?;
@@ -374,7 +377,8 @@ impl NormPlan {
             return Err("a norm's joint step");
         }
         let least = least_gain(n, self.bits);
-        within(self.f_gain, gain.max(least), most_gain(least), "a norm's gain")?;
+        let fewest = if turned { least_unlifted(n, self.bits) } else { least.max(GAIN_LEAST) };
+        within(self.f_gain, fewest, most_gain(least), "a norm's gain")?;
         match self.coarse {
             Some(t) => {
                 equal(i64::from(self.k), widest, "a norm's ring")?;
@@ -404,7 +408,7 @@ impl AttentionPlan {
         equal(self.qk_norm.is_some(), c.qk_norm, "the norm of queries and keys")?;
         equal(self.f_qk_gain.is_some(), c.qk_norm, "the fraction of the queries' and keys' gains")?;
         let ring = 64 - i64::from(f_gain) - i64::from(self.f_qkv);
-        self.qk_norm.iter().try_for_each(|n| n.check(c.head_dim, ring, UNLIFTED_LEAST))
+        self.qk_norm.iter().try_for_each(|n| n.check(c.head_dim, ring, true))
     }
 
     fn check_exp(&self, exp: &ExpPlan, max_positions: usize) -> Result<(), Fault> {
@@ -510,15 +514,14 @@ impl Plan {
                 return Err("an adapter of a private base");
             }
             let shape = c.layer(index);
-            let least = if l.attention.qk_norm.is_some() { GAIN_LEAST } else { UNLIFTED_LEAST };
-            l.input_norm.check(n, ring, least)?;
+            l.input_norm.check(n, ring, l.attention.qk_norm.is_none())?;
             l.attention.check(c, shape, self, l.input_norm.f_gain)?;
-            l.post_norm.check(n, ring, GAIN_LEAST)?;
+            l.post_norm.check(n, ring, false)?;
             l.mlp.check(shape.activation, self.residual_k, l.post_norm.f_gain)?;
             l.adapters.iter().try_for_each(|(group, a)| a.check(c, index, group, l.multiplied(group)))?;
         }
         let h = &self.head;
-        h.norm.check(n, ring, GAIN_LEAST)?;
+        h.norm.check(n, ring, false)?;
         weights(h.f_weight, "the head's fraction")?;
         within(h.f_logit, 4, F, "the logits' fraction")?;
         // What the truncation of the head's product leaves.

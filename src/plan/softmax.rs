@@ -2,7 +2,7 @@
 
 use super::layer::{
     AttentionPlan, ExpPlan, F, F_EXP, F_PROB, RELU_DROPPED, RELU_LEAST, RELU_RANGE, RELU_RINGS, SCORE_PROVEN,
-    UNLIFTED_LEAST, exp_lo_bits, f_inverse, least_gain, least_inverse, log2_ceil, relu_total, score_room, softmax_mass,
+    exp_lo_bits, f_inverse, least_gain, least_inverse, least_unlifted, log2_ceil, relu_total, score_room, softmax_mass,
     total_window,
 };
 use super::ranges::{LayerBounds, LayerRanges, Linear, MARGIN, Who, needing, ring_for, rotation};
@@ -67,11 +67,6 @@ pub(super) fn unlifted(score_proven: u32, f_weight: u32, encoder: bool) -> u32 {
     64u32.saturating_sub(product_ring(score_proven) + turned_bits(f_weight, encoder))
 }
 
-/// Fewest that a norm of `n` elements has for this.
-pub(super) fn least_unlifted(n: usize, bits: u32) -> u32 {
-    UNLIFTED_LEAST.max(least_gain(n, bits))
-}
-
 pub(super) fn attention(
     who: &Who<'_>,
     (config, shape): (&ModelConfig, LayerShape),
@@ -86,9 +81,14 @@ pub(super) fn attention(
         Some(sum) => {
             let gain = Linear { f: b.f.qk_gain, output: b.qk };
             let mut norm = who.norm(config.head_dim, b.qk_raw, sum, &gain, 64 - f_gain - b.f.qkv);
+            // Where they are as wide as the scores' product behind the gain, queries and keys need no lift.
             let wide_enough = unlifted(score_proven, b.f.qk_gain, config.encoder());
-            let least = norm.f_gain.min(least_unlifted(config.head_dim, norm.bits));
-            norm.f_gain = norm.f_gain.min(wide_enough).max(least);
+            let most = match wide_enough >= least_unlifted(config.head_dim, norm.bits) {
+                true => wide_enough,
+                // The rotation takes bits, too: what is not needed is left to it.
+                false => 14.max(least_gain(config.head_dim, norm.bits)),
+            };
+            norm.f_gain = norm.f_gain.min(most);
             Some(norm)
         }
     };

@@ -13,7 +13,7 @@ use super::evaluate::{Lines, Table, line};
 use super::normalise::Normalised;
 use super::product::{self, Elementwise, product};
 use super::window::{Digits, Window};
-use crate::approx::PositiveTable;
+use crate::approx::{PositiveTable, levelled};
 use crate::error::{Error, Result};
 use crate::plan::cost::Cost;
 use crate::ring::fixed;
@@ -35,10 +35,14 @@ impl Positive {
     #[must_use]
     pub fn new(table: PositiveTable, f: u32) -> Self {
         let column = |v: &[f64], f| Table::cyclic(&v.iter().map(|&v| fixed::encode(v, f, 64)).collect::<Vec<_>>());
-        let first = Lines::new(column(&table.a1, f), column(&table.b1, f), vec![column(&table.s, 0)]);
+        let line = |a: &[f64], b: &[f64], lo_bits, other: &[f64]| {
+            let a = levelled(a, b, lo_bits, f);
+            Lines::new(column(&a, f), column(b, f), vec![column(other, 0)])
+        };
+        let first = line(&table.a1, &table.b1, table.lo1_bits, &table.s);
         let second = match table.alone {
             true => None,
-            false => Some(Lines::new(column(&table.a2, f), column(&table.b2c, f), vec![column(&table.low, 0)])),
+            false => Some(line(&table.a2, &table.b2c, table.lo2_bits, &table.low)),
         };
         // The columns stay as words only; as floats they would be half as much again.
         let table = PositiveTable { alone: table.alone, ..PositiveTable::blank(table.bits, table.window) };
