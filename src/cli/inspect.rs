@@ -8,7 +8,7 @@ use serde::Serialize;
 use trefoil::error::{Error, Result};
 use trefoil::model::preparation::{Loaded, Options, Split};
 use trefoil::model::variant::Record;
-use trefoil::model::{Activation, Checkpoint, LayerWeights, ModelConfig, Softmax};
+use trefoil::model::{Activation, Checkpoint, LayerWeights, Layered, ModelConfig, Softmax};
 use trefoil::net::shape::Profile;
 use trefoil::predict::{Prediction, Rates, Source, predict};
 
@@ -82,7 +82,7 @@ pub fn run(a: &Args) -> Result<()> {
         None => None,
     };
     let options = Options { private_layers, base: a.base.clone(), adapter, ..Options::default() };
-    let loaded = Loaded::open(&model, &options)?;
+    let loaded = Loaded::stream(&model, &options)?;
     let Split { first_private: first, private_embedding, .. } = loaded.split;
     let adapters = loaded.weights.adapter_parameters();
     let source = Source::loaded(loaded)?;

@@ -210,13 +210,27 @@ impl Adapter {
     ///
     /// # Errors
     /// [`Error::Internal`] for weights of another base than it was read for.
-    pub fn attach(self, w: &mut Weights) -> Result<()> {
-        for ((layer, module), factors) in self.factors {
-            let l = w.layers.get_mut(layer).map(|l| l.linear_mut(module));
-            let l = l.filter(|l| l.w.dim() == (factors.b.nrows(), factors.a.ncols()));
-            l.ok_or_else(|| Error::Internal(format!("no {} in layer {layer}", module.name())))?.adapter = Some(factors);
+    pub fn attach(&self, w: &mut Weights) -> Result<()> {
+        w.layers.iter_mut().enumerate().try_for_each(|(i, l)| self.attach_to(i, l))
+    }
+
+    /// The same for layer `index` alone.
+    ///
+    /// # Errors
+    /// As [`Adapter::attach`].
+    pub(super) fn attach_to(&self, index: usize, l: &mut LayerWeights) -> Result<()> {
+        for (&(_, module), factors) in self.factors.range((index, Module::ALL[0])..).take_while(|f| f.0.0 == index) {
+            let l = Some(l.linear_mut(module)).filter(|l| l.w.dim() == (factors.b.nrows(), factors.a.ncols()));
+            l.ok_or_else(|| Error::Internal(format!("no {} in layer {index}", module.name())))?.adapter =
+                Some(factors.clone());
         }
         Ok(())
+    }
+
+    /// Number of its weights.
+    #[must_use]
+    pub fn parameters(&self) -> u64 {
+        self.factors.values().map(|f| (f.a.len() + f.b.len()) as u64).sum()
     }
 }
 

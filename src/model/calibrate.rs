@@ -6,7 +6,7 @@ use std::path::Path;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayView3, s};
 
 use super::adapter::LowRank;
-use super::float::{self, FloatCache};
+use super::float;
 use super::observe::{Norm, Observer};
 use super::secure::F_QK;
 use super::{LayerWeights, Linear, ModelConfig, Weights, files, rounding};
@@ -209,29 +209,95 @@ fn layer_bounds(c: &ModelConfig, index: usize, l: &LayerWeights, f: LayerFractio
 /// # Errors
 /// [`crate::Error::Internal`] for weights that do not match their configuration, or fractions of other layers.
 pub fn bounds(w: &Weights, first: usize, fractions: &Fractions) -> Result<Bounds> {
-    let radius = (w.config.hidden_size as f64).sqrt() * NORM;
     let private = &w.layers[first..];
     if fractions.layers.len() != private.len() {
         let (have, of) = (fractions.layers.len(), private.len());
         return Err(Error::Internal(format!("fractions of {have} layers for {of}")));
     }
-    let head = rounding::head(w, fractions.head);
-    let one = |(i, (l, f))| Ok(layer_bounds(&w.config, i, &rounding::layer(&w.config, i, l, f)?, *f));
-    Ok(Bounds {
-        layers: (first..).zip(private.iter().zip(&fractions.layers)).map(one).collect::<Result<_>>()?,
-        f_head: fractions.head,
+    let one = |(i, (l, f))| bounds_of(&w.config, i, l, f);
+    let layers = (first..).zip(private.iter().zip(&fractions.layers)).map(one).collect::<Result<_>>()?;
+    Ok(bounds_around(w, layers, fractions.head))
+}
+
+/// Those of layer `index`.
+pub(super) fn bounds_of(c: &ModelConfig, index: usize, l: &LayerWeights, f: &LayerFractions) -> Result<LayerBounds> {
+    Ok(layer_bounds(c, index, &rounding::layer(c, index, l, f)?, *f))
+}
+
+/// Those of `layers`, and of the head, rounded to `f_head` fraction bits, and embedding of `w`.
+pub(super) fn bounds_around(w: &Weights, layers: Vec<LayerBounds>, f_head: u32) -> Bounds {
+    let radius = (w.config.hidden_size as f64).sqrt() * NORM;
+    let head = rounding::head(w, f_head);
+    Bounds {
+        layers,
+        f_head,
         logit: row_norm(head.view()).iter().fold(0.0f64, |m, n| m.max(*n)) * radius * SLACK
             + w.head_bias.iter().flatten().fold(0.0f64, |m, v| m.max(f64::from(v.abs())))
             + ULP,
         embedding: w.embed.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs()))) + ULP,
-    })
+    }
 }
 
-struct Watch<'a> {
-    weights: &'a Weights,
+/// What was seen so far.
+struct Seen {
     layers: Vec<LayerRanges>,
     final_sum: (f64, f64),
     logit: f64,
+}
+
+impl Seen {
+    fn new(c: &ModelConfig) -> Seen {
+        let layers = vec![LayerRanges::default(); c.num_layers];
+        Seen { layers, final_sum: (f64::INFINITY, 0.0), logit: 0.0 }
+    }
+
+    /// Layer `index` on the residual stream of a whole text.
+    fn layer(&mut self, c: &ModelConfig, index: usize, l: &LayerWeights, h: Array2<f32>) -> Array2<f32> {
+        float::whole(c, l, index, h, &mut Watch { seen: self, config: c, layer: Some(l) })
+    }
+
+    /// Behind the last layer.
+    fn head(&mut self, w: &Weights, h: &Array2<f32>) {
+        let _ = float::logits_observed(w, h, &mut Watch { seen: self, config: &w.config, layer: None });
+    }
+
+    fn ranges(mut self, first: usize) -> Ranges {
+        Ranges { layers: self.layers.split_off(first), final_sum: self.final_sum, logit: self.logit }
+    }
+}
+
+/// Texts that go through a model together, layer by layer.
+pub(super) struct Reading {
+    seen: Seen,
+    states: Vec<Array2<f32>>,
+}
+
+impl Reading {
+    /// Of `texts`, below the first layer.
+    pub(super) fn new(w: &Weights, texts: &[Vec<u32>]) -> Reading {
+        let texts = texts.iter().filter(|ids| !ids.is_empty());
+        Reading { seen: Seen::new(&w.config), states: texts.map(|ids| float::embed(w, ids)).collect() }
+    }
+
+    /// Through layer `index`, which follows the one before.
+    pub(super) fn layer(&mut self, c: &ModelConfig, index: usize, l: &LayerWeights) {
+        for h in &mut self.states {
+            *h = self.seen.layer(c, index, l, std::mem::take(h));
+        }
+    }
+
+    /// Through the head, as [`ranges`] from `first` on.
+    pub(super) fn finish(mut self, w: &Weights, first: usize) -> Ranges {
+        self.states.iter().for_each(|h| self.seen.head(w, h));
+        self.seen.ranges(first)
+    }
+}
+
+struct Watch<'a> {
+    seen: &'a mut Seen,
+    config: &'a ModelConfig,
+    /// Where it is.
+    layer: Option<&'a LayerWeights>,
 }
 
 fn stretch(range: &mut (f64, f64), v: f64) {
@@ -250,20 +316,19 @@ fn absolute(x: ArrayView2<'_, f32>) -> f64 {
 impl Observer for Watch<'_> {
     fn norm_input(&mut self, layer: usize, which: Norm, h: ArrayView2<'_, f32>) {
         let range = match which {
-            Norm::Input => &mut self.layers[layer].input_sum,
-            Norm::PostAttention => &mut self.layers[layer].post_sum,
-            Norm::Final => &mut self.final_sum,
+            Norm::Input => &mut self.seen.layers[layer].input_sum,
+            Norm::PostAttention => &mut self.seen.layers[layer].post_sum,
+            Norm::Final => &mut self.seen.final_sum,
         };
         h.rows().into_iter().for_each(|r| stretch(range, sum_squares(r)));
-        let c = &self.weights.config;
-        if which == Norm::Input && c.qk_norm {
-            let w = &self.weights.layers[layer];
+        let c = self.config;
+        if let (Norm::Input, true, Some(w)) = (which, c.qk_norm, self.layer) {
             let mut x = h.to_owned();
             for mut row in x.rows_mut() {
                 let scale = (sum_squares(row.iter()) / c.hidden_size as f64 + c.rms_norm_eps).sqrt() as f32;
                 row.iter_mut().zip(&w.input_norm).for_each(|(v, g)| *v = *v / scale * g);
             }
-            let range = self.layers[layer].qk_sum.get_or_insert((f64::INFINITY, 0.0));
+            let range = self.seen.layers[layer].qk_sum.get_or_insert((f64::INFINITY, 0.0));
             for l in [&w.q, &w.k] {
                 for row in float::linear(l, &x).rows() {
                     let row: Vec<f32> = row.to_vec();
@@ -282,18 +347,18 @@ impl Observer for Watch<'_> {
         row_max: ArrayView2<'_, f32>,
         row_min: ArrayView2<'_, f32>,
     ) {
-        let r = &mut self.layers[layer];
+        let r = &mut self.seen.layers[layer];
         r.score = r.score.max(absolute(row_max)).max(absolute(row_min));
         row_max.iter().for_each(|&m| stretch(&mut r.row_max, f64::from(m)));
     }
 
     fn gate(&mut self, layer: usize, gate: ArrayView2<'_, f32>, _up: ArrayView2<'_, f32>) {
-        let r = &mut self.layers[layer];
+        let r = &mut self.seen.layers[layer];
         r.gate = r.gate.max(absolute(gate));
     }
 
     fn logits(&mut self, l: ArrayView2<'_, f32>) {
-        self.logit = self.logit.max(absolute(l));
+        self.seen.logit = self.seen.logit.max(absolute(l));
     }
 }
 
@@ -306,18 +371,14 @@ pub fn ranges(w: &Weights, first: usize, texts: &[Vec<u32>]) -> Ranges {
 /// As [`ranges`]; `done` is told how many tokens of each text have been read.
 #[must_use]
 pub fn ranges_watched(w: &Weights, first: usize, texts: &[Vec<u32>], done: &mut dyn FnMut(usize)) -> Ranges {
-    let mut watch = Watch {
-        weights: w,
-        layers: vec![LayerRanges::default(); w.layers.len()],
-        final_sum: (f64::INFINITY, 0.0),
-        logit: 0.0,
-    };
+    let mut seen = Seen::new(&w.config);
     for ids in texts.iter().filter(|ids| !ids.is_empty()) {
-        let mut cache = FloatCache::new(&w.config);
-        let _ = float::advance(w, ids, &mut cache, &mut watch);
+        let layers = w.layers.iter().enumerate();
+        let h = layers.fold(float::embed(w, ids), |h, (i, l)| seen.layer(&w.config, i, l, h));
+        seen.head(w, &h);
         done(ids.len());
     }
-    Ranges { layers: watch.layers.split_off(first), final_sum: watch.final_sum, logit: watch.logit }
+    seen.ranges(first)
 }
 
 /// Longest calibration text, in bytes.

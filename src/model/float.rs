@@ -38,9 +38,7 @@ impl FloatCache {
     /// An empty cache.
     #[must_use]
     pub fn new(config: &ModelConfig) -> Self {
-        let empty = |shape: LayerShape| Array3::zeros((0, shape.num_kv_heads, shape.head_dim));
-        let layer = |i| LayerCache { k: empty(config.layer(i)), v: empty(config.layer(i)), len: 0 };
-        let layers = (0..config.num_layers).map(layer).collect();
+        let layers = (0..config.num_layers).map(|i| LayerCache::new(config, i)).collect();
         FloatCache { layers }
     }
 
@@ -90,6 +88,12 @@ impl FloatCache {
 }
 
 impl LayerCache {
+    fn new(config: &ModelConfig, index: usize) -> LayerCache {
+        let LayerShape { num_kv_heads, head_dim, .. } = config.layer(index);
+        let empty = || Array3::zeros((0, num_kv_heads, head_dim));
+        LayerCache { k: empty(), v: empty(), len: 0 }
+    }
+
     fn keys(&self) -> ArrayView3<'_, f32> {
         self.k.slice(s![..self.len, .., ..])
     }
@@ -170,12 +174,32 @@ pub fn layer(
     cache: &mut FloatCache,
     observer: &mut dyn Observer,
 ) -> Array2<f32> {
-    let config = &weights.config;
-    let w = &weights.layers[index];
+    step(&weights.config, &weights.layers[index], index, h, (start, &mut cache.layers[index]), observer)
+}
 
+/// Decoder layer `index`, whose weights are `w`, on the residual stream `h` of a whole text.
+#[must_use]
+pub(super) fn whole(
+    config: &ModelConfig,
+    w: &LayerWeights,
+    index: usize,
+    h: Array2<f32>,
+    observer: &mut dyn Observer,
+) -> Array2<f32> {
+    step(config, w, index, h, (0, &mut LayerCache::new(config, index)), observer)
+}
+
+fn step(
+    config: &ModelConfig,
+    w: &LayerWeights,
+    index: usize,
+    h: Array2<f32>,
+    (start, cache): (usize, &mut LayerCache),
+    observer: &mut dyn Observer,
+) -> Array2<f32> {
     observer.norm_input(index, Norm::Input, h.view());
     let x = rms_norm(&h, w.input_norm.view(), config.rms_norm_eps);
-    let h = h + self_attention(config, w, index, &x, start, &mut cache.layers[index], observer);
+    let h = h + self_attention(config, w, index, &x, start, cache, observer);
 
     observer.norm_input(index, Norm::PostAttention, h.view());
     let x = rms_norm(&h, w.post_norm.view(), config.rms_norm_eps);

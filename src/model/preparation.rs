@@ -7,7 +7,7 @@ use super::prepare::Prepared;
 use super::progress::{Progress, Stage};
 use super::rounding::Choice;
 use super::variant::{FILE, Record};
-use super::{Adapter, Checkpoint, ModelConfig, TextCodec, Weights, calibrate};
+use super::{Adapter, Checkpoint, Layered, ModelConfig, Streamed, TextCodec, Weights, calibrate};
 use crate::error::{Error, Result};
 use crate::net::shape::Profile;
 use crate::plan::{self, Bounds, Plan, Ranges, Setting};
@@ -64,14 +64,15 @@ pub fn split_layers(c: &ModelConfig, private_layers: Option<usize>) -> Result<(u
 ///
 /// # Errors
 /// [`Error::Config`] if the model has fewer layers, or an adapter in a layer that would be public.
-pub fn split_weights(w: &Weights, private_layers: Option<usize>) -> Result<(usize, bool)> {
-    let (first_private, private_embedding) = split_layers(&w.config, private_layers)?;
+pub fn split_weights(w: &dyn Layered, private_layers: Option<usize>) -> Result<(usize, bool)> {
+    let layers = w.rest().config.num_layers;
+    let (first_private, private_embedding) = split_layers(&w.rest().config, private_layers)?;
     match w.first_adapted() {
         None => Ok((first_private, private_embedding)),
         Some(adapted) if first_private > adapted => Err(Error::Config(format!(
             "--private-layers {}: layer {adapted} has an adapter, which is private: give {} or more, or leave the option out",
-            w.config.num_layers - first_private,
-            w.config.num_layers - adapted
+            layers - first_private,
+            layers - adapted
         ))),
         Some(_) => Ok((first_private, false)),
     }
@@ -137,11 +138,11 @@ pub fn private_layers(
     }
 }
 
-/// A model about to be prepared: all of its weights, at the Owner.
+/// A model about to be prepared, at the Owner: all of its weights in memory, or layer by layer ([`Streamed`]).
 #[derive(Debug)]
-pub struct Loaded {
+pub struct Loaded<W = Weights> {
     /// The weights, their configuration shortened to the context that was asked for.
-    pub weights: Weights,
+    pub weights: W,
     /// What calibration reads.
     pub text: Option<Vec<u32>>,
     /// The model's own context, for calibration: the plan of a shortened one is calibrated on as long a text.
@@ -154,32 +155,51 @@ pub struct Loaded {
     pub progress: Progress,
 }
 
+/// The checkpoint in `dir` before its weights are read, which may take a while, and what calibration reads.
+fn opened(dir: &Path, options: &Options) -> Result<(Checkpoint, Option<Vec<u32>>)> {
+    let checkpoint = Checkpoint::open(dir)?;
+    split_layers(checkpoint.config(), options.private_layers)?;
+    let text = match &options.calibration_text {
+        Some(text) => Some(TextCodec::open(dir)?.encode(text)?),
+        // Without a tokenizer there are still the pseudorandom tokens.
+        None if !dir.join("tokenizer.json").exists() => None,
+        None => Some(TextCodec::open(dir)?.encode(calibrate::DEFAULT_TEXT)?),
+    };
+    Ok((checkpoint, text))
+}
+
 impl Loaded {
     /// Reads the checkpoint in `dir`.
     ///
     /// # Errors
     /// [`Error::Model`] for the checkpoint or the base, [`Error::Config`] for the options.
     pub fn open(dir: &Path, options: &Options) -> Result<Loaded> {
-        let checkpoint = Checkpoint::open(dir)?;
-        // Before the weights are read, which takes a while.
-        split_layers(checkpoint.config(), options.private_layers)?;
-        let text = match &options.calibration_text {
-            Some(text) => Some(TextCodec::open(dir)?.encode(text)?),
-            // Without a tokenizer there are still the pseudorandom tokens.
-            None if !dir.join("tokenizer.json").exists() => None,
-            None => Some(TextCodec::open(dir)?.encode(calibrate::DEFAULT_TEXT)?),
-        };
+        let (checkpoint, text) = opened(dir, options)?;
         Loaded::new(adapted(&checkpoint, dir, options.adapter.as_deref(), &options.progress)?, text, options)
     }
+}
 
-    /// From weights in memory; `text` is what calibration reads.
+impl Loaded<Streamed> {
+    /// Opens the checkpoint in `dir`; its layers are read when they are needed, each by itself.
     ///
     /// # Errors
     /// As [`Loaded::open`].
-    pub fn new(mut weights: Weights, text: Option<Vec<u32>>, options: &Options) -> Result<Loaded> {
-        let context = weights.config.max_positions;
+    pub fn stream(dir: &Path, options: &Options) -> Result<Loaded<Streamed>> {
+        let (checkpoint, text) = opened(dir, options)?;
+        Loaded::new(Streamed::open(checkpoint, dir, options.adapter.as_deref())?, text, options)
+    }
+}
+
+impl<W: Layered> Loaded<W> {
+    /// From `weights`; `text` is what calibration reads.
+    ///
+    /// # Errors
+    /// As [`Loaded::open`].
+    pub fn new(mut weights: W, text: Option<Vec<u32>>, options: &Options) -> Result<Loaded<W>> {
+        let config = &mut weights.rest_mut().config;
+        let context = config.max_positions;
         if let Some(n) = options.max_positions {
-            weights.config.max_positions = weights.config.max_positions.min(n.max(2));
+            config.max_positions = context.min(n.max(2));
         }
         let (first_private, private_embedding) = split_weights(&weights, options.private_layers)?;
         let public_head = match &options.base {
@@ -187,12 +207,12 @@ impl Loaded {
             None => weights.first_adapted().is_some(),
             Some(dir) => {
                 let base = Checkpoint::open(dir)?;
-                same_shape(&weights.config, base.config(), dir)?;
-                let base = Weights::load(&base)?;
+                same_shape(&weights.rest().config, base.config(), dir)?;
+                let base = Streamed::open(base, dir, None)?;
                 if !private_embedding {
                     same_public(&weights, &base, first_private, dir)?;
                 }
-                same_head(&weights, &base)
+                same_head(weights.rest(), base.rest())
             }
         };
         let split = Split { first_private, private_embedding, public_head };
@@ -205,14 +225,28 @@ impl Loaded {
     /// # Errors
     /// [`Error::Model`] naming the matrix of which no rounding leaves enough.
     pub fn evidence(&self) -> Result<Evidence> {
-        let (w, first) = (&self.weights, self.split.first_private);
-        self.progress.tell(Stage::Calibration, 0, 0);
-        w.check()?;
-        let choice = Choice::new(w, first, self.split.private_embedding)?;
-        let inputs = calibrate::inputs(&w.config, self.context, self.text.clone());
-        let ranges = calibrate::ranges(w, first, &inputs);
-        let bounds = calibrate::bounds(w, first, &choice.fractions)?;
-        Ok(Evidence { choice, ranges, bounds })
+        let (w, first) = (self.weights.rest(), self.split.first_private);
+        let c = &w.config;
+        w.check_rest()?;
+        let mut choice = Choice::begin(w, self.split.private_embedding)?;
+        let mut reading = calibrate::Reading::new(w, &calibrate::inputs(c, self.context, self.text.clone()));
+        let mut bounds = Vec::new();
+        let (mut read, total) = (0, 4 * (0..c.num_layers).map(|i| c.layer_parameters(i)).sum::<u64>());
+        for i in 0..c.num_layers {
+            self.progress.tell(Stage::Calibration, read, total);
+            let l = self.weights.layer(i)?;
+            l.check(c, i)?;
+            if i >= first {
+                let f = choice.layer(c, i, &l)?;
+                bounds.push(calibrate::bounds_of(c, i, &l, &f)?);
+            }
+            reading.layer(c, i, &l);
+            read += 4 * c.layer_parameters(i);
+        }
+        self.progress.tell(Stage::Calibration, total, total);
+        choice.head(w)?;
+        let bounds = calibrate::bounds_around(w, bounds, choice.fractions.head);
+        Ok(Evidence { choice, ranges: reading.finish(w, first), bounds })
     }
 
     /// The plan that weights and calibration give.
@@ -221,7 +255,7 @@ impl Loaded {
     /// [`Error::Model`] naming the layer and the quantity that does not fit, or the matrix of which no rounding leaves enough.
     pub fn plan(&self) -> Result<Plan> {
         let Evidence { choice, ranges, bounds } = self.evidence()?;
-        let (c, first) = (&self.weights.config, self.split.first_private);
+        let (c, first) = (&self.weights.rest().config, self.split.first_private);
         let mut plan = plan::propose(c, first, self.split.private_embedding, &bounds, &ranges)
             .map_err(|misfits| plan::refused(&misfits, |m| choice.explain(m)))?;
         plan.head.public |= self.split.public_head;
@@ -293,15 +327,20 @@ fn same_shape(c: &ModelConfig, base: &ModelConfig, dir: &Path) -> Result<()> {
 }
 
 /// What a fine-tuned model makes public is its base's: else training would be given away with it.
-fn same_public(w: &Weights, base: &Weights, first_private: usize, dir: &Path) -> Result<()> {
-    let layer = |i: usize| (w.layers[i] != base.layers[i]).then(|| format!("layer {i}"));
-    let embedding = (w.embed != base.embed).then(|| "the embedding".to_owned());
-    let Some(differs) = embedding.or_else(|| (0..first_private).find_map(layer)) else { return Ok(()) };
+fn same_public(w: &dyn Layered, base: &dyn Layered, first_private: usize, dir: &Path) -> Result<()> {
+    let mut differs = (w.rest().embed != base.rest().embed).then(|| "the embedding".to_owned());
+    for i in 0..if differs.is_none() { first_private } else { 0 } {
+        if w.layer(i)? != base.layer(i)? {
+            differs = Some(format!("layer {i}"));
+            break;
+        }
+    }
+    let Some(differs) = differs else { return Ok(()) };
     Err(Error::Config(format!(
         "--base {}: {differs} is not the base's, and --private-layers {} would make it public; give more private layers (`trefoil inspect --base` \
          says which layers are the base's), or 'all', or leave --base out if it may be known",
         dir.display(),
-        w.config.num_layers - first_private
+        w.rest().config.num_layers - first_private
     )))
 }
 

@@ -8,6 +8,7 @@
 //! Helper and Client together could rebuild the weights: they are assumed not to collude. Norm gains fold into the
 //! matrices behind them and `1/sqrt(head_dim)` into the queries, so that both cost nothing.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use ndarray::{Array1, Array2, Axis, concatenate};
@@ -15,7 +16,7 @@ use ndarray::{Array1, Array2, Axis, concatenate};
 use super::adapter;
 use super::calibrate::folded;
 use super::sections::{Section, Slot};
-use super::{LayerWeights, Linear, ModelConfig, Weights};
+use super::{LayerWeights, Layered, Linear, ModelConfig};
 use crate::error::{Error, Result};
 use crate::plan::{AdapterPlan, F, Group, Grouped, Module, Plan};
 use crate::prf::PreparationSeed;
@@ -216,11 +217,18 @@ impl Prepared {
     ///
     /// # Errors
     /// [`Error::Model`] for a weight that cannot be represented.
-    pub fn owner(w: &Weights, plan: &Plan, seed: &PreparationSeed) -> Result<Prepared> {
+    pub fn owner(weights: &dyn Layered, plan: &Plan, seed: &PreparationSeed) -> Result<Prepared> {
+        let w = weights.rest();
+        let mut held: Option<(usize, Cow<'_, LayerWeights>)> = None;
         let mut matrix = |s: &Section| -> Result<OwnerMatrix> {
-            let m = match w.layers.get(s.layer) {
-                Some(l) => quantised(&w.config, s, l)?,
-                None => quantised_head(s, &w.head_matrix().to_owned(), &w.norm, w.head_bias.as_ref())?,
+            let m = if s.layer < w.config.num_layers {
+                let (_, l) = match held.take().filter(|(layer, _)| *layer == s.layer) {
+                    Some(same) => held.insert(same),
+                    None => held.insert((s.layer, weights.layer(s.layer)?)),
+                };
+                quantised(&w.config, s, l)?
+            } else {
+                quantised_head(s, &w.head_matrix().to_owned(), &w.norm, w.head_bias.as_ref())?
             };
             Ok(if s.public { m.into_public() } else { m })
         };

@@ -8,7 +8,7 @@ use std::sync::Arc;
 pub enum Stage {
     /// Weights are read: bytes in memory, of how many.
     Weights,
-    /// Calibration, and the choice of fraction bits: how far is not known.
+    /// Calibration, and the choice of fraction bits: bytes of the layers that are through, of how many.
     Calibration,
     /// Weights become integers, and shares for the other parties: bytes sent, of how many.
     Shares,

@@ -424,41 +424,61 @@ impl Choice {
     /// [`Error::Model`] naming layer and matrix where the most are not enough, or would not help: its outputs have the fraction
     /// of activations, whatever its own.
     pub fn new(w: &Weights, first_private: usize, private_embedding: bool) -> Result<Choice> {
+        let mut choice = Choice::begin(w, private_embedding)?;
+        for (i, l) in w.layers.iter().enumerate().skip(first_private) {
+            choice.layer(&w.config, i, l)?;
+        }
+        choice.head(w)?;
+        Ok(choice)
+    }
+
+    /// Of no layer yet.
+    pub(super) fn begin(w: &Weights, private_embedding: bool) -> Result<Choice> {
         if private_embedding {
             let loss = embedding_loss(w);
             if loss.exceeded().is_some() {
                 return Err(loss.refused("a private embedding has no more"));
             }
         }
-        let mut small = Vec::new();
-        let mut raise = |place: &str, m: &Weighed<'_>, f: &mut u32| -> Result<()> {
-            let (needed, loss) = m.fraction(place, *f)?;
-            *f = needed;
-            small.extend(loss);
-            Ok(())
-        };
-        let private = w.layers.len().saturating_sub(first_private);
-        let mut fractions = Fractions::least(private);
-        for (i, f) in fractions.layers.iter_mut().enumerate().map(|(i, f)| (first_private + i, f)) {
-            for (slot, m) in weighed(&w.config, i, &w.layers[i]) {
-                let f = match slot {
-                    Slot::Qkv => &mut f.qkv,
-                    Slot::QkGain => &mut f.qk_gain,
-                    Slot::O => &mut f.o,
-                    Slot::GateUp => &mut f.gate_up,
-                    Slot::Down => &mut f.down,
-                    Slot::Head | Slot::Embedding | Slot::AdapterA(_) | Slot::AdapterB(_) => {
-                        return Err(Error::Internal(format!("{slot:?} in layer {i}")));
-                    }
-                };
-                raise(&of_layer(i), &m, f)?;
-            }
-            for group in Group::ALL {
-                *f.adapters.place(group) = adapter_fractions(&w.config, i, &w.layers[i], group)?;
-            }
+        Ok(Choice { fractions: Fractions::least(0), small: Vec::new() })
+    }
+
+    fn raise(&mut self, place: &str, m: &Weighed<'_>, f: &mut u32) -> Result<()> {
+        let (needed, loss) = m.fraction(place, *f)?;
+        *f = needed;
+        self.small.extend(loss);
+        Ok(())
+    }
+
+    /// The next private layer, which is layer `index`.
+    pub(super) fn layer(&mut self, c: &ModelConfig, index: usize, l: &LayerWeights) -> Result<LayerFractions> {
+        let mut chosen = LayerFractions::default();
+        for (slot, m) in weighed(c, index, l) {
+            let f = match slot {
+                Slot::Qkv => &mut chosen.qkv,
+                Slot::QkGain => &mut chosen.qk_gain,
+                Slot::O => &mut chosen.o,
+                Slot::GateUp => &mut chosen.gate_up,
+                Slot::Down => &mut chosen.down,
+                Slot::Head | Slot::Embedding | Slot::AdapterA(_) | Slot::AdapterB(_) => {
+                    return Err(Error::Internal(format!("{slot:?} in layer {index}")));
+                }
+            };
+            self.raise(&of_layer(index), &m, f)?;
         }
-        raise(HEAD, &weighed_head(w), &mut fractions.head)?;
-        Ok(Choice { fractions, small })
+        for group in Group::ALL {
+            *chosen.adapters.place(group) = adapter_fractions(c, index, l, group)?;
+        }
+        self.fractions.layers.push(chosen);
+        Ok(chosen)
+    }
+
+    /// The head of `w`.
+    pub(super) fn head(&mut self, w: &Weights) -> Result<()> {
+        let mut f = self.fractions.head;
+        self.raise(HEAD, &weighed_head(w), &mut f)?;
+        self.fractions.head = f;
+        Ok(())
     }
 
     /// A misfit, and what fewer fraction bits would do where it is due to more of them.

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use ndarray::{Array1, Array2, ArrayView2};
+use ndarray::{Array, Array1, Array2, ArrayView2, Dimension};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
@@ -201,6 +201,34 @@ impl LayerWeights {
         Module::ALL.into_iter().filter(|m| self.linear(*m).adapter.is_some())
     }
 
+    /// Checks layer `i` as [`Weights::check`] does.
+    pub(super) fn check(&self, c: &ModelConfig, i: usize) -> Result<()> {
+        if c.bottleneck > 0 && self.adapted().next().is_some() {
+            let why =
+                "all beside LoRA's adapters is public, so a bottleneck in the MLP cannot be private: give one of them";
+            return Err(Error::Model(why.into()));
+        }
+        let mut ranks = self.adapted().filter_map(|m| self.linear(m).adapter.as_ref().map(|a| (m, a)));
+        let rank = ranks.clone().next().map_or(0, |(_, a)| a.a.nrows());
+        if let Some((m, a)) = ranks.find(|(m, a)| {
+            let (out, inputs) = self.linear(*m).w.dim();
+            a.a.dim() != (rank, inputs) || a.b.dim() != (out, rank)
+        }) {
+            return Err(Error::Model(format!(
+                "layer {i}: the adapter of {} is of shapes {:?} and {:?}, which are not those of its projection at rank {rank}, the layer's first",
+                m.name(),
+                a.a.shape(),
+                a.b.shape()
+            )));
+        }
+        let factors = |a: &LowRank| finite(&a.a) && finite(&a.b);
+        let linear =
+            |l: &Linear| finite(&l.w) && l.bias.as_ref().is_none_or(finite) && l.adapter.as_ref().is_none_or(factors);
+        let gains = [Some(&self.input_norm), Some(&self.post_norm), self.q_norm.as_ref(), self.k_norm.as_ref()];
+        let all = Module::ALL.map(|m| self.linear(m)).into_iter().all(linear);
+        if all && gains.into_iter().flatten().all(finite) { Ok(()) } else { not_finite(&format!("layer {i}")) }
+    }
+
     /// Loads layer `index`, from 0.
     ///
     /// # Errors
@@ -237,6 +265,14 @@ impl LayerWeights {
     }
 }
 
+fn finite<D: Dimension>(m: &Array<f32, D>) -> bool {
+    m.iter().all(|v| v.is_finite())
+}
+
+fn not_finite(what: &str) -> Result<()> {
+    Err(Error::Model(format!("{what}: a weight is not a finite number")))
+}
+
 impl Weights {
     /// Loads all weights of a checkpoint: 4 bytes of memory for each of [`ModelConfig::parameter_count`].
     ///
@@ -263,6 +299,11 @@ impl Weights {
         let layers = (0..config.num_layers).into_par_iter().map(load).collect::<Result<_>>()?;
         progress.tell(Stage::Weights, total, total);
         Self::read(&mut &*checkpoint, config, layers)
+    }
+
+    /// All that is not in a layer.
+    pub(super) fn load_rest(checkpoint: &Checkpoint) -> Result<Self> {
+        Self::read(&mut &*checkpoint, checkpoint.config().clone(), Vec::new())
     }
 
     /// Random weights for tests and benchmarks: matrices and biases Gaussian with standard deviation 0.02, norm gains
@@ -311,43 +352,18 @@ impl Weights {
     /// # Errors
     /// [`Error::Model`] naming the layer.
     pub fn check(&self) -> Result<()> {
-        if self.config.bottleneck > 0 && self.first_adapted().is_some() {
-            let why =
-                "all beside LoRA's adapters is public, so a bottleneck in the MLP cannot be private: give one of them";
-            return Err(Error::Model(why.into()));
-        }
-        let finite = |m: &Array2<f32>| m.iter().all(|v| v.is_finite());
-        let gain = |g: &Array1<f32>| g.iter().all(|v| v.is_finite());
-        let factors = |a: &LowRank| finite(&a.a) && finite(&a.b);
-        let linear =
-            |l: &Linear| finite(&l.w) && l.bias.as_ref().is_none_or(gain) && l.adapter.as_ref().is_none_or(factors);
-        let wrong = |what: &str| Err(Error::Model(format!("{what}: a weight is not a finite number")));
-        for (i, l) in self.layers.iter().enumerate() {
-            let mut ranks = l.adapted().filter_map(|m| l.linear(m).adapter.as_ref().map(|a| (m, a)));
-            let rank = ranks.clone().next().map_or(0, |(_, a)| a.a.nrows());
-            if let Some((m, a)) = ranks.find(|(m, a)| {
-                let (out, inputs) = l.linear(*m).w.dim();
-                a.a.dim() != (rank, inputs) || a.b.dim() != (out, rank)
-            }) {
-                return Err(Error::Model(format!(
-                    "layer {i}: the adapter of {} is of shapes {:?} and {:?}, which are not those of its projection at rank {rank}, the layer's first",
-                    m.name(),
-                    a.a.shape(),
-                    a.b.shape()
-                )));
-            }
-            let gains = [Some(&l.input_norm), Some(&l.post_norm), l.q_norm.as_ref(), l.k_norm.as_ref()];
-            let all = Module::ALL.map(|m| l.linear(m)).into_iter().all(linear);
-            if !all || !gains.into_iter().flatten().all(gain) {
-                return wrong(&format!("layer {i}"));
-            }
-        }
+        self.layers.iter().enumerate().try_for_each(|(i, l)| l.check(&self.config, i))?;
+        self.check_rest()
+    }
+
+    /// The same of all that is not in a layer.
+    pub(super) fn check_rest(&self) -> Result<()> {
         if !finite(&self.embed) {
-            return wrong("the embedding");
+            return not_finite("the embedding");
         }
-        let bias = self.head_bias.as_ref().is_none_or(gain);
-        if !gain(&self.norm) || !self.head.as_ref().is_none_or(finite) || !bias {
-            return wrong("the head");
+        let bias = self.head_bias.as_ref().is_none_or(finite);
+        if !finite(&self.norm) || !self.head.as_ref().is_none_or(finite) || !bias {
+            return not_finite("the head");
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::error::Result;
 use crate::model::preparation::{Loaded, Options};
 use crate::model::store::PublicManifest;
-use crate::model::{ModelConfig, Weights};
+use crate::model::{Layered, ModelConfig};
 use crate::plan::memory::owner_words;
 use crate::plan::{LayerPlan, Plan};
 
@@ -35,18 +35,18 @@ impl Source {
     /// # Errors
     /// [`crate::Error::Model`], [`crate::Error::Config`].
     pub fn checkpoint(dir: &Path, options: &Options) -> Result<Source> {
-        Self::loaded(Loaded::open(dir, options)?)
+        Self::loaded(Loaded::stream(dir, options)?)
     }
 
     /// From weights in memory.
     ///
     /// # Errors
     /// As [`Source::checkpoint`].
-    pub fn loaded(loaded: Loaded) -> Result<Source> {
+    pub fn loaded<W: Layered>(loaded: Loaded<W>) -> Result<Source> {
         let plan = loaded.plan()?;
-        let config = &loaded.weights.config;
-        let owner_bytes = 2 * owner_words(config, &plan) + wide_bytes(&loaded.weights, &plan);
-        Ok(Source { config: loaded.weights.config, plan, owner_bytes })
+        let config = loaded.weights.rest().config.clone();
+        let owner_bytes = 2 * owner_words(&config, &plan) + wide_bytes(&loaded.weights, &plan)?;
+        Ok(Source { config, plan, owner_bytes })
     }
 
     /// From a preparation's `manifest.json`.
@@ -64,7 +64,8 @@ impl Source {
 }
 
 /// Bytes beyond 16 bits per word, of matrices with a weight that needs 32.
-fn wide_bytes(w: &Weights, plan: &Plan) -> u64 {
+fn wide_bytes(weights: &dyn Layered, plan: &Plan) -> Result<u64> {
+    let w = weights.rest();
     let wide = |m: &ndarray::Array2<f32>, gain: Option<&ndarray::Array1<f32>>, by: f32, f: u32| {
         let limit = f32::from(i16::MAX) / f64::from(f).exp2() as f32;
         m.rows().into_iter().any(|r| match gain {
@@ -73,7 +74,8 @@ fn wide_bytes(w: &Weights, plan: &Plan) -> u64 {
         })
     };
     let mut bytes = 0;
-    for (i, (l, p)) in (plan.first_private..).zip(w.layers[plan.first_private..].iter().zip(&plan.layers)) {
+    for (i, p) in (plan.first_private..).zip(&plan.layers) {
+        let l = weights.layer(i)?;
         let scale = if w.config.qk_norm { 1.0 } else { w.config.layer(i).score_scale() };
         let LayerPlan { attention: a, mlp, .. } = p;
         let (n, p) = (Some(&l.input_norm), Some(&l.post_norm));
@@ -90,5 +92,5 @@ fn wide_bytes(w: &Weights, plan: &Plan) -> u64 {
         bytes += stacks.iter().filter(|s| s.0).map(|s| 2 * s.1 as u64).sum::<u64>();
     }
     let head = w.head.as_ref().unwrap_or(&w.embed);
-    bytes + if wide(head, Some(&w.norm), 1.0, plan.head.f_weight) { 2 * head.len() as u64 } else { 0 }
+    Ok(bytes + if wide(head, Some(&w.norm), 1.0, plan.head.f_weight) { 2 * head.len() as u64 } else { 0 })
 }

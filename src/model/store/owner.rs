@@ -18,7 +18,7 @@ use crate::model::public::PublicPart;
 use crate::model::sections::HalfLayout;
 use crate::model::secure::SecureModel;
 use crate::model::variant::{FILE as RECORD, Record};
-use crate::model::{Checkpoint, ModelConfig};
+use crate::model::{Checkpoint, Layered, ModelConfig};
 use crate::plan::Plan;
 use crate::prf::PreparationSeed;
 
@@ -66,10 +66,9 @@ impl OwnerPreparation {
         }
         let id = PreparationId::random()?;
         let staging = disk::Staging::new(out, &id.to_string())?;
-        let loaded = Loaded::open(model, options)?;
+        let loaded = Loaded::stream(model, options)?;
         let Preparation { plan, seed, parts } = loaded.prepare()?;
-        let config = loaded.weights.config.clone();
-        // The floating-point weights are not needed any more, and may be most of the memory.
+        let config = loaded.weights.rest().config.clone();
         drop(loaded);
 
         let layout = HalfLayout::new(&config, &plan)?;
