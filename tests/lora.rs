@@ -17,10 +17,12 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use trefoil::generate::{Local, LocalOptions};
 use trefoil::model::preparation::{Loaded, Options, adapted, private_layers};
+use trefoil::model::prepare::Prepared;
 use trefoil::model::progress::Progress;
 use trefoil::model::sections::{Slot, sections};
 use trefoil::model::{Adapter, Checkpoint, ModelConfig, Weights, float};
 use trefoil::plan::{Group, Module, Plan};
+use trefoil::prf::PreparationSeed;
 
 /// Every projection; grouped queries with biases, a tied head and `alpha / sqrt(r)`; few projections of the upper layer;
 /// norms of queries and keys.
@@ -52,6 +54,25 @@ fn loaded(name: &str, max_positions: usize) -> Loaded {
     let private_layers = private_layers(None, &ModelConfig::open(&base).unwrap(), (&base, Some(&adapter))).unwrap();
     let o = Options { private_layers, max_positions: Some(max_positions), ..Options::default() };
     Loaded::open(&base, &Options { adapter: Some(adapter), ..o }).unwrap()
+}
+
+/// A preparation reads layer by layer what a run in one process has in memory.
+#[test]
+fn layer_by_layer_it_is_the_same_preparation() {
+    let (seed, quill) = (PreparationSeed::from_bytes([4; 32]), (quill(), None));
+    for (dir, adapter) in FIXTURES.map(dirs).map(|(base, adapter)| (base, Some(adapter))).into_iter().chain([quill]) {
+        let o = Options { private_layers: Some(2), max_positions: Some(24), adapter, ..Options::default() };
+        let (held, streamed) = (Loaded::open(&dir, &o).unwrap(), Loaded::stream(&dir, &o).unwrap());
+        let plan = held.plan().unwrap();
+        assert_eq!(streamed.plan().unwrap(), plan, "{}", dir.display());
+        let words = |parts: Prepared| {
+            let mut all = Vec::new();
+            parts.helper_words(&seed, &mut |words| Ok(all.extend(words))).unwrap();
+            all
+        };
+        let [a, b] = [Prepared::owner(&held.weights, &plan, &seed), Prepared::owner(&streamed.weights, &plan, &seed)];
+        assert_eq!(words(a.unwrap()), words(b.unwrap()), "{}", dir.display());
+    }
 }
 
 fn local(name: &str) -> Local {
