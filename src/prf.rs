@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 
 use aes::Aes128;
 use aes::cipher::{Array, BlockCipherEncrypt, KeyInit};
-use zeroize::{Zeroize, ZeroizeOnDrop};
+use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
 use crate::error::{Error, Result};
 use crate::party::Role;
@@ -140,10 +140,10 @@ impl PairKey {
         Aes128::new(&block)
     }
 
-    fn derive_bytes(&self, purpose: u8) -> [u8; 16] {
+    fn derive_bytes(&self, purpose: u8) -> Zeroizing<[u8; 16]> {
         let mut block = Array::from([purpose; 16]);
         Aes128::new(&Array::from(self.0)).encrypt_block(&mut block);
-        block.into()
+        Zeroizing::new(block.into())
     }
 }
 
@@ -199,7 +199,7 @@ impl Prf {
             .map(|(pair, key)| Keyed {
                 pair,
                 address_mac: key.derive(1),
-                stream_key: Arc::new(Key::new(key.derive_bytes(2))),
+                stream_key: Arc::new(Key::new(&key.derive_bytes(2))),
                 taken: BTreeMap::new(),
             })
             .collect();
@@ -386,12 +386,12 @@ impl PreparationSeed {
     /// Matrix `id`'s stream.
     #[must_use]
     pub fn matrix(&self, id: u64) -> MatrixStream {
-        let key: [u8; 16] = std::array::from_fn(|i| self.0[i]);
+        let key = Zeroizing::new(std::array::from_fn(|i| self.0[i]));
         let name: [u8; 16] = std::array::from_fn(|i| self.0[16 + i]);
         let mut start = [0u8; 16];
         start[..8].copy_from_slice(&id.to_le_bytes());
         let start = mac(&Aes128::new(&Array::from(name)), &start);
-        MatrixStream { key: Key::new(key), start }
+        MatrixStream { key: Key::new(&key), start }
     }
 
     /// Words `from..from + out.len()` of matrix `id`'s stream, uniform in 64 bits.
@@ -427,7 +427,7 @@ mod tests {
 
     #[test]
     fn parts_of_a_stream_are_those_of_the_whole() {
-        let stream = || Stream { key: Arc::new(Key::new([7; 16])), start: [9; 16], at: 0 };
+        let stream = || Stream { key: Arc::new(Key::new(&[7; 16])), start: [9; 16], at: 0 };
         for k in [1, 8, 13, 32, 44, 64] {
             let whole = stream().words(3000, k);
             for part in [0..3000, 0..0, 1..2, 7..1031, 2999..3000] {

@@ -323,7 +323,7 @@ fn another_version() {
     let older = Status { release: "0.0.9".into(), ..healthy() };
     let helper = Fake::start(&site, Role::Helper, "helper", older);
     let (said, _) = at_client(&site, "client", [&newer.address, &helper.address]);
-    finds(&said, "owner", "fail", &["speaks protocol version", "this is trefoil/3"]);
+    finds(&said, "owner", "fail", &["speaks protocol version", "this is trefoil/4"]);
     finds(&said, "version of the helper", "warn", &["0.0.9", env!("CARGO_PKG_VERSION")]);
 }
 

@@ -211,6 +211,8 @@ impl Adapter {
     /// # Errors
     /// [`Error::Internal`] for weights of another base than it was read for.
     pub fn attach(&self, w: &mut Weights) -> Result<()> {
+        let beyond = || Error::Internal("an adapter of a deeper base".into());
+        self.factors.keys().all(|(layer, _)| *layer < w.layers.len()).then_some(()).ok_or_else(beyond)?;
         w.layers.iter_mut().enumerate().try_for_each(|(i, l)| self.attach_to(i, l))
     }
 

@@ -8,13 +8,12 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayView3, s};
 use super::adapter::LowRank;
 use super::float;
 use super::observe::{Norm, Observer};
-use super::secure::F_QK;
 use super::{LayerWeights, Linear, ModelConfig, Weights, files, rounding};
 use crate::error::{Error, Result};
 use crate::plan::ROTATION;
 use crate::plan::{
-    AdapterBounds, Bounds, F, Fractions, Group, Grouped, LayerBounds, LayerFractions, LayerRanges, Module, Ranges,
-    reach,
+    AdapterBounds, Bounds, F, F_QK, Fractions, Group, Grouped, LayerBounds, LayerFractions, LayerRanges, Module,
+    Ranges, reach,
 };
 
 /// Text that calibration reads when the provider gives none: prose, dialogue, numbers, code.
@@ -25,7 +24,7 @@ const SLACK: f64 = 1.01;
 
 /// How far the norm's fixed-point output may exceed `sqrt(n)`, as a factor. `1/rms` is a line per row of a table, whose error is at
 /// most 4.5e-4. Its columns are rounded to half a unit: the slope's half counts 63 times at most, and never more than the slope itself
-/// ([`crate::approx`]); the plan leaves 10 bits to `1/rms`, so that this is at most 5e-3 of it. The truncation of each of `n` outputs by less than
+/// ([`crate::approx`]); the plan leaves 10 bits to `1/rms`, so that this is at most 5e-3 of it (5.5e-3 together: a test of `protocol/positive.rs`). The truncation of each of `n` outputs by less than
 /// 2^-12 adds less than `2^-12 sqrt(n)` to the norm: 2.5e-4. Together below 6e-3.
 const NORM: f64 = 1.01;
 

@@ -14,8 +14,8 @@ pub trait Layered: Sync + fmt::Debug {
     /// All that is not in a layer.
     fn rest(&self) -> &Weights;
 
-    /// The same, to be changed.
-    fn rest_mut(&mut self) -> &mut Weights;
+    /// Shortens the context to so many positions.
+    fn limit(&mut self, positions: usize);
 
     /// Layer `index`, which is below the configuration's number of layers.
     ///
@@ -35,8 +35,8 @@ impl Layered for Weights {
         self
     }
 
-    fn rest_mut(&mut self) -> &mut Weights {
-        self
+    fn limit(&mut self, positions: usize) {
+        self.config.max_positions = positions;
     }
 
     fn layer(&self, index: usize) -> Result<Cow<'_, LayerWeights>> {
@@ -81,8 +81,8 @@ impl Layered for Streamed {
         &self.rest
     }
 
-    fn rest_mut(&mut self) -> &mut Weights {
-        &mut self.rest
+    fn limit(&mut self, positions: usize) {
+        self.rest.limit(positions);
     }
 
     fn layer(&self, index: usize) -> Result<Cow<'_, LayerWeights>> {

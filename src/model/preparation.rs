@@ -1,13 +1,14 @@
 //! From a checkpoint to a preparation: calibration, the public plan, a fresh seed and the Owner's part. The only way there
 //! is, for three parties in one process and for `trefoil prepare`.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::prepare::Prepared;
 use super::progress::{Progress, Stage};
 use super::rounding::Choice;
 use super::variant::{FILE, Record};
-use super::{Adapter, Checkpoint, Layered, ModelConfig, Streamed, TextCodec, Weights, calibrate};
+use super::{Adapter, Checkpoint, Layered, ModelConfig, Streamed, TextCodec, Weights, calibrate, weights};
 use crate::error::{Error, Result};
 use crate::net::shape::Profile;
 use crate::plan::{self, Bounds, Plan, Ranges, Setting};
@@ -196,10 +197,9 @@ impl<W: Layered> Loaded<W> {
     /// # Errors
     /// As [`Loaded::open`].
     pub fn new(mut weights: W, text: Option<Vec<u32>>, options: &Options) -> Result<Loaded<W>> {
-        let config = &mut weights.rest_mut().config;
-        let context = config.max_positions;
+        let context = weights.rest().config.max_positions;
         if let Some(n) = options.max_positions {
-            config.max_positions = context.min(n.max(2));
+            weights.limit(context.min(n.max(2)));
         }
         let (first_private, private_embedding) = split_weights(&weights, options.private_layers)?;
         let public_head = match &options.base {
@@ -210,6 +210,7 @@ impl<W: Layered> Loaded<W> {
                 same_shape(&weights.rest().config, base.config(), dir)?;
                 let base = Streamed::open(base, dir, None)?;
                 if !private_embedding {
+                    options.progress.tell(Stage::Weights, 0, 0);
                     same_public(&weights, &base, first_private, dir)?;
                 }
                 same_head(weights.rest(), base.rest())
@@ -220,6 +221,13 @@ impl<W: Layered> Loaded<W> {
         Ok(Loaded { weights, text, context, split, setting, progress: options.progress.clone() })
     }
 
+    /// Tells, layer by layer, how many bytes of them are through.
+    fn telling(&self, stage: Stage) -> impl Fn(&usize) {
+        let c = &self.weights.rest().config;
+        let bytes = |layers: Range<usize>| 4 * layers.map(|i| c.layer_parameters(i)).sum::<u64>();
+        move |i| self.progress.tell(stage, bytes(0..*i), bytes(0..c.num_layers))
+    }
+
     /// What weights prove and calibration shows of the private layers.
     ///
     /// # Errors
@@ -228,24 +236,26 @@ impl<W: Layered> Loaded<W> {
         let (w, first) = (self.weights.rest(), self.split.first_private);
         let c = &w.config;
         w.check_rest()?;
+        if c.bottleneck > 0 && self.weights.first_adapted().is_some() {
+            return Err(weights::bottleneck_and_adapter());
+        }
         let mut choice = Choice::begin(w, self.split.private_embedding)?;
-        let mut reading = calibrate::Reading::new(w, &calibrate::inputs(c, self.context, self.text.clone()));
+        choice.head(w)?;
         let mut bounds = Vec::new();
-        let (mut read, total) = (0, 4 * (0..c.num_layers).map(|i| c.layer_parameters(i)).sum::<u64>());
-        for i in 0..c.num_layers {
-            self.progress.tell(Stage::Calibration, read, total);
+        // All that weights may be refused for, before what takes longest: text going through them.
+        for i in (0..c.num_layers).inspect(self.telling(Stage::Weights)) {
             let l = self.weights.layer(i)?;
             l.check(c, i)?;
             if i >= first {
                 let f = choice.layer(c, i, &l)?;
                 bounds.push(calibrate::bounds_of(c, i, &l, &f)?);
             }
-            reading.layer(c, i, &l);
-            read += 4 * c.layer_parameters(i);
         }
-        self.progress.tell(Stage::Calibration, total, total);
-        choice.head(w)?;
         let bounds = calibrate::bounds_around(w, bounds, choice.fractions.head);
+        let mut reading = calibrate::Reading::new(w, &calibrate::inputs(c, self.context, self.text.clone()));
+        for i in (0..c.num_layers).inspect(self.telling(Stage::Calibration)) {
+            reading.layer(c, i, &*self.weights.layer(i)?);
+        }
         Ok(Evidence { choice, ranges: reading.finish(w, first), bounds })
     }
 

@@ -6,9 +6,9 @@ use std::sync::Arc;
 /// A part of the way from a checkpoint to a running model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// Weights are read: bytes in memory, of how many.
+    /// Weights are read and looked at: bytes in f32, of how many.
     Weights,
-    /// Calibration, and the choice of fraction bits: bytes of the layers that are through, of how many.
+    /// Calibration, and the choice of fraction bits: bytes of the layers that text has gone through, of how many.
     Calibration,
     /// Weights become integers, and shares for the other parties: bytes sent, of how many.
     Shares,

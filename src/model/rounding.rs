@@ -12,11 +12,10 @@ use super::adapter::LowRank;
 use super::calibrate::folded;
 use super::prepare::layer_matrix;
 use super::sections::Slot;
-use super::secure::F_QK;
 use super::{LayerWeights, Linear, ModelConfig, Weights};
 use crate::error::{Error, Result};
 use crate::plan::{
-    AdapterFractions, F, F_A_MOST, F_B_MOST, FW_LEAST, FW_MOST, Fractions, Group, LayerFractions, Misfit,
+    AdapterFractions, F, F_A_MOST, F_B_MOST, F_QK, FW_LEAST, FW_MOST, Fractions, Group, LayerFractions, Misfit,
 };
 
 /// To `f` fraction bits, as [`OwnerMatrix::quantise`](crate::protocol::linear::OwnerMatrix::quantise) does it.

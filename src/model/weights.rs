@@ -204,9 +204,7 @@ impl LayerWeights {
     /// Checks layer `i` as [`Weights::check`] does.
     pub(super) fn check(&self, c: &ModelConfig, i: usize) -> Result<()> {
         if c.bottleneck > 0 && self.adapted().next().is_some() {
-            let why =
-                "all beside LoRA's adapters is public, so a bottleneck in the MLP cannot be private: give one of them";
-            return Err(Error::Model(why.into()));
+            return Err(bottleneck_and_adapter());
         }
         let mut ranks = self.adapted().filter_map(|m| self.linear(m).adapter.as_ref().map(|a| (m, a)));
         let rank = ranks.clone().next().map_or(0, |(_, a)| a.a.nrows());
@@ -263,6 +261,11 @@ impl LayerWeights {
             down: source.linear(&name("mlp.down_proj"), [hidden, mlp], config.mlp_bias)?,
         })
     }
+}
+
+pub(super) fn bottleneck_and_adapter() -> Error {
+    let why = "all beside LoRA's adapters is public, so a bottleneck in the MLP cannot be private: give one of them";
+    Error::Model(why.into())
 }
 
 fn finite<D: Dimension>(m: &Array<f32, D>) -> bool {

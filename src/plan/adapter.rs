@@ -6,7 +6,7 @@
 //!                    `--- A, f_a bits -- truncate f_a -- lift to m -- B, f_b -- truncate f_b --´
 //! ```
 //!
-//! `A x` and `B` drop `f_a + f_b` bits where `W` drops `f`: too many for the ring that `x` is in (of 64 bits a norm takes 16 or
+//! `A x` and `B` drop `f_a + f_b` bits where `W` drops `f`: too many for the ring that `x` is in (of 64 bits a norm takes 10 or
 //! more, the rotation 8, the fractions 12 to 24 each), so the few middle values are lifted to ring `m = k - f + f_b`, from
 //! which the second truncation leaves just the ring and the fraction of `W x`. It fits 64 bits: where a projection reads, a ring
 //! has lost 10 bits and more beside the 12 and more of `f`, and `f_b` is at most 18.

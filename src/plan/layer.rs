@@ -15,6 +15,8 @@ pub const FW_LEAST: u32 = 12;
 /// Most: beside the activations' fraction, the most bits of a norm's gain and the bits that rotation and lift need, they
 /// leave a ring. An `f32` has no more digits than that below 1.
 pub const FW_MOST: u32 = 24;
+/// Fraction bits of queries and keys in the scores' product.
+pub(crate) const F_QK: u32 = 10;
 /// Fraction bits of the rotation's sines and cosines.
 pub const F_ROPE: u32 = 8;
 /// The rotation's sines and cosines have 8 fraction bits: each is off by at most 2^-9, the length of a rotated pair by a factor
@@ -246,6 +248,16 @@ pub(super) const F_PROB: u32 = 14;
 /// Widest scores: their product has 8 bits more, and a lift to come.
 pub(super) const SCORE_PROVEN: u32 = 54;
 
+/// Ring of the scores' product: `2 F_QK` fraction bits, truncated to `F`.
+pub(crate) fn product_ring(score_proven: u32) -> u32 {
+    score_proven.saturating_add(2 * F_QK - F)
+}
+
+/// Bits that queries and keys lose from the norm's output on, behind a matrix of `f_weight` fraction bits and the rotation, which an encoder lacks.
+fn turned_bits(f_weight: u32, encoder: bool) -> u32 {
+    f_weight.saturating_add(F - F_QK + if encoder { 0 } else { F_ROPE })
+}
+
 /// Rounded up; 0 below 1.
 pub(super) fn log2_ceil(x: f64) -> u32 {
     x.max(1e-300).log2().ceil().max(0.0) as u32
@@ -256,20 +268,31 @@ pub(super) fn widest_square(n: usize) -> u32 {
     62u32.saturating_sub(log2_ceil(n as f64)) / 2 + 2
 }
 
-/// Fraction bits that leave 13 to `1/rms` of `n` elements when their sum of squares is below `2^bits`: three more than
-/// its bounds need.
+/// Bits left to `1/rms` on which every bound of a norm's output rests, and those that it has as a rule.
+const GAIN_PROVEN: u32 = 10;
+const GAIN_USUAL: u32 = 13;
+
+/// Fraction bits that leave [`GAIN_USUAL`] to `1/rms` of `n` elements when their sum of squares is below `2^bits`.
 pub(super) fn least_gain(n: usize, bits: u32) -> u32 {
-    log2_ceil((f64::from(bits).exp2() / f64::from(2 * F).exp2() / n as f64).sqrt()) + 13
+    log2_ceil((f64::from(bits).exp2() / f64::from(2 * F).exp2() / n as f64).sqrt()) + GAIN_USUAL
+}
+
+/// Those that leave [`GAIN_PROVEN`]: where queries and keys need no lift for it.
+pub(super) fn least_unlifted(n: usize, bits: u32) -> u32 {
+    least_gain(n, bits) - (GAIN_USUAL - GAIN_PROVEN)
+}
+
+/// Most fraction bits of `1/rms` with which queries and keys need no lift: what is left of them, behind a matrix (or gains) of `f_weight`
+/// fraction bits, the rotation and the step to the scores' fraction, is as wide as the scores' product.
+pub(crate) fn unlifted(score_proven: u32, f_weight: u32, encoder: bool) -> u32 {
+    64u32.saturating_sub(product_ring(score_proven).saturating_add(turned_bits(f_weight, encoder)))
 }
 
 /// Fewest and most fraction bits of a norm's `1/rms`.
 pub(super) const GAIN_LEAST: u32 = 16;
 pub(super) const GAIN_MOST: u32 = 26;
-
-/// Fewest that it has where queries and keys need no lift for it: 10 are left to `1/rms`, on which every bound of a norm's output rests.
-pub(super) fn least_unlifted(n: usize, bits: u32) -> u32 {
-    least_gain(n, bits) - 3
-}
+/// Fewest of the norm of queries and keys, which leaves as much as it can to their rotation.
+pub(super) const QK_GAIN_LEAST: u32 = 14;
 
 /// What it has where all that is behind it leaves room and it needs not more than `least`.
 pub(super) fn most_gain(least: u32) -> u32 {
@@ -359,8 +382,9 @@ fn equal<T: PartialEq>(a: T, b: T, what: Fault) -> Result<(), Fault> {
 }
 
 impl NormPlan {
-    /// Of `n` elements in a ring of `ring` bits; of what becomes queries and keys next, or not.
-    fn check(&self, n: usize, ring: i64, turned: bool) -> Result<(), Fault> {
+    /// Of `n` elements in a ring of `ring` bits; with `usual` fraction bits at least, or fewer where they are at most `spared`, with which queries and
+    /// keys need no lift.
+    fn check(&self, n: usize, ring: i64, (usual, spared): (u32, Option<u32>)) -> Result<(), Fault> {
         let widest = i64::from(widest_square(n));
         within(self.k, 16, widest.min(ring), "a norm's ring")?;
         within(self.bits, 24, 62, "a norm's sum of squares")?;
@@ -377,7 +401,10 @@ impl NormPlan {
             return Err("a norm's joint step");
         }
         let least = least_gain(n, self.bits);
-        let fewest = if turned { least_unlifted(n, self.bits) } else { least.max(GAIN_LEAST) };
+        let fewest = match spared {
+            Some(most) if self.f_gain <= most => least_unlifted(n, self.bits),
+            _ => least.max(usual),
+        };
         within(self.f_gain, fewest, most_gain(least), "a norm's gain")?;
         match self.coarse {
             Some(t) => {
@@ -408,7 +435,8 @@ impl AttentionPlan {
         equal(self.qk_norm.is_some(), c.qk_norm, "the norm of queries and keys")?;
         equal(self.f_qk_gain.is_some(), c.qk_norm, "the fraction of the queries' and keys' gains")?;
         let ring = 64 - i64::from(f_gain) - i64::from(self.f_qkv);
-        self.qk_norm.iter().try_for_each(|n| n.check(c.head_dim, ring, true))
+        let spared = self.f_qk_gain.map(|f| unlifted(self.score_proven, f, c.encoder()));
+        self.qk_norm.iter().try_for_each(|n| n.check(c.head_dim, ring, (QK_GAIN_LEAST, spared)))
     }
 
     fn check_exp(&self, exp: &ExpPlan, max_positions: usize) -> Result<(), Fault> {
@@ -514,14 +542,16 @@ impl Plan {
                 return Err("an adapter of a private base");
             }
             let shape = c.layer(index);
-            l.input_norm.check(n, ring, l.attention.qk_norm.is_none())?;
+            let a = &l.attention;
+            let spared = a.qk_norm.is_none().then(|| unlifted(a.score_proven, a.f_qkv, c.encoder()));
+            l.input_norm.check(n, ring, (GAIN_LEAST, spared))?;
             l.attention.check(c, shape, self, l.input_norm.f_gain)?;
-            l.post_norm.check(n, ring, false)?;
+            l.post_norm.check(n, ring, (GAIN_LEAST, None))?;
             l.mlp.check(shape.activation, self.residual_k, l.post_norm.f_gain)?;
             l.adapters.iter().try_for_each(|(group, a)| a.check(c, index, group, l.multiplied(group)))?;
         }
         let h = &self.head;
-        h.norm.check(n, ring, false)?;
+        h.norm.check(n, ring, (GAIN_LEAST, None))?;
         weights(h.f_weight, "the head's fraction")?;
         within(h.f_logit, 4, F, "the logits' fraction")?;
         // What the truncation of the head's product leaves.

@@ -15,10 +15,9 @@ use std::collections::BTreeSet;
 use serde::Serialize;
 
 use super::block;
-use super::{AdapterPlan, AttentionPlan, LayerPlan, Module, NormPlan, Plan};
+use super::{AdapterPlan, AttentionPlan, LayerPlan, Module, NormPlan, Plan, product_ring};
 use crate::generate::{MAX_BATCH, MAX_DRAFTS, MAX_WAITING, next_batch};
 use crate::model::sections::HalfLayout;
-use crate::model::secure::product_ring;
 use crate::model::{LayerShape, ModelConfig};
 use crate::party::Role;
 use crate::protocol::{argmax, pieces};

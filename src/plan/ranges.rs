@@ -16,10 +16,10 @@ use super::block;
 use super::gate::{f_table, gate_window, mlp, table_error};
 use super::layer::{
     Alone, F, F_ROPE, FW_LEAST, GAIN_LEAST, GAIN_MOST, HeadPlan, LayerFractions, LayerPlan, NormPlan, Plan, ROTATION,
-    f_inverse, least_gain, least_unlifted, log2_ceil, most_gain, softmax_mass, widest_square,
+    f_inverse, least_gain, least_unlifted, log2_ceil, most_gain, softmax_mass, unlifted, widest_square,
 };
 use super::network::{Radices, Setting};
-use super::softmax::{PositiveParts, Steps, attention, normalised, unlifted};
+use super::softmax::{PositiveParts, Steps, attention, normalised};
 use crate::error::{Error, Result};
 use crate::model::config::{LayerShape, ModelConfig, Softmax};
 use crate::protocol::gumbel;

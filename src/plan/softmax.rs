@@ -1,13 +1,12 @@
 //! Attention in the plan: rings of scores and probabilities, the thermometer or the positive parts, the reciprocal.
 
 use super::layer::{
-    AttentionPlan, ExpPlan, F, F_EXP, F_PROB, RELU_DROPPED, RELU_LEAST, RELU_RANGE, RELU_RINGS, SCORE_PROVEN,
-    exp_lo_bits, f_inverse, least_gain, least_inverse, least_unlifted, log2_ceil, relu_total, score_room, softmax_mass,
-    total_window,
+    AttentionPlan, ExpPlan, F, F_EXP, F_PROB, QK_GAIN_LEAST, RELU_DROPPED, RELU_LEAST, RELU_RANGE, RELU_RINGS,
+    SCORE_PROVEN, exp_lo_bits, f_inverse, least_gain, least_inverse, least_unlifted, log2_ceil, relu_total, score_room,
+    softmax_mass, total_window, unlifted,
 };
 use super::ranges::{LayerBounds, LayerRanges, Linear, MARGIN, Who, needing, ring_for, rotation};
 use crate::model::config::{LayerShape, ModelConfig, Softmax};
-use crate::model::secure::{product_ring, turned_bits};
 
 /// How much larger than it should be a context may get: the reciprocal's constant is rounded to `f_inverse` bits; relative to the
 /// reciprocal that is the softmax's sum, `mass` at most.
@@ -61,12 +60,6 @@ impl PositiveParts {
     }
 }
 
-/// Most fraction bits of `1/rms` with which queries and keys need no lift: what is left of them, behind a matrix (or gains) of `f_weight`
-/// fraction bits, the rotation and the step to the scores' fraction, is as wide as the scores' product.
-pub(super) fn unlifted(score_proven: u32, f_weight: u32, encoder: bool) -> u32 {
-    64u32.saturating_sub(product_ring(score_proven) + turned_bits(f_weight, encoder))
-}
-
 pub(super) fn attention(
     who: &Who<'_>,
     (config, shape): (&ModelConfig, LayerShape),
@@ -76,6 +69,11 @@ pub(super) fn attention(
 ) -> AttentionPlan {
     let score_proven = ring_for(b.score + 1.0, F).max(17);
     who.fits("a score (bits)", f64::from(score_proven), f64::from(SCORE_PROVEN) + 0.5);
+    let chosen = match shape.softmax {
+        Softmax::Exact => exponentials(who, b, r, context, score_proven),
+        Softmax::TwoRelu => positive_parts(who, b, r, context),
+    };
+    let score_proven = score_proven.max(chosen.score_k);
     let qk_norm = match r.qk_sum {
         None => None,
         Some(sum) => {
@@ -86,7 +84,7 @@ pub(super) fn attention(
             let most = match wide_enough >= least_unlifted(config.head_dim, norm.bits) {
                 true => wide_enough,
                 // The rotation takes bits, too: what is not needed is left to it.
-                false => 14.max(least_gain(config.head_dim, norm.bits)),
+                false => QK_GAIN_LEAST.max(least_gain(config.head_dim, norm.bits)),
             };
             norm.f_gain = norm.f_gain.min(most);
             Some(norm)
@@ -97,10 +95,6 @@ pub(super) fn attention(
     let turned = if config.encoder() { 1.0 } else { rotation() };
     let limit = (62.0 - f64::from(f_before + F + f_weight)).exp2() / turned;
     who.fits(&needing("a query or key", f_weight), b.qk, limit);
-    let chosen = match shape.softmax {
-        Softmax::Exact => exponentials(who, b, r, context, score_proven),
-        Softmax::TwoRelu => positive_parts(who, b, r, context),
-    };
     let f_inverse = f_inverse(residual_k, b.f.o);
     let least = least_inverse(shape.softmax, log2_ceil(chosen.mass), b.f.o);
     let together = "the residual stream, the output projection's fraction and that of a softmax's reciprocal (bits)";
@@ -118,7 +112,7 @@ pub(super) fn attention(
         f_qkv: b.f.qkv,
         f_qk_gain: qk_norm.is_some().then_some(b.f.qk_gain),
         qk_norm,
-        score_proven: score_proven.max(chosen.score_k),
+        score_proven,
         score_k: chosen.score_k,
         exp: chosen.exp,
         f_prob: chosen.f_prob,

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use serde_json::Value;
 
+use super::layer::{GAIN_LEAST, least_unlifted};
 use super::*;
 use crate::model::{Activation, Arch, ModelConfig, Softmax, Variant};
 
@@ -230,6 +231,16 @@ fn relations_that_do_not_hold_are_refused_by_name() {
     refused(&|p| p.layers[1].mlp.f_table = 53 - p.residual_k, "activation");
     refused(&|p| p.layers[0].mlp.gate_proven = 53 - p.layers[0].post_norm.f_gain, "gate");
     refused(&|p| p.layers[2].input_norm.k += 20, "norm's ring");
+    for fewer in [1, 4, 10] {
+        refused(&|p| p.layers[0].input_norm.f_gain = GAIN_LEAST - fewer, "norm's gain");
+        refused(&|p| p.layers[0].post_norm.f_gain = GAIN_LEAST - fewer, "norm's gain");
+        refused(&|p| p.head.norm.f_gain = GAIN_LEAST - fewer, "norm's gain");
+        let qk = |p: &mut Plan| {
+            let norm = p.layers[2].attention.qk_norm.as_mut().unwrap();
+            norm.f_gain = least_unlifted(c.head_dim, norm.bits) - fewer;
+        };
+        refused(&qk, "norm's gain");
+    }
     refused(&|p| p.layers[2].input_norm.coarse = Some(u32::MAX), "norm");
     refused(&|p| p.layers[2].attention.qk_norm.as_mut().unwrap().k = 64, "norm's ring");
     refused(&|p| p.layers[2].attention.qk_norm = None, "queries and keys");

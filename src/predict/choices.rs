@@ -4,10 +4,9 @@ use serde::Serialize;
 
 use super::Source;
 use crate::model::ModelConfig;
-use crate::model::secure::{product_ring, turned_bits};
 use crate::net::shape::Profile;
 use crate::plan::cost::Cost;
-use crate::plan::{F, FW_LEAST, LayerPlan, Plan, Radices, block};
+use crate::plan::{F, FW_LEAST, LayerPlan, Plan, Radices, block, unlifted};
 use crate::protocol::argmax;
 use crate::protocol::pieces::LEAST_ROWS;
 
@@ -84,7 +83,7 @@ fn norms(plan: &Plan) -> Choice {
 fn lifts_queries(l: &LayerPlan, encoder: bool) -> bool {
     let a = &l.attention;
     let gain = a.qk_norm.as_ref().map_or(l.input_norm.f_gain, |n| n.f_gain);
-    64 - gain - turned_bits(a.f_qk_gain.unwrap_or(a.f_qkv), encoder) < product_ring(a.score_proven)
+    gain > unlifted(a.score_proven, a.f_qk_gain.unwrap_or(a.f_qkv), encoder)
 }
 
 fn softmax(layers: &[LayerPlan], encoder: bool) -> Vec<Choice> {
@@ -136,8 +135,8 @@ fn softmax(layers: &[LayerPlan], encoder: bool) -> Vec<Choice> {
     }
     all.push(Choice {
         function: "queries and keys",
-        chosen: format!("lifted to the scores' ring in {lifted} layers, beside the values"),
-        why: "the rotated values keep 64 bits less the norm's gain and the fractions; where that is the scores' ring, no lift".into(),
+        chosen: format!("lifted to the scores' ring in {lifted} of {} layers", layers.len()),
+        why: "rotated, they keep 64 bits less the norm's gain and the fractions; the gain is as short as its precision allows where that spares the lift and its 2 messages".into(),
     });
     all
 }

@@ -35,14 +35,14 @@ impl Positive {
     #[must_use]
     pub fn new(table: PositiveTable, f: u32) -> Self {
         let column = |v: &[f64], f| Table::cyclic(&v.iter().map(|&v| fixed::encode(v, f, 64)).collect::<Vec<_>>());
-        let line = |a: &[f64], b: &[f64], lo_bits, other: &[f64]| {
+        let lines = |a: &[f64], b: &[f64], lo_bits, other: &[f64]| {
             let a = levelled(a, b, lo_bits, f);
             Lines::new(column(&a, f), column(b, f), vec![column(other, 0)])
         };
-        let first = line(&table.a1, &table.b1, table.lo1_bits, &table.s);
+        let first = lines(&table.a1, &table.b1, table.lo1_bits, &table.s);
         let second = match table.alone {
             true => None,
-            false => Some(line(&table.a2, &table.b2c, table.lo2_bits, &table.low)),
+            false => Some(lines(&table.a2, &table.b2c, table.lo2_bits, &table.low)),
         };
         // The columns stay as words only; as floats they would be half as much again.
         let table = PositiveTable { alone: table.alone, ..PositiveTable::blank(table.bits, table.window) };
@@ -158,5 +158,52 @@ impl Looked {
         };
         let value = picked.then(move |picked| value.add(&picked));
         Ok(Evaluated { value, faults })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What `calibrate::NORM` counts on: with ten bits left to the least value, the columns that are looked up give the root to half a percent.
+    #[test]
+    fn ten_bits_hold_a_root() {
+        let f = 20;
+        for (bits, window, alone) in [
+            (16, 12, true),
+            (24, 12, true),
+            (33, 12, false),
+            (37, 13, true),
+            (40, 14, true),
+            (40, 12, false),
+            (39, 17, true),
+        ] {
+            let fit = if alone { PositiveTable::rsqrt_alone } else { PositiveTable::rsqrt };
+            // 2^10 units of `2^-f` at the largest value.
+            let table = fit(bits, window, f64::from(bits).exp2(), 0.0, f64::from(10 - 20).exp2());
+            let p = Positive::new(table.clone(), f);
+            let windows = [
+                (Some(&p.first), bits, window, table.lo1_low),
+                (p.second.as_ref(), table.b2, table.window2, table.lo2_low),
+            ];
+            for (lines, bits, window, low) in windows {
+                let Some(lines) = lines else { continue };
+                let [a, b, _] = lines.entries()[..] else { panic!("three columns") };
+                let lo_bits = bits - window - low;
+                let mut worst = 0f64;
+                for hi in 32..(1usize << window) - 1 {
+                    for lo in [0, 1, 31, 63, 95, 126].map(|lo: u64| lo.min((2 << lo_bits) - 2)) {
+                        let got = a[hi].wrapping_add(b[hi].wrapping_mul(lo)) as i64 as f64 * f64::from(-20).exp2();
+                        let v = (((hi as u64) << (bits - window)) + (lo << low)) as f64 + ((1u64 << low) - 1) as f64;
+                        worst = worst.max(
+                            (got / (v.sqrt() / f64::from(table.bits).exp2().sqrt()).recip() / f64::from(-10).exp2()
+                                - 1.0)
+                                .abs(),
+                        );
+                    }
+                }
+                assert!((1e-5..5.5e-3).contains(&worst), "{bits} {window}: {worst}");
+            }
+        }
     }
 }

@@ -141,7 +141,7 @@ fn a_client_of_the_next_version() {
         say(&mut c, NEXT.as_bytes()).unwrap();
         let error = logged(&at);
         assert!(error.starts_with("client at step `TLS handshake") && error.contains(&at), "{error}");
-        assert!(error.contains("speaks protocol version trefoil/4, this is trefoil/3"), "{error}");
+        assert!(error.contains("speaks protocol version trefoil/5, this is trefoil/4"), "{error}");
         // One that knows no way to say so.
         let mut c = client(&trio.site, &party.address, &[NEXT]);
         let at = c.sock.local_addr().unwrap().to_string();

@@ -28,7 +28,7 @@ pub(super) use trust::issued;
 use trust::{Verifier, read_certificates};
 
 /// The protocol version, spoken in ALPN.
-pub const ALPN: &str = "trefoil/3";
+pub const ALPN: &str = "trefoil/4";
 /// Agreed on by parties that have no version in common, so that one can tell the other its own.
 const ALPN_REFUSE: &str = "trefoil/refuse";
 

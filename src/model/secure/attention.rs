@@ -1,8 +1,8 @@
-//! Attention with a secret KV cache: 16 messages (22 or 24 with a norm on queries and keys, which are normalised side by side); of a
+//! Attention with a secret KV cache: 14 messages, or 16 where queries and keys are lifted (20 to 24 with a norm on queries and keys, which are normalised side by side); of a
 //! long prompt the 14 from the scores to the normalised context for each block of its rows ([`crate::plan::block`]).
 //!
 //! q, k, v in one linear; rotation (public); lifts of q, k, v beside each other (2), or none of q and k where the plan leaves them wide enough, and v's
-//! beside the scores; scores (2); thermometer maximum (4);
+//! beside the scores (of a prompt in blocks before the first of them); scores (2); thermometer maximum (4);
 //! exponential (2); P V beside the reciprocal's windows (2); lift of the context beside their selection (2);
 //! normalisation (2). Only positions that a token may see are ever computed: itself and those before it, or of an encoder all of the
 //! pass.
@@ -25,7 +25,7 @@ use crate::error::Result;
 use crate::model::prepare::PreparedLayer;
 use crate::model::variant::TWO_RELU_EPS;
 use crate::model::{LayerShape, Softmax};
-use crate::plan::{AttentionPlan, ExpPlan, F, F_ROPE};
+use crate::plan::{AttentionPlan, ExpPlan, F, F_QK, F_ROPE, product_ring};
 use crate::protocol::Pending;
 use crate::protocol::cached::{Cached, Context as PV, Scores, product_cached};
 use crate::protocol::exp::{Exp, exp};
@@ -42,19 +42,6 @@ use crate::protocol::truncate::truncate;
 use crate::ring::fixed;
 use crate::session::{Scope, Session};
 use crate::share::{Masked, Rows};
-
-/// Fraction bits of queries and keys in the scores' product.
-pub(crate) const F_QK: u32 = 10;
-
-/// Ring of the scores' product: `2 F_QK` fraction bits, truncated to `F`.
-pub(crate) fn product_ring(score_proven: u32) -> u32 {
-    score_proven + 2 * F_QK - F
-}
-
-/// Bits that queries and keys lose from the norm's output on, behind a matrix of `f_weight` fraction bits and the rotation, which an encoder lacks.
-pub(crate) fn turned_bits(f_weight: u32, encoder: bool) -> u32 {
-    F + f_weight + if encoder { 0 } else { F_ROPE } - F_QK
-}
 
 /// Exponential, reciprocal and the optional norms of queries and keys.
 pub(super) struct AttentionTables {

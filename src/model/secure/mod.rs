@@ -16,7 +16,7 @@ use super::ModelConfig;
 use super::float::rope_frequencies;
 use super::prepare::Prepared;
 use crate::error::{Error, Result};
-use crate::plan::{F, Plan, block};
+use crate::plan::{F, F_QK, Plan, block, product_ring};
 use crate::protocol::cached::Cached;
 use crate::protocol::guard::RangeFlags;
 use crate::protocol::gumbel::Gumbel;
@@ -24,7 +24,6 @@ use crate::protocol::{embedding, input, last_tokens};
 use crate::session::{Pass, Scope, Session};
 use crate::share::{Masked, Rows};
 use attention::AttentionTables;
-pub(crate) use attention::{F_QK, product_ring, turned_bits};
 use mlp::MlpTables;
 use norm::{Norm, Roots};
 
@@ -84,7 +83,7 @@ impl KvCache {
             let small = |i: usize, bits: u32| {
                 ((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - bits)) as i64 - (1i64 << (bits - 1))
             };
-            keys.preload(role, positions, |i| small(i, attention::F_QK - 1));
+            keys.preload(role, positions, |i| small(i, F_QK - 1));
             values.preload(role, positions, |i| small(i + 1, F - 1));
         }
         self.positions += positions;
@@ -211,7 +210,7 @@ impl SecureModel {
             .enumerate()
             .map(|(i, l)| {
                 let (a, width) = (&l.attention, c.layer(self.plan.first_private + i).kv_size());
-                let keys = Cached::new(width, attention::product_ring(a.score_proven), attention::F_QK, capacity);
+                let keys = Cached::new(width, product_ring(a.score_proven), F_QK, capacity);
                 (keys, Cached::new(width, a.prob_k, F, capacity))
             })
             .collect();

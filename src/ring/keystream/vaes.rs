@@ -2,14 +2,17 @@
 
 use std::arch::x86_64::*;
 
+use zeroize::Zeroizing;
+
 /// The eleven round keys.
 pub type RoundKeys = [[u64; 2]; 11];
 
 const REGISTERS: usize = 8;
 const BYTES: usize = 64 * REGISTERS;
 
-/// The key schedule (FIPS 197, 5.2), or `None` where the processor lacks an instruction of this module.
-pub fn expand(key: &[u8; 16]) -> Option<RoundKeys> {
+/// The key schedule (FIPS 197, 5.2), or `None` where the processor lacks an instruction of this module. In its place from the beginning, so that
+/// nothing is left to wipe on its way there.
+pub fn expand(key: &[u8; 16]) -> Option<Box<Zeroizing<RoundKeys>>> {
     let has =
         is_x86_feature_detected!("aes") && is_x86_feature_detected!("vaes") && is_x86_feature_detected!("avx512f");
     // SAFETY: the processor has AES.
@@ -19,11 +22,11 @@ pub fn expand(key: &[u8; 16]) -> Option<RoundKeys> {
 /// # Safety
 /// The processor has AES.
 #[target_feature(enable = "aes")]
-unsafe fn schedule(key: &[u8; 16]) -> RoundKeys {
+unsafe fn schedule(key: &[u8; 16]) -> Box<Zeroizing<RoundKeys>> {
     // SAFETY: an array of 16 bytes.
     let mut last = unsafe { _mm_loadu_si128(key.as_ptr().cast()) };
-    let mut keys = [[0; 2]; 11];
-    let mut put = |i: usize, key: __m128i| keys[i] = [_mm_cvtsi128_si64(key) as u64, _mm_extract_high(key)];
+    let mut keys = Box::new(Zeroizing::new([[0; 2]; 11]));
+    let mut put = |i: usize, key: __m128i| keys[i] = [_mm_cvtsi128_si64(key) as u64, high_half(key)];
     put(0, last);
     macro_rules! round {
         ($i:literal, $constant:literal) => {
@@ -50,7 +53,7 @@ unsafe fn schedule(key: &[u8; 16]) -> RoundKeys {
 
 #[inline]
 #[target_feature(enable = "aes")]
-fn _mm_extract_high(v: __m128i) -> u64 {
+fn high_half(v: __m128i) -> u64 {
     _mm_cvtsi128_si64(_mm_unpackhi_epi64(v, v)) as u64
 }
 
