@@ -67,7 +67,11 @@ fn layer_by_layer_it_is_the_same_preparation() {
         assert_eq!(streamed.plan().unwrap(), plan, "{}", dir.display());
         let words = |parts: Prepared| {
             let mut all = Vec::new();
-            parts.helper_words(&seed, &mut |words| Ok(all.extend(words))).unwrap();
+            let mut keep = |words: Vec<u64>| {
+                all.push(words);
+                Ok(())
+            };
+            parts.helper_words(&seed, &mut keep).unwrap();
             all
         };
         let [a, b] = [Prepared::owner(&held.weights, &plan, &seed), Prepared::owner(&streamed.weights, &plan, &seed)];

@@ -4,42 +4,8 @@ use std::arch::x86_64::*;
 
 use super::Scaled;
 
-/// The folds of a width of words, two of which share the masks.
-macro_rules! folds {
-    ($name:ident, $word:ty, $element:ident) => {
-        /// See [`super::shifted`] (`ADD` false) and [`super::sums`].
-        ///
-        /// # Safety
-        /// The processor has AVX2, and the lengths are as [`super::shifted`] asserts.
-        #[target_feature(enable = "avx2")]
-        pub unsafe fn $name<const ADD: bool>(
-            tables: &[&[$word]],
-            n: usize,
-            offset: &[u32],
-            queries: &[u8],
-            out: &mut [$word],
-        ) {
-            let words = tables.len();
-            let elements = offset.iter().zip(queries.chunks_exact(n / 8));
-            for ((&offset, query), out) in elements.zip(out.chunks_exact_mut(words)) {
-                let start = |t: &[$word]| t[offset as usize..][..n].as_ptr();
-                for (tables, out) in tables.chunks(2).zip(out.chunks_mut(2)) {
-                    // SAFETY: each pointer is the start of a slice of n rows.
-                    unsafe {
-                        if let [first, second] = *tables {
-                            out.copy_from_slice(&$element::<ADD, 2>([start(first), start(second)], query));
-                        } else {
-                            out.copy_from_slice(&$element::<ADD, 1>([start(tables[0])], query));
-                        }
-                    }
-                }
-            }
-        }
-    };
-}
-
-folds!(wide, u64, wide_element);
-folds!(narrow, u32, narrow_element);
+by_two!("avx2", wide, u64, wide_element);
+by_two!("avx2", narrow, u32, narrow_element);
 
 /// See [`super::scaled`].
 ///

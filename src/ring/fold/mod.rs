@@ -3,6 +3,41 @@
 //! exists in memory; several words share one query. [`scaled`] multiplies each row by a factor of the element as it goes
 //! by. Every row is read and no branch depends on a query: the time tells nothing about it.
 
+/// The folds of a width of words, two of which share the masks, of an instruction set whose `$element` folds one or two.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! by_two {
+    ($feature:literal, $name:ident, $word:ty, $element:ident) => {
+        /// See [`super::shifted`] (`ADD` false) and [`super::sums`].
+        ///
+        /// # Safety
+        /// The processor has the feature, and the lengths are as [`super::shifted`] asserts.
+        #[target_feature(enable = $feature)]
+        pub unsafe fn $name<const ADD: bool>(
+            tables: &[&[$word]],
+            n: usize,
+            offset: &[u32],
+            queries: &[u8],
+            out: &mut [$word],
+        ) {
+            let words = tables.len();
+            let elements = offset.iter().zip(queries.chunks_exact(n / 8));
+            for ((&offset, query), out) in elements.zip(out.chunks_exact_mut(words)) {
+                let start = |t: &[$word]| t[offset as usize..][..n].as_ptr();
+                for (tables, out) in tables.chunks(2).zip(out.chunks_mut(2)) {
+                    // SAFETY: each pointer is the start of a slice of n rows.
+                    unsafe {
+                        if let [first, second] = *tables {
+                            out.copy_from_slice(&$element::<ADD, 2>([start(first), start(second)], query));
+                        } else {
+                            out.copy_from_slice(&$element::<ADD, 1>([start(tables[0])], query));
+                        }
+                    }
+                }
+            }
+        }
+    };
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
