@@ -119,6 +119,10 @@ fn messages_in_sequence_by_architecture() {
             "Llama, hidden states times {scale}: {plan:?}"
         );
     }
+    // No rotation, no gate: two messages fewer.
+    let encoder = prepared(ModelConfig::vit(64, 176, 1, 4, 16, 40));
+    let layers = encoder.run(0, &[33]).unwrap();
+    assert_eq!(layers.depth, 28 + norms(&encoder.plan().layers[0]), "an encoder");
     for (heads, head_dim) in [(4, 16), (4, 64), (2, 128)] {
         let qwen3 = ModelConfig {
             arch: Arch::Qwen3,
@@ -169,9 +173,9 @@ fn decode_h2048_context_512() {
     let layer = prepared(shape("h2048", 512));
     let m = layer.run(511, &[1]).unwrap();
     show("decode h2048, context 512, one layer", &m, 1);
-    assert!(m.online_bytes() <= 2_043_000, "{} online bytes", m.online_bytes());
-    assert!(m.ahead_bytes() <= 1_200_000, "{} run-ahead bytes", m.ahead_bytes());
-    assert!(m.depth <= 32, "{} messages in sequence", m.depth);
+    assert!(m.online_bytes() <= 1_830_000, "{} online bytes", m.online_bytes());
+    assert!(m.ahead_bytes() <= 980_000, "{} run-ahead bytes", m.ahead_bytes());
+    assert_eq!(m.depth, 30);
 }
 
 #[test]
@@ -179,8 +183,8 @@ fn prefill_h768_128_tokens() {
     let layer = prepared(shape("h768", 128));
     let m = layer.run(0, &[128]).unwrap();
     show("prefill of 128 tokens at h768, one layer", &m, 1);
-    assert!(m.online_bytes() + m.ahead_bytes() <= 100_000_000, "{} bytes", m.online_bytes() + m.ahead_bytes());
-    assert!(m.depth <= 40, "{} messages in sequence", m.depth);
+    assert!(m.online_bytes() + m.ahead_bytes() <= 75_000_000, "{} bytes", m.online_bytes() + m.ahead_bytes());
+    assert_eq!(m.depth, 30);
 }
 
 /// A pass that verifies drafts, from its input to its tokens: a head for every position, and no more messages in sequence than

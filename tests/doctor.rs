@@ -312,7 +312,7 @@ fn another_version() {
         .with_no_client_auth()
         .with_single_cert(chain, PrivateKeyDer::from_pem_file(site.path("owner.key")).unwrap())
         .unwrap();
-    config.alpn_protocols = vec![b"trefoil/4".to_vec()];
+    config.alpn_protocols = vec![format!("{}0", tls::ALPN).into_bytes()];
     let acceptor = TlsAcceptor::from(Arc::new(config));
     let newer = Fake::serve(move |tcp| {
         let acceptor = acceptor.clone();
@@ -323,7 +323,7 @@ fn another_version() {
     let older = Status { release: "0.0.9".into(), ..healthy() };
     let helper = Fake::start(&site, Role::Helper, "helper", older);
     let (said, _) = at_client(&site, "client", [&newer.address, &helper.address]);
-    finds(&said, "owner", "fail", &["speaks protocol version", "this is trefoil/4"]);
+    finds(&said, "owner", "fail", &["speaks protocol version", &format!("this is {}", tls::ALPN)]);
     finds(&said, "version of the helper", "warn", &["0.0.9", env!("CARGO_PKG_VERSION")]);
 }
 

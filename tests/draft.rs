@@ -300,6 +300,9 @@ fn the_command_reports_drafts() {
     assert_eq!(with["messages_per_private_layer"], 36);
     let messages = |r: &Value| r["links"]["owner->helper"]["messages"].as_u64().unwrap();
     assert!(3 * messages(&with) < 2 * messages(&without), "{} {}", messages(&with), messages(&without));
+    let four = json(&["--draft", model, "--draft-tokens", "4"]);
+    assert_eq!(four["tokens"], without["tokens"]);
+    assert!(5 * messages(&four) <= 2 * messages(&without), "{} {}", messages(&four), messages(&without));
     let out = trefoil(&[&base[..], &["--draft", model]].concat());
     let text = String::from_utf8_lossy(&out.stderr).into_owned();
     // Four drafts by default: 5, 5 and 1 tokens.

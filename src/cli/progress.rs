@@ -19,7 +19,8 @@ pub fn bar(show: bool) -> (Progress, ProgressBar) {
             Stage::Calibration => "calibration",
             Stage::Shares => "shares of the weights",
         };
-        if shown.message() != what {
+        // Another stage, or the same now with a length, or begun anew.
+        if shown.message() != what || (total > 0 && (shown.length() != Some(total) || done < shown.position())) {
             shown.set_style(if total > 0 { known.clone() } else { unknown.clone() });
             shown.set_message(what);
             shown.reset();

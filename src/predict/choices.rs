@@ -136,7 +136,7 @@ fn softmax(layers: &[LayerPlan], encoder: bool) -> Vec<Choice> {
     all.push(Choice {
         function: "queries and keys",
         chosen: format!("lifted to the scores' ring in {lifted} of {} layers", layers.len()),
-        why: "rotated, they keep 64 bits less the norm's gain and the fractions; the gain is as short as its precision allows where that spares the lift and its 2 messages".into(),
+        why: "rotated, they keep 64 bits less the norm's gain and the fractions; the gain is shortened just enough to spare the lift and its 2 messages, where it keeps 10 bits".into(),
     });
     all
 }

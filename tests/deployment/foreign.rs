@@ -4,7 +4,7 @@
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use rustls::pki_types::pem::PemObject;
@@ -21,7 +21,11 @@ use trefoil::party::Role;
 
 use crate::support::*;
 
-const NEXT: &str = "trefoil/4";
+/// The version after ours.
+static NEXT: LazyLock<String> = LazyLock::new(|| {
+    let (name, version) = ALPN.rsplit_once('/').unwrap();
+    format!("{name}/{}", version.parse::<u32>().unwrap() + 1)
+});
 const REFUSE: &str = "trefoil/refuse";
 
 fn identity(site: &Site, name: &str) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
@@ -135,15 +139,15 @@ fn a_client_of_the_next_version() {
             let line = party.wait("the version", |l| l["address"] == at && l["code"] == "version");
             line["error"].as_str().unwrap().to_string()
         };
-        let mut c = client(&trio.site, &party.address, &[NEXT, REFUSE]);
+        let mut c = client(&trio.site, &party.address, &[NEXT.as_str(), REFUSE]);
         let at = c.sock.local_addr().unwrap().to_string();
         assert_eq!(hear(&mut c).unwrap(), ALPN.as_bytes());
         say(&mut c, NEXT.as_bytes()).unwrap();
         let error = logged(&at);
         assert!(error.starts_with("client at step `TLS handshake") && error.contains(&at), "{error}");
-        assert!(error.contains("speaks protocol version trefoil/5, this is trefoil/4"), "{error}");
+        assert!(error.contains(&format!("speaks protocol version {}, this is {ALPN}", *NEXT)), "{error}");
         // One that knows no way to say so.
-        let mut c = client(&trio.site, &party.address, &[NEXT]);
+        let mut c = client(&trio.site, &party.address, &[NEXT.as_str()]);
         let at = c.sock.local_addr().unwrap().to_string();
         assert!(hear(&mut c).is_err());
         assert!(logged(&at).starts_with(&at));
@@ -154,7 +158,7 @@ fn a_client_of_the_next_version() {
 #[test]
 fn a_server_of_the_next_version() {
     both_met("version", |site, role| {
-        listen_tls(site, &role.to_string(), &[NEXT, REFUSE], |mut c| {
+        listen_tls(site, &role.to_string(), &[NEXT.as_str(), REFUSE], |mut c| {
             let _ = say(&mut c, NEXT.as_bytes());
             assert_eq!(hear(&mut c).unwrap(), ALPN.as_bytes());
             stay(c);
