@@ -21,6 +21,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let asked: Vec<usize> = std::env::args().skip(1).filter_map(|a| a.parse().ok()).collect();
     let rates = Rates::measure()?;
     println!("predicted over measured, {} threads, {}", rates.threads, rates.isa);
+    let (mut within, mut cells) = (0, 0);
     println!("| shape | 16 tokens | 128 tokens | decode at 32 | decode at 400 |\n|---|---:|---:|---:|---:|");
     for (hidden, intermediate, layers, heads) in SHAPES {
         if !asked.is_empty() && !asked.contains(&hidden) {
@@ -48,11 +49,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                         let m = harness.measure(Part::Whole, pace, context, &vec![tokens; passes])?;
                         measured = measured.min(m.wall.as_secs_f64() * 1e3 / passes as f64);
                     }
-                    row += &format!(" {:+.0} % ({measured:.1} ms) |", 100.0 * (predicted / measured - 1.0));
+                    let off = predicted / measured - 1.0;
+                    (within, cells) = (within + usize::from(off.abs() <= 0.3), cells + 1);
+                    row += &format!(" {:+.0} % ({measured:.1} ms) |", 100.0 * off);
                 }
                 println!("{row}");
             }
         }
     }
+    println!("\n{within} of {cells} within 30 %");
     Ok(())
 }
