@@ -184,6 +184,17 @@ impl Who<'_> {
         self.misfits.borrow_mut().push(Misfit { place, quantity, reaches, limit });
     }
 
+    /// What `make` gives, and what it refuses, to be reported when its turn comes.
+    pub(super) fn held<T>(&self, make: impl FnOnce(&Who<'_>) -> T) -> (T, Vec<Misfit>) {
+        let misfits = RefCell::new(Vec::new());
+        let made = make(&Who { place: self.place.clone(), misfits: &misfits });
+        (made, misfits.into_inner())
+    }
+
+    pub(super) fn report(&self, misfits: Vec<Misfit>) {
+        self.misfits.borrow_mut().extend(misfits);
+    }
+
     // A number that is none fits nowhere.
     pub(super) fn fits(&self, quantity: &str, reaches: f64, limit: f64) {
         if !matches!(reaches.partial_cmp(&limit), Some(Ordering::Less)) {

@@ -69,10 +69,10 @@ pub(super) fn attention(
 ) -> AttentionPlan {
     let score_proven = ring_for(b.score + 1.0, F).max(17);
     who.fits("a score (bits)", f64::from(score_proven), f64::from(SCORE_PROVEN) + 0.5);
-    let chosen = match shape.softmax {
+    let (chosen, refused) = who.held(|who| match shape.softmax {
         Softmax::Exact => exponentials(who, b, r, context, score_proven),
         Softmax::TwoRelu => positive_parts(who, b, r, context),
-    };
+    });
     let score_proven = score_proven.max(chosen.score_k);
     let qk_norm = match r.qk_sum {
         None => None,
@@ -95,6 +95,7 @@ pub(super) fn attention(
     let turned = if config.encoder() { 1.0 } else { rotation() };
     let limit = (62.0 - f64::from(f_before + F + f_weight)).exp2() / turned;
     who.fits(&needing("a query or key", f_weight), b.qk, limit);
+    who.report(refused);
     let f_inverse = f_inverse(residual_k, b.f.o);
     let least = least_inverse(shape.softmax, log2_ceil(chosen.mass), b.f.o);
     let together = "the residual stream, the output projection's fraction and that of a softmax's reciprocal (bits)";
